@@ -1,0 +1,124 @@
+"""Configuration fields that every ordnung family shares."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+@strict
+class BackboneConfig(PreTrainedConfig):
+    """Fields of the shared backbone; a family's config inherits them and adds those of its mixer.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width D of the residual stream.
+        num_hidden_layers: number of layers L.
+        num_attention_heads: number of heads H of a mixer, in every family; `hidden_size` is a multiple of it.
+        intermediate_size: width of the MLP, `4 * hidden_size` if None.
+        hidden_act: activation of the MLP, a name of `transformers.activations.ACT2FN`.
+        norm_position: "pre" (norm before mixer and MLP, and one after the last layer) or "post" (after each residual
+            sum, and one after the embeddings, as in BERT).
+        layer_norm_eps: epsilon of every LayerNorm.
+        position_embedding_type: "none", "learned" (table of `max_position_embeddings` rows added to the token
+            embeddings) or "rope" (rotary embedding of queries and keys in attention layers).
+        max_position_embeddings: rows of the learned table; the trained length that rope scaling refers to.
+        rope_parameters: transformers' rope dictionary (`rope_theta`, `rope_type`, ...), for "rope".
+        hidden_dropout: dropout after the embeddings, each mixer and each MLP.
+        attention_dropout: dropout on softmax attention weights.
+        classifier_dropout: dropout before a classification head, `hidden_dropout` if None.
+        initializer_range: standard deviation of the initial weights; projections into the residual stream start
+            smaller by sqrt(2 L).
+        is_decoder: causal (True) or bidirectional (False).
+        use_cache: return the generation state by default.
+        tie_word_embeddings: share the token embedding with the language-modelling head.
+        lm_head_bias: bias of the causal language-modelling head.
+        layer_types: one mixer name per layer, e.g. to mix a family's own layers with "full_attention" ones. None
+            means the family's own mixer in every layer.
+
+    Raises:
+        ValueError: where fields contradict each other; the message gives the values and the cure.
+    """
+
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # The names that `layer_types` may hold in this family; the first fills a stack whose `layer_types` is not given.
+    mixer_types: ClassVar[tuple[str, ...]] = ("full_attention",)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    norm_position: Literal["pre", "post"] = "pre"
+    layer_norm_eps: float | int = 1e-5
+    position_embedding_type: Literal["none", "learned", "rope"] = "rope"
+    max_position_embeddings: int = 1024
+    rope_parameters: RopeParameters | dict | None = None
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int | None = None
+    initializer_range: float | int = 0.02
+    is_decoder: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.layer_types is None:
+            self.layer_types = [self.mixer_types[0]] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_layer_type(self):
+        unknown = sorted(set(self.layer_types) - set(self.mixer_types))
+        if unknown:
+            raise ValueError(f"`layer_types` has {unknown}, but {self.model_type} takes {list(self.mixer_types)}.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` has {len(self.layer_types)} entries for `num_hidden_layers` "
+                f"({self.num_hidden_layers}): give one per layer, or leave `layer_types` out."
+            )
+
+    def validate_sizes(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.position_embedding_type == "rope" and (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"rope needs an even head size, but `hidden_size` ({self.hidden_size}) / `num_attention_heads` "
+                f"({self.num_attention_heads}) is odd: change one, or set position_embedding_type='learned'."
+            )
+
+    def validate_hidden_act(self):
+        from transformers.activations import ACT2FN
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` ({self.hidden_act!r}) must be one of {sorted(ACT2FN)}.")
+
+    def validate_dropout(self):
+        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"`{name}` ({value}) must be in [0, 1).")
+
+
+__all__ = ["BackboneConfig"]

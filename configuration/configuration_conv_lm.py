@@ -1,0 +1,94 @@
+"""Configuration of ConvLM, the learned causal convolution family."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+
+from ordnung.configuration.configuration_backbone import BackboneConfig
+
+
+@strict
+class ConvLMConfig(BackboneConfig):
+    """Configuration of ConvLM. Adds to the fields of `BackboneConfig`:
+
+    Args:
+        kernel_size: number of taps K of each kernel; a list gives one per layer.
+        kernel_sharing: "head" (the channels of a head share one kernel, H kernels) or "channel" (D kernels).
+        kernel_normalization: "softmax" (weights are positive and sum to one) or "none" (used as they are).
+        kernel_init: "decay" (head h starts as exp(-lag / tau_h), tau log-spaced from 1.5 to K / 1.5) or "uniform".
+        gate: "none", or "input_output": C * conv(B * v), B and C projected from the layer's input.
+        dilation: distance in tokens between taps; a list gives one per layer.
+        conv_implementation: "auto", or one of "toeplitz", "conv1d", "fft": the same function, computed differently.
+            "fft" rounds differently for every length, so it is used without a generation state only.
+
+    `layer_types` takes "causal_conv" (or "conv") and "full_attention".
+    """
+
+    model_type = "conv_lm"
+    mixer_types: ClassVar[tuple[str, ...]] = ("causal_conv", "full_attention")
+
+    position_embedding_type: Literal["none", "learned", "rope"] = "none"
+    kernel_size: int | list[int] = 64
+    kernel_sharing: Literal["head", "channel"] = "head"
+    kernel_normalization: Literal["softmax", "none"] = "softmax"
+    kernel_init: Literal["decay", "uniform"] = "decay"
+    gate: Literal["none", "input_output"] = "none"
+    dilation: int | list[int] = 1
+    conv_implementation: Literal["auto", "toeplitz", "conv1d", "fft"] = "auto"
+
+    def __post_init__(self, **kwargs):
+        if self.layer_types is not None:
+            # transformers' own name "conv" stands for a cache layer that cannot count tokens: ours has its own name
+            self.layer_types = ["causal_conv" if kind == "conv" else kind for kind in self.layer_types]
+        super().__post_init__(**kwargs)
+
+    def per_layer(self, name: str) -> list[int]:
+        """`kernel_size` or `dilation` as one value per layer."""
+        value = getattr(self, name)
+        return value if isinstance(value, list) else [value] * self.num_hidden_layers
+
+    @property
+    def receptive_field(self) -> int | None:
+        """Tokens (itself included) that an output can depend on: 1 + sum of (K - 1) * dilation; None if unlimited."""
+        if "full_attention" in self.layer_types:
+            return None
+        return 1 + sum((k - 1) * d for k, d in zip(self.per_layer("kernel_size"), self.per_layer("dilation")))
+
+    def validate_convolution(self):
+        for name in ("kernel_size", "dilation"):
+            values = self.per_layer(name)
+            if len(values) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` has {len(values)} entries for `num_hidden_layers` ({self.num_hidden_layers}): give one "
+                    "number, or one per layer."
+                )
+            if min(values) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        if not self.is_decoder:
+            raise ValueError("ConvLM is causal: `is_decoder` must be True. SoftmaxLM has a bidirectional form.")
+
+    @classmethod
+    def source_preset(cls, **overrides) -> "ConvLMConfig":
+        """The configuration of the article that proposed this mixer (MikeyBeez, DifferentialLR, zenodo 18498944).
+
+        Width 256, 6 layers, 8 heads, K = 64 softmax-normalised taps a head starting uniform, GELU MLP of 4x, pre-norm,
+        no position embedding, an untied head with bias, GPT-2's vocabulary.
+        """
+        source = {
+            "vocab_size": 50257,
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "kernel_size": 64,
+            "kernel_init": "uniform",
+            "position_embedding_type": "none",
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+            "lm_head_bias": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        }
+        return cls(**{**source, **overrides})
+
+
+__all__ = ["ConvLMConfig"]

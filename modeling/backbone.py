@@ -1,0 +1,355 @@
+"""What every ordnung family shares: embeddings, norm, MLP, layer, softmax attention and the base model.
+
+A family adds a `Mixer`: the part of a layer that moves information between tokens. Mixers enter themselves in the table
+`MIXERS` under their `layer_type`, and `config.layer_types` says which one each layer of a stack uses.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from ordnung.configuration.configuration_backbone import BackboneConfig
+
+MIXERS: dict[str, type["Mixer"]] = {}
+
+
+class Mixer(nn.Module):
+    """Base class of the token mixers.
+
+    A subclass sets `layer_type`, implements `forward`, `make_mask`, `flops` and `cache_bytes`, and, where it has
+    parameters of its own outside of `nn.Linear`, `init_weights`.
+    """
+
+    layer_type: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.layer_type is not None:
+            MIXERS[cls.layer_type] = cls
+
+    def __init__(self, config: BackboneConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, N, D)
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the mixed states (B, N, D) and, where there are any, the mixing weights (B, H, N, keys)."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `forward`.")
+
+    @staticmethod
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
+        """The mask that `forward` takes, made once per model call for all layers of this type.
+
+        `attention_mask` is (B, tokens so far) with 1 for real tokens, a mask that the layer takes as it is, or None.
+        """
+        raise NotImplementedError("A mixer must implement `make_mask`.")
+
+    def init_weights(self, std: float) -> None:
+        """Initialise the parameters that belong to this module itself."""
+
+    def flops(self, seq_len: int) -> int:
+        """FLOPs of a forward pass over one sequence, two per multiply-add."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `flops`.")
+
+    def cache_bytes(self, seq_len: int, itemsize: int) -> int:
+        """Bytes of the generation state of one sequence after `seq_len` tokens, `itemsize` bytes an element."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `cache_bytes`.")
+
+
+def linear_flops(module: nn.Module) -> int:
+    """FLOPs per token of the linear layers in `module`."""
+    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+class Attention(Mixer):
+    """Softmax attention (Vaswani et al. 2017, section 3.2), causal or bidirectional.
+
+    head = softmax(Q K^T / sqrt(d)) V. Training and prefill O(N^2), decoding O(N) a token, state 2 N rows.
+    """
+
+    layer_type = "full_attention"
+
+    def __init__(self, config: BackboneConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = config.is_decoder
+        self.num_key_value_groups = 1  # read by the attention functions
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, N, D / H)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+    @staticmethod
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
+        if config.is_decoder:
+            return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return create_bidirectional_mask(config, inputs_embeds, attention_mask)
+
+    def flops(self, seq_len: int) -> int:
+        pairs = seq_len * (seq_len + 1) // 2 if self.is_causal else seq_len**2
+        return linear_flops(self) * seq_len + 4 * pairs * self.config.hidden_size
+
+    def cache_bytes(self, seq_len: int, itemsize: int) -> int:
+        return 2 * seq_len * self.config.hidden_size * itemsize
+
+
+class MLP(nn.Module):
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.chunk_size = config.chunk_size_feed_forward
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.chunk_size:
+            # bounds the widest activation of the model; any length, unlike transformers' apply_chunking_to_forward
+            return torch.cat([self.transform(part) for part in hidden_states.split(self.chunk_size, dim=1)], dim=1)
+        return self.transform(hidden_states)
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class BackboneLayer(GradientCheckpointingLayer):
+    """Mixer and MLP, each with a residual connection, normed before (`pre`) or after the sum (`post`)."""
+
+    def __init__(self, config: BackboneConfig, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        self.mlp = MLP(config)
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        if self.pre_norm:
+            hidden_states = hidden_states + self.dropout(self.mixer(self.mixer_norm(hidden_states), **kwargs)[0])
+            return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        hidden_states = self.mixer_norm(hidden_states + self.dropout(self.mixer(hidden_states, **kwargs)[0]))
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+    def flops(self, seq_len: int) -> int:
+        return self.mixer.flops(seq_len) + linear_flops(self.mlp) * seq_len
+
+
+class BackbonePreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving for every family; a family's subclass names its config class."""
+
+    config: BackboneConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BackboneLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": BackboneLayer, "attentions": Mixer}
+    # Name endings of parameters that weight decay would harm; scripts/pretrain.py reads it.
+    _no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Mixer):
+            module.init_weights(std)
+        elif isinstance(module, BackboneLayer):
+            # the residual stream sums 2 L terms: start them small enough that its variance stays near one layer's
+            for projection in (module.mixer.out_proj, module.mlp.down_proj):
+                init.normal_(projection.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+
+
+class BackboneModel(BackbonePreTrainedModel):
+    """Token and position embeddings, the layers, and the final norm."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_embedding_type == "rope":
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        if config.norm_position == "post":
+            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList([BackboneLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.norm_position == "pre"
+            else nn.Identity()
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Runs the stack.
+
+        Args:
+            input_ids: (B, N) token ids; or give `inputs_embeds`.
+            attention_mask: (B, past + N), 1 for real tokens and 0 for padding, wherever it lies; rows are computed as
+                if they stood alone and unpadded. Or a dictionary of ready masks by layer type.
+            position_ids: (B, N); by default each row's real tokens are counted from zero.
+            past_key_values: the state returned by an earlier call, to continue it.
+            inputs_embeds: (B, N, D) in place of `input_ids`.
+            use_cache: return the generation state in `past_key_values`.
+
+        Raises:
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, the mask does not fit the
+                tokens, or a position lies outside the learned table.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if not self.config.is_decoder:
+            past_key_values = None
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
+        if not isinstance(attention_mask, dict):
+            self.check_mask(inputs_embeds, attention_mask, past_key_values)
+            attention_mask = {
+                kind: MIXERS[kind].make_mask(
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for kind in dict.fromkeys(self.config.layer_types)
+            }
+
+        hidden_states, position_embeddings = inputs_embeds, None
+        if self.config.position_embedding_type == "learned":
+            self.check_positions(position_ids)
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        elif self.config.position_embedding_type == "rope":
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        if self.config.norm_position == "post":
+            hidden_states = self.embed_norm(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask[layer.mixer.layer_type],
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def flops(self, seq_len: int) -> int:
+        """FLOPs of a forward pass over one sequence of `seq_len` tokens, two per multiply-add.
+
+        Counts the matrix products and the mixing; embeddings, norms and activations are left out.
+        """
+        return sum(layer.flops(seq_len) for layer in self.layers)
+
+    def cache_bytes(self, seq_len: int) -> int:
+        """Bytes of the generation state of one sequence after `seq_len` tokens, in the dtype of the weights."""
+        return sum(layer.mixer.cache_bytes(seq_len, self.dtype.itemsize) for layer in self.layers)
+
+    @staticmethod
+    def default_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.LongTensor:
+        """(B, N), or (1, N) where all rows are alike: the number of real tokens before each."""
+        length = inputs_embeds.shape[1]
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+    def check_mask(self, inputs_embeds, attention_mask, past_key_values) -> None:
+        if attention_mask is None or is_tracing(inputs_embeds):
+            return
+        B, N = inputs_embeds.shape[:2]
+        if attention_mask.ndim == 4 and set(self.config.layer_types) == {"full_attention"}:
+            return  # a ready mask, as transformers' own attention models take
+        tokens = N + int(past_key_values.get_seq_length() if past_key_values is not None else 0)
+        if tuple(attention_mask.shape) != (B, tokens):
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but {B} rows of {tokens} tokens (those in "
+                f"`past_key_values` included) need ({B}, {tokens}): 1 for each real token, 0 for each padding token."
+            )
+
+    def check_positions(self, position_ids) -> None:
+        if is_tracing(position_ids):
+            return
+        highest = int(position_ids.max())
+        if highest >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"Position {highest} is outside the learned table of `max_position_embeddings` "
+                f"({self.config.max_position_embeddings}): shorten the input, or train with more positions, "
+                "position_embedding_type='rope' or, for ConvLM, 'none'."
+            )
+
+
+__all__ = ["MIXERS", "Attention", "BackboneLayer", "BackboneModel", "BackbonePreTrainedModel", "Mixer"]

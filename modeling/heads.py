@@ -1,0 +1,315 @@
+"""The task heads, written once for every family.
+
+A family's head class inherits its own `PreTrainedModel` base and one class from here, and names its base model in
+`model_class`. Class names must end as these do: transformers chooses the loss by that ending.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from ordnung.configuration.configuration_backbone import BackboneConfig
+from ordnung.modeling.backbone import BackbonePreTrainedModel, linear_flops
+
+
+class Head(BackbonePreTrainedModel):
+    """A base model under `model` and something on top of it."""
+
+    model_class: type
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.add_head(config)
+        self.post_init()
+
+    def add_head(self, config: BackboneConfig) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must implement `add_head`.")
+
+    def flops(self, seq_len: int) -> int:
+        """FLOPs of a forward pass over one sequence of `seq_len` tokens: those of the base model and of the head."""
+        return self.model.flops(seq_len) + self.head_flops(seq_len)
+
+    def head_flops(self, seq_len: int) -> int:
+        return seq_len * sum(linear_flops(part) for name, part in self.named_children() if name != "model")
+
+    def cache_bytes(self, seq_len: int) -> int:
+        """Bytes of the generation state of one sequence after `seq_len` tokens, in the dtype of the weights."""
+        return self.model.cache_bytes(seq_len)
+
+
+class ForCausalLM(Head, GenerationMixin):
+    """Next-token prediction. `labels` (B, N) are the input ids, shifted inside; -100 is ignored."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def add_head(self, config):
+        if not config.is_decoder:
+            raise ValueError(f"{type(self).__name__} needs a causal model: `is_decoder` is False, set it to True.")
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, kept, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MaskedLMHead(nn.Module):
+    """Dense, activation, norm, then the vocabulary, as in BERT (Devlin et al. 2019)."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.norm(self.act_fn(self.dense(hidden_states))))
+
+
+class ForMaskedLM(Head):
+    """Prediction of masked tokens. `labels` (B, N) hold the true ids where a token is scored and -100 elsewhere."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
+
+    def add_head(self, config):
+        if config.is_decoder:
+            raise ValueError(f"{type(self).__name__} needs a bidirectional model: set `is_decoder` to False.")
+        self.lm_head = MaskedLMHead(config)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)  # (B, N, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ClassificationHead(Head):
+    """Base of the heads whose loss is a plain mean over the batch."""
+
+    # Trainer would otherwise trust the loss to be divided by the items of all accumulated batches, which these losses
+    # are not: gradients would come out multiplied by the number of accumulation steps.
+    accepts_loss_kwargs = False
+
+    def add_dropout(self, config):
+        rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(rate)
+
+
+class ForSequenceClassification(ClassificationHead):
+    """One label per sequence, read from its last real token (causal) or its first one (bidirectional).
+
+    Real tokens are those of `attention_mask`; without one, those that differ from `config.pad_token_id`.
+    """
+
+    def add_head(self, config):
+        self.num_labels = config.num_labels
+        self.add_dropout(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        B, N = hidden_states.shape[:2]
+        read = self.read_positions(input_ids, attention_mask, B, N).to(hidden_states.device)
+        pooled = hidden_states[torch.arange(B, device=hidden_states.device), read]  # (B, D)
+        logits = self.score(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def head_flops(self, seq_len: int) -> int:
+        return linear_flops(self.score)
+
+    def read_positions(self, input_ids, attention_mask, B: int, N: int) -> torch.LongTensor:
+        """(B,) index of the token that each row is classified by."""
+        pad = self.config.pad_token_id
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            real = attention_mask[:, -N:] != 0
+        elif input_ids is not None and pad is not None:
+            real = input_ids != pad
+        elif B > 1 and pad is None:
+            raise ValueError(
+                f"{type(self).__name__} cannot tell the real tokens of {B} rows: give an `attention_mask`, or set "
+                "`config.pad_token_id`."
+            )
+        else:
+            return torch.full((B,), N - 1 if self.config.is_decoder else 0)
+        index = torch.arange(N, device=real.device)
+        if self.config.is_decoder:
+            return torch.where(real, index, -1).amax(1)
+        return torch.where(real, index, N).amin(1).clamp(max=N - 1)
+
+
+class ForTokenClassification(ClassificationHead):
+    """One label per token. `labels` (B, N); -100 is ignored."""
+
+    def add_head(self, config):
+        self.num_labels = config.num_labels
+        self.add_dropout(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))  # (B, N, labels)
+        loss = self.loss_function(logits, labels, self.config) if labels is not None else None
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForQuestionAnswering(ClassificationHead):
+    """Start and end of the answer span: two scores per token."""
+
+    def add_head(self, config):
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, N) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "ForCausalLM",
+    "ForMaskedLM",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+]

@@ -1,0 +1,135 @@
+"""Causal convolution of a sequence with short learned kernels, one per head.
+
+Legend: B batch, N tokens, D channels, H heads (D = H * P), P channels a head, K taps, C block of tokens, L dilation.
+
+    y[b, n, (h, p)] = sum over k of kernel[h, k] * v[b, n - k * L, (h, p)],   v before the first token is `state` or zero
+
+`kernel[:, 0]` weighs the current token. Every implementation computes this; they differ in speed only.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def causal_conv_naive(v, kernel, dilation=1, state=None):
+    """The formula, tap by tap, in the dtype of its arguments.
+
+    Args:
+        v: (B, N, D).
+        kernel: (H, K), D a multiple of H.
+        dilation: tokens between taps.
+        state: (B, S, D), the S tokens before `v`, or None.
+
+    Returns:
+        (B, N, D).
+    """
+    if state is not None:
+        return causal_conv_naive(torch.cat([state, v], dim=1), kernel, dilation)[:, state.shape[1] :]
+    weight = kernel.repeat_interleave(v.shape[2] // kernel.shape[0], dim=0)  # (D, K)
+    y = torch.zeros_like(v)
+    for k in range(kernel.shape[1]):
+        lag = k * dilation
+        y[:, lag:] += weight[:, k] * v[:, : max(0, v.shape[1] - lag)]
+    return y
+
+
+def causal_conv(v, kernel, dilation=1, state=None, implementation="auto"):
+    """Causal convolution by the implementation asked for.
+
+    Args:
+        v: (B, N, D).
+        kernel: (H, K), D a multiple of H, in the dtype of `v`.
+        dilation: tokens between taps.
+        state: (B, S, D), the S tokens before `v`, or None for zeros.
+        implementation: "toeplitz", "conv1d", "fft", or "auto", which takes the fastest of the first two.
+
+    Returns:
+        (B, N, D).
+    """
+    N = v.shape[1]
+    history = (kernel.shape[1] - 1) * dilation
+    if state is not None:
+        v = torch.cat([state[:, max(0, state.shape[1] - history) :], v], dim=1)
+    if N == 1:
+        return last_output(v, kernel, dilation)
+    if dilation > 1:
+        # tokens a multiple of the dilation apart never meet the others: fold the phases into the batch
+        B, M, D = v.shape
+        v = F.pad(v, (0, 0, -M % dilation, 0))  # in front, so that the last tokens stay last
+        v = v.view(B, -1, dilation, D).transpose(1, 2).reshape(B * dilation, -1, D)
+        y = IMPLEMENTATIONS[implementation](v, kernel)
+        y = y.view(B, dilation, -1, D).transpose(1, 2).reshape(B, -1, D)
+    else:
+        y = IMPLEMENTATIONS[implementation](v, kernel)
+    return y[:, y.shape[1] - N :]
+
+
+def last_output(v, kernel, dilation):
+    """The output at the last token of `v` (B, M, D) alone: (B, 1, D)."""
+    B, M, D = v.shape
+    H, K = kernel.shape
+    taps = v[:, (M - 1) % dilation :: dilation][:, -K:]  # (B, <=K, D), oldest first
+    weight = kernel[:, : taps.shape[1]].flip(1)  # (H, <=K)
+    return torch.einsum("bkhp,hk->bhp", taps.view(B, -1, H, D // H), weight).reshape(B, 1, D)
+
+
+def toeplitz_blocks(kernel, block):
+    """The banded Toeplitz matrix of `kernel` (H, K) cut in blocks: (H, J, C, C).
+
+    Block j takes the tokens of the block that lies j blocks back to the outputs of the current one.
+    """
+    K = kernel.shape[1]
+    token = torch.arange(block, device=kernel.device)
+    back = torch.arange((K - 1 + block - 1) // block + 1, device=kernel.device)  # (J,)
+    lag = token[:, None] - token[None, :] + block * back[:, None, None]  # (J, C, C)
+    inside = (lag >= 0) & (lag < K)
+    return torch.where(inside, kernel[:, lag.clamp(0, K - 1)], kernel.new_zeros(()))
+
+
+def toeplitz_conv(v, kernel):
+    """As a product with the banded Toeplitz matrix of the kernel, in blocks of tokens, all heads in one batch.
+
+    `v` is laid out once as (H, C, columns), a column a (block, channel) pair, so that the j-th block diagonal of the matrix
+    meets the same columns j blocks earlier: J products of (C, C) with (C, columns), no copy per tap, exact zeros above
+    the diagonal. 2 C J FLOPs a channel and token, where C J is K rounded up to blocks plus one block.
+    """
+    B, N, D = v.shape
+    H, K = kernel.shape
+    # half the kernel: small enough to waste little on the triangle, large enough for the matrix units
+    block = min(128, max(16, 1 << (K - 1).bit_length() >> 1))
+    matrix = toeplitz_blocks(kernel, block)
+    J, P = matrix.shape[1], D // H
+    blocks = -(-N // block)
+    columns = F.pad(v, (0, 0, (J - 1) * block, blocks * block - N))
+    columns = columns.view(B, blocks + J - 1, block, H, P).permute(3, 2, 0, 1, 4).reshape(H, block, -1)
+    # sequences lie one after the other with J - 1 blocks of zeros between, whose outputs are dropped below
+    width = columns.shape[2] - (J - 1) * P
+    y = torch.bmm(matrix[:, 0], columns[:, :, (J - 1) * P :])
+    for j in range(1, J):
+        start = (J - 1 - j) * P
+        y = torch.baddbmm(y, matrix[:, j], columns[:, :, start : start + width])
+    y = F.pad(y, (0, (J - 1) * P)).view(H, block, B, -1, P)[:, :, :, :blocks]
+    return y.permute(2, 3, 1, 0, 4).reshape(B, blocks * block, D)[:, :N]
+
+
+def conv1d_conv(v, kernel):
+    """With torch's depthwise convolution."""
+    weight = kernel.flip(1).repeat_interleave(v.shape[2] // kernel.shape[0], dim=0).unsqueeze(1)  # (D, 1, K)
+    y = F.conv1d(F.pad(v.transpose(1, 2), (kernel.shape[1] - 1, 0)), weight, groups=v.shape[2])
+    return y.transpose(1, 2)
+
+
+def fft_conv(v, kernel):
+    """With the fast Fourier transform, O(N log N) for any K; rounding lets outputs see later tokens at about 1e-6.
+
+    Computed in float32 at least: half precision has no FFT on a CPU, and only powers of two on a GPU.
+    """
+    B, N, D = v.shape
+    size = 1 << (N + kernel.shape[1] - 2).bit_length()
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    spectrum = torch.fft.rfft(kernel.to(dtype), n=size).t()  # (F, H)
+    heads = torch.fft.rfft(v.to(dtype).view(B, N, kernel.shape[0], -1), n=size, dim=1)  # (B, F, H, P)
+    return torch.fft.irfft(heads * spectrum[:, :, None], n=size, dim=1)[:, :N].reshape(B, N, D).to(v.dtype)
+
+
+IMPLEMENTATIONS = {"auto": toeplitz_conv, "toeplitz": toeplitz_conv, "conv1d": conv1d_conv, "fft": fft_conv}
