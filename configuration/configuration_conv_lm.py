@@ -62,7 +62,7 @@ class ConvLMConfig(BackboneConfig):
                     f"`{name}` has {len(values)} entries for `num_hidden_layers` ({self.num_hidden_layers}): give one "
                     "number, or one per layer."
                 )
-            if min(values) < 1:
+            if any(value < 1 for value in values):
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
         if not self.is_decoder:
             raise ValueError("ConvLM is causal: `is_decoder` must be True. SoftmaxLM has a bidirectional form.")

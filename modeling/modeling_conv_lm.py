@@ -26,8 +26,8 @@ logger = logging.get_logger(__name__)
 class CausalConvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """Generation state of a convolution: the values of each row's last (K - 1) * dilation real tokens.
 
-    `conv_states[0]` is (B, rows, D), oldest first, zeros where a row has had fewer tokens. The token count comes on top of
-    transformers' convolution state, so that a stack without any attention layer can generate.
+    `conv_states[0]` is (B, rows, D), oldest first, zeros where a row has had fewer tokens. The token count comes on top
+    of transformers' convolution state, so that a stack without any attention layer can generate.
     """
 
     _layer_type = "causal_conv"
@@ -164,7 +164,7 @@ class CausalConvolution(Mixer):
 
         lengths = None
         if attention_mask is not None:
-            # Close the gaps: real tokens first, zeros after. The values are masked, not the input, as v_proj has a bias.
+            # Close the gaps: real tokens first, zeros after. Values are masked and not inputs, as v_proj has a bias.
             real = attention_mask.bool()  # (B, N)
             lengths = real.sum(1)
             order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(values)
@@ -200,8 +200,8 @@ class CausalConvolution(Mixer):
         field = self.config.receptive_field
         if field is not None and field < hidden_states.shape[1]:
             logger.warning_once(
-                f"Training on {hidden_states.shape[1]} tokens, but no output of this stack sees more than {field}: raise "
-                "`kernel_size`, `dilation` or `num_hidden_layers`, or put a 'full_attention' layer in `layer_types`."
+                f"Training on {hidden_states.shape[1]} tokens, but no output of this stack sees more than {field}: "
+                "raise `kernel_size`, `dilation` or `num_hidden_layers`, or add a 'full_attention' layer."
             )
 
     @staticmethod

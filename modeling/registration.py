@@ -1,9 +1,9 @@
 """Makes the families known to transformers' Auto classes without importing a model.
 
 transformers' Auto classes look classes up by name and import them at first use. The families are entered in the same
-tables, as if they were in its tree, and resolve to this package's lazy names. Beyond loading, that has `Trainer` treat a
-causal head as one (its label smoothing shifts labels for the names in that table only). The tables take a third of a
-second to import, so they are filled when something else imports them.
+tables, as if they were in its tree, and resolve to this package's lazy names. Beyond loading, that has `Trainer` treat
+a causal head as one (its label smoothing shifts labels for the names in that table only). The tables take a third of
+a second to import, so they are filled when something else imports them.
 """
 
 import importlib

@@ -2,7 +2,7 @@
 
 Legend: B batch, N tokens, D channels, H heads (D = H * P), P channels a head, K taps, C block of tokens, L dilation.
 
-    y[b, n, (h, p)] = sum over k of kernel[h, k] * v[b, n - k * L, (h, p)],   v before the first token is `state` or zero
+    y[b, n, (h, p)] = sum over k of kernel[h, k] * v[b, n - k * L, (h, p)],   v before the first token: `state` or 0
 
 `kernel[:, 0]` weighs the current token. Every implementation computes this; they differ in speed only.
 """
@@ -41,7 +41,8 @@ def causal_conv(v, kernel, dilation=1, state=None, implementation="auto"):
         kernel: (H, K), D a multiple of H, in the dtype of `v`.
         dilation: tokens between taps.
         state: (B, S, D), the S tokens before `v`, or None for zeros.
-        implementation: "toeplitz", "conv1d", "fft", or "auto", which takes the fastest of the first two.
+        implementation: "toeplitz", "conv1d", "fft", or "auto": the first, which is the fastest at every K <= 512 that
+            was measured, or the second in `torch.export`.
 
     Returns:
         (B, N, D).
@@ -52,16 +53,11 @@ def causal_conv(v, kernel, dilation=1, state=None, implementation="auto"):
         v = torch.cat([state[:, max(0, state.shape[1] - history) :], v], dim=1)
     if N == 1:
         return last_output(v, kernel, dilation)
-    if dilation > 1:
-        # tokens a multiple of the dilation apart never meet the others: fold the phases into the batch
-        B, M, D = v.shape
-        v = F.pad(v, (0, 0, -M % dilation, 0))  # in front, so that the last tokens stay last
-        v = v.view(B, -1, dilation, D).transpose(1, 2).reshape(B * dilation, -1, D)
-        y = IMPLEMENTATIONS[implementation](v, kernel)
-        y = y.view(B, dilation, -1, D).transpose(1, 2).reshape(B, -1, D)
-    else:
-        y = IMPLEMENTATIONS[implementation](v, kernel)
-    return y[:, y.shape[1] - N :]
+    if implementation == "auto":
+        # a graph for any length, and for other runtimes, wants the standard operator
+        implementation = "conv1d" if torch.compiler.is_exporting() else "toeplitz"
+    y = IMPLEMENTATIONS[implementation](v, kernel, dilation)
+    return y.narrow(1, y.shape[1] - N, N)
 
 
 def last_output(v, kernel, dilation):
@@ -86,12 +82,29 @@ def toeplitz_blocks(kernel, block):
     return torch.where(inside, kernel[:, lag.clamp(0, K - 1)], kernel.new_zeros(()))
 
 
+def by_phase(conv):
+    """Gives a convolution of neighbours a dilation: tokens of different phase never meet, so each phase is a row."""
+
+    def dilated(v, kernel, dilation):
+        if dilation == 1:
+            return conv(v, kernel)
+        B, N, D = v.shape
+        steps = (N + dilation - 1) // dilation
+        v = F.pad(v, (0, 0, 0, steps * dilation - N))
+        v = v.view(B, steps, dilation, D).transpose(1, 2).reshape(B * dilation, steps, D)
+        y = conv(v, kernel).view(B, dilation, steps, D).transpose(1, 2)
+        return y.reshape(B, steps * dilation, D)[:, :N]
+
+    return dilated
+
+
+@by_phase
 def toeplitz_conv(v, kernel):
     """As a product with the banded Toeplitz matrix of the kernel, in blocks of tokens, all heads in one batch.
 
-    `v` is laid out once as (H, C, columns), a column a (block, channel) pair, so that the j-th block diagonal of the matrix
-    meets the same columns j blocks earlier: J products of (C, C) with (C, columns), no copy per tap, exact zeros above
-    the diagonal. 2 C J FLOPs a channel and token, where C J is K rounded up to blocks plus one block.
+    `v` is laid out once as (H, C, columns), a column a (block, channel) pair, so that the j-th block diagonal of the
+    matrix meets the same columns j blocks earlier: J products of (C, C) with (C, columns), no copy per tap, exact
+    zeros above the diagonal. 2 C J FLOPs a channel and token, where C J is K rounded up to blocks plus one block.
     """
     B, N, D = v.shape
     H, K = kernel.shape
@@ -99,26 +112,26 @@ def toeplitz_conv(v, kernel):
     block = min(128, max(16, 1 << (K - 1).bit_length() >> 1))
     matrix = toeplitz_blocks(kernel, block)
     J, P = matrix.shape[1], D // H
-    blocks = -(-N // block)
-    columns = F.pad(v, (0, 0, (J - 1) * block, blocks * block - N))
-    columns = columns.view(B, blocks + J - 1, block, H, P).permute(3, 2, 0, 1, 4).reshape(H, block, -1)
+    blocks = (N + block - 1) // block
+    columns = F.pad(v, (0, 0, (J - 1) * block, blocks * block - N)).view(B, blocks + J - 1, block, H, P)
+    columns = columns.permute(3, 2, 0, 1, 4).reshape(H, block, B * (blocks + J - 1) * P)
     # sequences lie one after the other with J - 1 blocks of zeros between, whose outputs are dropped below
-    width = columns.shape[2] - (J - 1) * P
-    y = torch.bmm(matrix[:, 0], columns[:, :, (J - 1) * P :])
+    width = (B * (blocks + J - 1) - (J - 1)) * P
+    y = torch.bmm(matrix[:, 0], columns.narrow(2, (J - 1) * P, width))
     for j in range(1, J):
-        start = (J - 1 - j) * P
-        y = torch.baddbmm(y, matrix[:, j], columns[:, :, start : start + width])
-    y = F.pad(y, (0, (J - 1) * P)).view(H, block, B, -1, P)[:, :, :, :blocks]
-    return y.permute(2, 3, 1, 0, 4).reshape(B, blocks * block, D)[:, :N]
+        y = torch.baddbmm(y, matrix[:, j], columns.narrow(2, (J - 1 - j) * P, width))
+    y = F.pad(y, (0, (J - 1) * P)).view(H, block, B, blocks + J - 1, P).narrow(3, 0, blocks)
+    return y.permute(2, 3, 1, 0, 4).reshape(B, blocks * block, D).narrow(1, 0, N)
 
 
-def conv1d_conv(v, kernel):
+def conv1d_conv(v, kernel, dilation):
     """With torch's depthwise convolution."""
     weight = kernel.flip(1).repeat_interleave(v.shape[2] // kernel.shape[0], dim=0).unsqueeze(1)  # (D, 1, K)
-    y = F.conv1d(F.pad(v.transpose(1, 2), (kernel.shape[1] - 1, 0)), weight, groups=v.shape[2])
-    return y.transpose(1, 2)
+    v = F.pad(v.transpose(1, 2), ((kernel.shape[1] - 1) * dilation, 0))  # (B, D, N + history)
+    return F.conv1d(v, weight, dilation=dilation, groups=v.shape[1]).transpose(1, 2)
 
 
+@by_phase
 def fft_conv(v, kernel):
     """With the fast Fourier transform, O(N log N) for any K; rounding lets outputs see later tokens at about 1e-6.
 
@@ -132,4 +145,4 @@ def fft_conv(v, kernel):
     return torch.fft.irfft(heads * spectrum[:, :, None], n=size, dim=1)[:, :N].reshape(B, N, D).to(v.dtype)
 
 
-IMPLEMENTATIONS = {"auto": toeplitz_conv, "toeplitz": toeplitz_conv, "conv1d": conv1d_conv, "fft": fft_conv}
+IMPLEMENTATIONS = {"toeplitz": toeplitz_conv, "conv1d": conv1d_conv, "fft": fft_conv}

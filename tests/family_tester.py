@@ -1,0 +1,510 @@
+"""The tests that every family passes. A family's test class inherits `FamilyTester` and says what to build."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from transformers.models.auto import modeling_auto
+
+import ordnung
+from ordnung.modeling.backbone import linear_flops
+from ordnung.modeling.registration import heads_of
+
+VOCAB = 50
+PAD = 0
+
+
+def masked_batch():
+    """Three rows of 19: padded on the left, on the right, and in the middle (with one pad at the end)."""
+    ids = torch.randint(1, VOCAB, (3, 19))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    mask[1, -7:] = 0
+    mask[2, [3, 4, 9, 18]] = 0
+    return ids.masked_fill(mask == 0, PAD), mask
+
+
+def cache_tensors(cache):
+    """Every tensor of the generation state whose first dimension is the batch."""
+    for layer in cache.layers:
+        states = [layer.keys, layer.values, *getattr(layer, "conv_states", {}).values()]
+        yield from (state for state in states if state is not None)
+
+
+class FamilyTester:
+    model_type: str
+    # name -> config arguments on top of `base_arguments`
+    variants: dict[str, dict] = {"default": {}}
+    counted_variant = "default"  # one whose mixing torch's FLOP counter sees
+    mixing_exponent: int  # of the number of tokens, in the FLOPs of mixing
+    state_grows: bool
+    # variants that transformers computes in float32 only
+    single_precision: tuple[str, ...] = ()
+    base_arguments = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "eos_token_id": VOCAB - 1,
+    }
+
+    def config(self, variant="default", **overrides):
+        arguments = {**self.base_arguments, **self.variants[variant], **overrides}
+        return AutoConfig.for_model(self.model_type, **arguments)
+
+    def model(self, variant="default", head="AutoModelForCausalLM", dtype=None, **overrides):
+        if dtype is None:
+            dtype = torch.float32 if variant in self.single_precision else torch.float64
+        model = getattr(modeling_auto, head).from_config(self.config(variant, **overrides)).eval().to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():  # away from the initial zeros, where mistakes hide
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    def heads(self, is_decoder=True):
+        """Auto class names that work for a causal or for a bidirectional config of this family."""
+        without = "AutoModelForMaskedLM" if is_decoder else "AutoModelForCausalLM"
+        return [head for head in heads_of(self.model_type) if head != without]
+
+    def assert_equal(self, got, expected, variant="default"):
+        """Equal up to the rounding of float64, or of float32 where that is what the variant computes in."""
+        atol = 1e-5 if variant in self.single_precision else 1e-10
+        torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+    # registration, saving, loading
+
+    def test_auto_classes_know_every_head(self, tmp_path):
+        for head, name in heads_of(self.model_type).items():
+            model = self.model(head=head, dtype=torch.float32, is_decoder=head != "AutoModelForMaskedLM")
+            assert type(model) is getattr(ordnung, name)
+            ids = torch.randint(1, VOCAB, (2, 9))
+            expected = model(ids, attention_mask=torch.ones_like(ids))[0]
+            model.save_pretrained(tmp_path / name)
+            loaded = getattr(modeling_auto, head).from_pretrained(tmp_path / name).eval()
+            assert type(loaded) is type(model)
+            assert torch.equal(loaded(ids, attention_mask=torch.ones_like(ids))[0], expected)
+
+    def test_config_survives_saving(self, variant, tmp_path):
+        config = self.config(variant)
+        config.save_pretrained(tmp_path)
+        loaded = AutoConfig.from_pretrained(tmp_path)
+        assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+
+    def test_causal_names_are_in_the_table_that_trainer_reads(self):
+        name = heads_of(self.model_type)["AutoModelForCausalLM"]
+        assert name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    def test_base_model_loads_from_a_head_checkpoint(self, tmp_path):
+        model = self.model(dtype=torch.float32)
+        model.save_pretrained(tmp_path)
+        ids = torch.randint(1, VOCAB, (1, 7))
+        assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], model.model(ids)[0])
+
+    def test_embeddings_resize(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB, (1, 7))
+        before = model(ids).logits
+        model.resize_token_embeddings(VOCAB + 6)
+        after = model(ids).logits
+        assert after.shape[-1] == VOCAB + 6
+        torch.testing.assert_close(after[..., :VOCAB], before)
+
+    # what the model computes
+
+    def test_future_tokens_change_nothing(self, variant):
+        model = self.model(variant, dtype=torch.float32)
+        ids = torch.randint(1, VOCAB - 1, (2, 37))
+        for changed in (1, 20, 36):
+            other = ids.clone()
+            other[:, changed] += 1
+            first, second = model(ids).logits, model(other).logits
+            assert torch.equal(first[:, :changed], second[:, :changed])
+            assert not torch.equal(first[:, changed:], second[:, changed:])
+
+    def test_padded_rows_equal_rows_alone(self, variant):
+        model = self.model(variant)
+        ids, mask = masked_batch()
+        logits = model(ids, attention_mask=mask).logits
+        for row in range(len(ids)):
+            real = mask[row] == 1
+            alone = model(ids[row][real][None]).logits[0]
+            self.assert_equal(logits[row][real], alone, variant)
+            one_row = model(ids[row : row + 1], attention_mask=mask[row : row + 1]).logits[0]
+            self.assert_equal(one_row[real], alone, variant)
+
+    def test_garbage_under_the_mask_changes_nothing(self, variant):
+        model = self.model(variant)
+        ids, mask = masked_batch()
+        other = torch.where(mask == 1, ids, torch.randint_like(ids, 1, VOCAB))
+        real = mask == 1
+        self.assert_equal(
+            model(ids, attention_mask=mask).logits[real], model(other, attention_mask=mask).logits[real], variant
+        )
+
+    def test_gradient_checkpointing_changes_no_gradient(self, variant):
+        model = self.model(variant).train()
+        ids = torch.randint(1, VOCAB, (2, 21))
+
+        def gradients():
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+        plain = gradients()
+        model.gradient_checkpointing_enable()
+        for a, b in zip(plain, gradients(), strict=True):
+            self.assert_equal(a, b, variant)
+
+    def test_every_parameter_learns(self, variant):
+        model = self.model(variant).train()
+        ids = torch.randint(1, VOCAB, (2, 21))
+        model(ids, labels=ids).loss.backward()
+        without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        # a key bias shifts all scores of a query alike: its true gradient is zero
+        assert [name for name in without if not name.endswith("k_proj.bias")] == []
+
+    def test_bfloat16_stays_near_float32(self, variant):
+        model = self.model(variant, dtype=torch.float32)
+        ids = torch.randint(1, VOCAB, (2, 33))
+        expected = model(ids).logits
+        error = (copy.deepcopy(model).bfloat16()(ids).logits.float() - expected).norm() / expected.norm()
+        assert error < 0.05
+
+    def test_chunked_feed_forward_is_equal(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB, (2, 21))
+        expected = model(ids).logits
+        for layer in model.model.layers:
+            layer.mlp.chunk_size = 8
+        self.assert_equal(model(ids).logits, expected, variant)
+
+    def test_graph_captures_whole_forward(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB, (2, 21))
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        self.assert_equal(compiled(ids, use_cache=False).logits, model(ids).logits, variant)
+
+    def test_exports_with_dynamic_length(self, variant):
+        model = self.model(variant)
+        length = torch.export.Dim("length", min=2, max=64)
+        with torch.no_grad():
+            program = torch.export.export(
+                model,
+                (torch.randint(1, VOCAB, (1, 24)),),
+                {"use_cache": False},
+                dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+                strict=False,
+            )
+        for tokens in (5, 40):
+            ids = torch.randint(1, VOCAB, (1, tokens))
+            self.assert_equal(program.module()(ids, use_cache=False).logits, model(ids).logits, variant)
+
+    # the generation state
+
+    @pytest.mark.parametrize("split", [[19], [1] * 19, [7, 12], [12, 1, 6], [3, 3, 3, 10]])
+    def test_steps_equal_one_pass(self, variant, split):
+        model = self.model(variant)
+        ids, mask = masked_batch()
+        expected = model(ids, attention_mask=mask).logits
+        state, logits, done = None, [], 0
+        for tokens in split:
+            outputs = model(
+                ids[:, done : done + tokens],
+                attention_mask=mask[:, : done + tokens],
+                past_key_values=state,
+                use_cache=True,
+            )
+            state, done = outputs.past_key_values, done + tokens
+            logits.append(outputs.logits)
+        real = mask == 1
+        self.assert_equal(torch.cat(logits, 1)[real], expected[real], variant)
+
+    def test_decoding_after_right_padding(self, variant):
+        model = self.model(variant)
+        ids, mask = masked_batch()
+        more = torch.randint(1, VOCAB, (3, 4))
+        outputs = model(ids, attention_mask=mask, use_cache=True)
+        for step in range(4):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
+            outputs = model(
+                more[:, step : step + 1],
+                attention_mask=mask,
+                past_key_values=outputs.past_key_values,
+                use_cache=True,
+            )
+            for row in range(3):
+                whole = torch.cat([ids[row][mask[row, : ids.shape[1]] == 1], more[row, : step + 1]])
+                alone = model(whole[None]).logits[0, -1]
+                self.assert_equal(outputs.logits[row, -1], alone, variant)
+
+    def test_state_operations(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB, (3, 15))
+        token = torch.randint(1, VOCAB, (3, 1))
+
+        def state(rows=slice(None), tokens=15):
+            return model(ids[rows, :tokens], use_cache=True).past_key_values
+
+        def step(past, rows=slice(None)):
+            return model(token[rows], past_key_values=past, use_cache=True).logits
+
+        expected = step(state())
+        past, order = state(), torch.tensor([2, 0, 0])
+        past.reorder_cache(order)
+        self.assert_equal(step(past, order), expected[order], variant)
+        past, chosen = state(), torch.tensor([2, 1])
+        past.batch_select_indices(chosen)
+        self.assert_equal(step(past, chosen), expected[chosen], variant)
+        past, repeated = state(), torch.tensor([0, 0, 1, 1, 2, 2])
+        past.batch_repeat_interleave(2)
+        self.assert_equal(step(past, repeated), expected[repeated], variant)
+        past = state()
+        past.reset()
+        self.assert_equal(model(ids, past_key_values=past, use_cache=True).logits, model(ids).logits, variant)
+        past = DynamicCache(config=model.config)
+        past.activate_past_recording()
+        model(ids, past_key_values=past, use_cache=True)
+        model(token, past_key_values=past, use_cache=True)
+        past.crop(-4)
+        assert past.get_seq_length() == 12
+        self.assert_equal(step(past), step(state(tokens=12)), variant)
+
+    def test_state_bytes_are_as_predicted(self, variant):
+        model = self.model(variant, dtype=torch.float32, vocab_size=VOCAB)
+        for tokens in (40, 60):
+            past = model(torch.randint(1, VOCAB, (1, tokens)), use_cache=True).past_key_values
+            held = sum(t.numel() * t.element_size() for t in cache_tensors(past))
+            assert held == model.cache_bytes(tokens)
+        if variant == "default":
+            assert (model.cache_bytes(60) > model.cache_bytes(40)) == self.state_grows
+
+    # generation: every mode equals the model without a state
+
+    def generate(self, model, ids, **arguments):
+        arguments = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, **arguments}
+        return model.generate(ids, pad_token_id=PAD, **arguments)
+
+    @pytest.mark.parametrize(
+        "mode",
+        [
+            {},
+            {"num_beams": 3},
+            {"num_beams": 3, "num_return_sequences": 2},
+            {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
+            {"repetition_penalty": 1.3},
+        ],
+        ids=["greedy", "beam", "beam-returns", "sampling", "penalty"],
+    )
+    def test_generation_modes(self, variant, mode):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB - 1, (2, 11))
+        torch.manual_seed(1)
+        expected = self.generate(model, ids, use_cache=False, **mode)
+        torch.manual_seed(1)
+        assert torch.equal(self.generate(model, ids, **mode), expected)
+
+    @pytest.mark.parametrize(
+        "mode",
+        [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}],
+        ids=["prompt-lookup", "chunked-prefill", "static-cache"],
+    )
+    def test_cached_modes_equal_greedy(self, variant, mode):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB - 1, (1, 5)).repeat(1, 4)  # repetitive, so that look-ups hit
+        expected = self.generate(model, ids, use_cache=False)
+        assert torch.equal(self.generate(model, ids, disable_compile=True, **mode), expected)
+
+    def test_assisted_decoding_equals_greedy(self, variant):
+        model = self.model(variant)
+        assistant = copy.deepcopy(model)
+        with torch.no_grad():  # an assistant that is sometimes wrong
+            for parameter in assistant.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        ids = torch.randint(1, VOCAB - 1, (1, 11))
+        expected = self.generate(model, ids, use_cache=False, max_new_tokens=20, min_new_tokens=20)
+        got = self.generate(model, ids, assistant_model=assistant, max_new_tokens=20, min_new_tokens=20)
+        assert torch.equal(got, expected)
+
+    def test_left_padded_batch_generates_as_rows_alone(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB - 1, (3, 12))
+        mask = torch.ones_like(ids)
+        mask[0, :5], mask[1, :1] = 0, 0
+        for mode in ({}, {"num_beams": 2}, {"prefill_chunk_size": 3}, {"cache_implementation": "static"}):
+            got = self.generate(model, ids, attention_mask=mask, disable_compile=True, **mode)
+            for row in range(3):
+                prompt = ids[row][mask[row] == 1][None]
+                alone = self.generate(model, prompt, use_cache=False, num_beams=mode.get("num_beams", 1))
+                assert torch.equal(got[row, 12:], alone[0, prompt.shape[1] :]), mode
+
+    def test_continues_from_a_returned_state(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB - 1, (2, 11))
+        first = self.generate(model, ids, return_dict_in_generate=True)
+        longer = torch.cat([first.sequences, torch.randint(1, VOCAB - 1, (2, 3))], 1)
+        expected = self.generate(model, longer, use_cache=False)
+        assert torch.equal(self.generate(model, longer, past_key_values=first.past_key_values), expected)
+
+    def test_static_cache_prefill_and_steps(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB, (2, 17))
+        past = StaticCache(config=model.config, max_cache_len=24)
+        positions = torch.arange(17)[None]
+        parts = [
+            model(ids[:, a:b], past_key_values=past, position_ids=positions[:, a:b], use_cache=True).logits
+            for a, b in ((0, 9), (9, 10), (10, 17))
+        ]
+        self.assert_equal(torch.cat(parts, 1), model(ids).logits, variant)
+
+    def test_text_generation_pipeline(self, tokenizer):
+        model = self.model(dtype=torch.float32, vocab_size=len(tokenizer), eos_token_id=None)
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        texts = ["the whale", "a"]
+        outputs = generator(texts, max_new_tokens=5, do_sample=False, batch_size=2)
+        for text, output in zip(texts, outputs, strict=True):
+            assert output[0]["generated_text"].startswith(text)
+
+    # cost
+
+    @staticmethod
+    def count(module, *inputs, **arguments):
+        """Counted FLOPs: of the linear layers, and of the rest."""
+        with FlopCounterMode(display=False) as counter:
+            module(*inputs, **arguments)
+        counts = counter.get_flop_counts()["Global"]
+        total = sum(counts.values())
+        linear = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+        return linear, total - linear
+
+    def test_counted_flops_are_as_predicted(self, variant):
+        model = self.model(variant, dtype=torch.float32)
+        for tokens in (33, 64):
+            linear, _ = self.count(model, torch.randint(1, VOCAB, (1, tokens)), use_cache=False)
+            mixing = sum(self.mixing_flops(layer.mixer, tokens) for layer in model.model.layers)
+            assert linear == model.flops(tokens) - mixing
+
+    @staticmethod
+    def mixing_flops(mixer, tokens):
+        return mixer.flops(tokens) - linear_flops(mixer) * tokens
+
+    def test_mixing_grows_as_claimed(self):
+        """The exponent of N, as counted from what is computed and as predicted."""
+        mixer = self.model(self.counted_variant, dtype=torch.float32).model.layers[0].mixer
+        lengths = (512, 2048)
+        counted = [self.count(mixer, torch.randn(1, n, 32))[1] for n in lengths]
+        predicted = [self.mixing_flops(mixer, n) for n in lengths]
+        for flops in (counted, predicted):
+            exponent = math.log(flops[1] / flops[0]) / math.log(lengths[1] / lengths[0])
+            assert abs(exponent - self.mixing_exponent) < 0.02
+
+    # training
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            "AutoModelForCausalLM",
+            "AutoModelForSequenceClassification",
+            "AutoModelForTokenClassification",
+            "AutoModelForQuestionAnswering",
+        ],
+    )
+    def test_accumulated_gradients_equal_one_batch(self, head, tmp_path):
+        """Trainer with 16 x 1 and with 4 x 4 examples takes the same step."""
+        start = self.model(head=head, num_labels=3)
+        ids = torch.randint(1, VOCAB, (16, 12))
+        labels = {
+            "AutoModelForCausalLM": {"labels": ids},
+            "AutoModelForSequenceClassification": {"labels": torch.randint(3, (16,))},
+            "AutoModelForTokenClassification": {"labels": torch.randint(3, (16, 12))},
+            "AutoModelForQuestionAnswering": {
+                "start_positions": torch.randint(12, (16,)),
+                "end_positions": torch.randint(12, (16,)),
+            },
+        }[head]
+        examples = [
+            {"input_ids": ids[i], "attention_mask": torch.ones_like(ids[i]), **{k: v[i] for k, v in labels.items()}}
+            for i in range(16)
+        ]
+        trained = []
+        for batch, steps in ((16, 1), (4, 4)):
+            model = copy.deepcopy(start)
+            Trainer(
+                model=model,
+                args=TrainingArguments(
+                    output_dir=str(tmp_path),
+                    per_device_train_batch_size=batch,
+                    gradient_accumulation_steps=steps,
+                    max_steps=1,
+                    learning_rate=1.0,
+                    optim="sgd",
+                    lr_scheduler_type="constant",
+                    max_grad_norm=1e9,
+                    report_to=[],
+                    save_strategy="no",
+                    use_cpu=True,
+                    disable_tqdm=True,
+                ),
+                train_dataset=examples,
+            ).train()
+            trained.append(model)
+        moved = 0.0
+        for before, a, b in zip(start.parameters(), trained[0].parameters(), trained[1].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+            moved = max(moved, (a - before).abs().max().item())
+        assert moved > 1e-3
+
+    # bad input
+
+    def test_wrong_input_is_refused_in_words(self):
+        model = self.model()
+        ids = torch.randint(1, VOCAB, (2, 8))
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+            model()
+        with pytest.raises(ValueError, match=r"\(2, 5\).*need \(2, 8\)"):
+            model(ids, attention_mask=torch.ones(2, 5))
+        with pytest.raises(ValueError, match=r"shape \(2, 8, 8\)"):
+            model(ids, attention_mask=torch.ones(2, 8, 8))
+        with pytest.raises(ValueError, match=r"Position 64 .*`max_position_embeddings` \(64\)"):
+            self.model(position_embedding_type="learned")(torch.randint(1, VOCAB, (1, 65)))
+        two = self.model(head="AutoModelForSequenceClassification", pad_token_id=None)
+        with pytest.raises(ValueError, match="cannot tell the real tokens of 2 rows"):
+            two(ids)
+
+    def test_wrong_config_is_refused_in_words(self):
+        for overrides, message in (
+            ({"hidden_size": 30}, r"`hidden_size` \(30\) must be a multiple of `num_attention_heads` \(4\)"),
+            ({"num_hidden_layers": 0}, r"`num_hidden_layers` \(0\) must be at least 1"),
+            ({"hidden_act": "gelo"}, r"`hidden_act` \('gelo'\)"),
+            ({"norm_position": "middle"}, "norm_position"),
+            ({"hidden_dropout": 1.0}, r"`hidden_dropout` \(1.0\)"),
+            ({"layer_types": ["full_attention"]}, "1 entries for `num_hidden_layers`"),
+            ({"layer_types": ["lstm"] * 3}, r"\['lstm'\]"),
+            (
+                {"hidden_size": 12, "position_embedding_type": "rope"},
+                r"rope needs an even head size.*\(12\).*\(4\)",
+            ),
+        ):
+            with pytest.raises(Exception, match=message):  # huggingface_hub wraps some in its own class
+                self.config(**overrides)
+
+    def test_classification_reads_the_last_real_token(self):
+        model = self.model(head="AutoModelForSequenceClassification")
+        ids, mask = masked_batch()
+        logits = model(ids, attention_mask=mask).logits
+        for row in range(3):
+            alone = model(ids[row][mask[row] == 1][None]).logits[0]
+            self.assert_equal(logits[row], alone)

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+from family_tester import VOCAB, FamilyTester, masked_batch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from ordnung import SoftmaxLMConfig
+
+
+class TestSoftmaxLM(FamilyTester):
+    model_type = "softmax_lm"
+    variants = {
+        "default": {},
+        "learned-post": {"position_embedding_type": "learned", "norm_position": "post"},
+        "none": {"position_embedding_type": "none", "tie_word_embeddings": False, "lm_head_bias": True},
+        "eager": {"attn_implementation": "eager"},
+    }
+    counted_variant = "eager"  # torch does not count its fused CPU kernel
+    mixing_exponent = 2
+    state_grows = True
+    single_precision = ("eager",)
+
+
+def test_attention_equals_the_formula():
+    """softmax(Q K^T / sqrt(d)) V, written out with loops over heads and queries."""
+    for is_decoder in (True, False):
+        config = SoftmaxLMConfig(
+            vocab_size=VOCAB,
+            hidden_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=3,
+            position_embedding_type="none",
+            is_decoder=is_decoder,
+        )
+        auto = AutoModelForCausalLM if is_decoder else AutoModelForMaskedLM
+        mixer = auto.from_config(config).double().model.layers[0].mixer
+        x = torch.randn(2, 7, 12, dtype=torch.float64)
+        q, k, v = (p(x).view(2, 7, 3, 4) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        expected = torch.zeros(2, 7, 3, 4, dtype=torch.float64)
+        for h in range(3):
+            for i in range(7):
+                seen = slice(0, i + 1) if is_decoder else slice(0, 7)
+                scores = torch.einsum("bd,bnd->bn", q[:, i, h], k[:, seen, h]) / math.sqrt(4)
+                expected[:, i, h] = torch.einsum("bn,bnd->bd", scores.softmax(-1), v[:, seen, h])
+        torch.testing.assert_close(mixer(x)[0], mixer.out_proj(expected.reshape(2, 7, 12)), rtol=0, atol=1e-12)
+
+
+class TestBidirectional:
+    arguments = {**FamilyTester.base_arguments, "is_decoder": False}
+
+    def model(self, auto=AutoModelForMaskedLM, dtype=torch.float64, **overrides):
+        return auto.from_config(SoftmaxLMConfig(**self.arguments, **overrides)).eval().to(dtype)
+
+    @pytest.mark.parametrize("position_embedding_type", ["rope", "learned"])
+    @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+    def test_padded_rows_equal_rows_alone(self, position_embedding_type, attn_implementation):
+        model = self.model(
+            # transformers' eager attention works in float32 only
+            dtype=torch.float64 if attn_implementation == "sdpa" else torch.float32,
+            position_embedding_type=position_embedding_type,
+            attn_implementation=attn_implementation,
+        )
+        ids, mask = masked_batch()
+        logits = model(ids, attention_mask=mask).logits
+        for row in range(3):
+            alone = model(ids[row][mask[row] == 1][None]).logits[0]
+            atol = 1e-10 if attn_implementation == "sdpa" else 1e-5
+            torch.testing.assert_close(logits[row][mask[row] == 1], alone, rtol=0, atol=atol)
+
+    def test_sees_the_future(self):
+        model = self.model()
+        ids = torch.randint(1, VOCAB - 1, (1, 9))
+        other = ids.clone()
+        other[0, -1] += 1
+        assert not torch.equal(model(ids).logits[0, 0], model(other).logits[0, 0])
+
+    def test_masked_head_is_tied(self):
+        model = self.model()
+        assert model.lm_head.decoder.weight is model.model.embed_tokens.weight
+
+    def test_classification_reads_the_first_real_token(self):
+        model = self.model(AutoModelForSequenceClassification)
+        ids, mask = masked_batch()
+        expected = model.score(model.model(ids, attention_mask=mask)[0][torch.arange(3), [6, 0, 0]])
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
+
+    def test_heads_of_the_other_direction_are_refused(self):
+        with pytest.raises(ValueError, match="`is_decoder` is False"):
+            self.model(AutoModelForCausalLM)
+        with pytest.raises(ValueError, match="set `is_decoder` to False"):
+            AutoModelForMaskedLM.from_config(SoftmaxLMConfig(**FamilyTester.base_arguments))
