@@ -1,0 +1,65 @@
+"""What a result was measured on: written into every results file so that numbers can be compared and repeated."""
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def _field(path: str, key: str) -> str | None:
+    """Value of the first `key : value` line of a Linux information file, or None without such a file or line."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key) and ":" in line), None)
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _kib_field_bytes(key: str) -> int | None:
+    value = _field("/proc/meminfo", key)
+    return int(value.split()[0]) * 1024 if value else None
+
+
+def available_memory_bytes() -> int | None:
+    """Main memory that new allocations can take without swapping, or None where the system does not say (not Linux)."""
+    return _kib_field_bytes("MemAvailable")
+
+
+def machine_info() -> dict:
+    """Describe the machine, the software and the running command.
+
+    Returns a JSON-serialisable dict; what the system does not tell is None. `memory_bytes` is installed main memory,
+    `cores` the cores this process may use, `threads` those torch computes with now: set them before calling this.
+    """
+    import torch
+
+    import ordnung
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _kib_field_bytes("MemTotal"),
+        "gpu": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": _package_version("transformers"),
+        "accelerate": _package_version("accelerate"),
+        "datasets": _package_version("datasets"),
+        "ordnung": ordnung.__version__,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
