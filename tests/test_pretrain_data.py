@@ -1,0 +1,260 @@
+"""Text, tokenizers, packing, order and batches of the pretraining script."""
+
+import gzip
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from ordnung.scripts import corpus
+from ordnung.scripts.blocks import IGNORED, BatchMaker, MemoryBlocks, StreamedBlocks, pack
+from ordnung.scripts.common import ScriptError, parse_key_values
+
+WORDS = "whale ship the a of and sailed harpoon, white wind; storm. night\nday wind\n\n mast\n élan 日本 🐋".split(" ")
+
+
+def make_text(words: int, seed: int) -> str:
+    random = np.random.default_rng(seed)
+    return " ".join(WORDS[i] for i in random.integers(len(WORDS), size=words))
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [make_text(words, seed) for seed, words in enumerate([50, 3, 200, 1, 120, 80, 400, 7])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return corpus.train_tokenizer(documents, 300, masked=True)
+
+
+def encoded(documents, tokenizer):
+    return [ids for ids, _ in corpus.tokenize(documents, tokenizer)]
+
+
+def test_key_values_are_typed():
+    text = "hidden_size=64,dropout=1e-1,gate=none,layer_types=[conv,full_attention],use=true,pad=None,k=[3,5]"
+    assert parse_key_values(text) == {
+        "hidden_size": 64,
+        "dropout": 0.1,
+        "gate": "none",
+        "layer_types": ["conv", "full_attention"],
+        "use": True,
+        "pad": None,
+        "k": [3, 5],
+    }
+    assert parse_key_values('{"a": {"b": 1}}') == {"a": {"b": 1}}
+    with pytest.raises(ScriptError, match="'hidden_size'.*name=value"):
+        parse_key_values("hidden_size")
+
+
+def test_trained_tokenizer_represents_every_text(tokenizer, tmp_path):
+    assert len({tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}) == 3
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id
+    text = " \tnever seen: ÅΩ漢字🎉\x01\r\n  end "
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (tokenizer, corpus.load_tokenizer(str(tmp_path))):
+        assert loaded.decode(loaded(text)["input_ids"]) == text
+    with pytest.raises(ScriptError, match="at least 259, not 200"):
+        corpus.train_tokenizer(["text"], 200, masked=True)
+
+
+def test_pieces_tokenize_as_the_whole(tokenizer, monkeypatch):
+    text = make_text(3000, seed=1) + "\n\n\n  indented\n \n end\n"
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 100)
+    assert len(corpus.split_pieces(text)) > 100
+    assert "".join(corpus.split_pieces(text)) == text
+    ((ids, size),) = corpus.tokenize([text], tokenizer)
+    assert ids.tolist() == [*whole, tokenizer.eos_token_id]
+    assert size == len(text.encode())
+
+
+def test_tokenize_is_the_same_in_any_grouping(tokenizer, documents, monkeypatch):
+    expected = encoded(documents, tokenizer)
+    monkeypatch.setattr(corpus, "GROUP_CHARACTERS", 300)
+    grouped = encoded(["", *documents, ""], tokenizer)
+    assert len(grouped) == len(documents)
+    for a, b in zip(grouped, expected):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_documents_follow_one_another_in_blocks():
+    blocks, lengths, left = pack([np.arange(5), np.arange(10, 16)], 4, separate=False, carried=np.array([90]))
+    assert blocks.tolist() == [[90, 0, 1, 2], [3, 4, 10, 11], [12, 13, 14, 15]]
+    assert lengths.tolist() == [4, 4, 4] and left.tolist() == []
+    blocks, _, left = pack([np.arange(6)], 4, separate=False)
+    assert blocks.tolist() == [[0, 1, 2, 3]] and left.tolist() == [4, 5]
+
+
+def test_separate_documents_never_share_a_block():
+    blocks, lengths, left = pack([np.arange(1, 7), np.arange(1, 6), np.arange(1, 3)], 4, separate=True)
+    # the second document's rest is one token, which has nothing to predict
+    assert blocks.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [1, 2, 3, 4], [1, 2, 0, 0]]
+    assert lengths.tolist() == [4, 2, 4, 2] and len(left) == 0
+
+
+def test_memory_blocks_visit_each_block_once_an_epoch_and_resume():
+    blocks = np.arange(7)[:, None]
+    source = MemoryBlocks(blocks, np.ones(7), seed=3)
+    epochs = np.concatenate([source.take(count)[0] for count in (3, 9, 2)]).reshape(2, 7)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(7))
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert source.epoch == 2
+    for position in range(14):
+        resumed = MemoryBlocks(blocks, np.ones(7), seed=3)
+        resumed.load_state_dict({"position": position})
+        assert resumed.take(14 - position)[0][:, 0].tolist() == epochs.reshape(-1)[position:].tolist()
+    assert MemoryBlocks(blocks, np.ones(7), seed=4).take(7)[0][:, 0].tolist() != epochs[0].tolist()
+
+
+@pytest.fixture(params=["text", "jsonl", "parquet"])
+def make_stream(request, documents, tmp_path, monkeypatch):
+    """Opens a stream of the documents, which lie in two files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for half in range(2):
+        rows = [{"body": text} for text in documents[4 * half : 4 * half + 4]]
+        if request.param == "text":
+            for i, row in enumerate(rows):
+                (tmp_path / f"{half}{i}.text").write_text(row["body"], encoding="utf-8", newline="")
+        elif request.param == "jsonl":
+            (tmp_path / f"{half}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{half}.parquet")
+    return lambda: corpus.load_files([str(tmp_path / f"*.{request.param}")], "train_file", "body", streaming=True)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_streams_resume_with_the_very_next_block(make_stream, tokenizer, documents, monkeypatch, separate):
+    monkeypatch.setattr(corpus, "GROUP_CHARACTERS", 700)
+
+    def source():
+        return StreamedBlocks(make_stream(), tokenizer, 16, separate, seed=5)
+
+    whole = source()
+    memory, _, _ = pack(encoded(documents, tokenizer), 16, separate)
+    count = len(memory)
+    states, taken = [], []
+    while whole.passes < 2:
+        taken.append(whole.take(3)[0])
+        states.append(json.loads(json.dumps(whole.state_dict())))
+    taken = np.concatenate(taken)
+    assert len(taken) > count
+    # one pass holds what the documents hold in memory, in another order
+    assert sorted(taken[:count].tolist()) == sorted(memory.tolist())
+    assert taken[:count].tolist() != memory.tolist()
+    for i in range(0, len(states), 5):
+        resumed = source()
+        resumed.load_state_dict(states[i])
+        assert resumed.position == 3 * (i + 1)
+        rest = taken[resumed.position :]
+        if len(rest):
+            np.testing.assert_array_equal(resumed.take(len(rest))[0], rest)
+
+
+def test_a_stream_without_a_block_is_an_error(tokenizer):
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "short"}, {"text": None}]))
+    with pytest.raises(ScriptError, match="less text than one block of 512"):
+        StreamedBlocks(stream, tokenizer, 512, False, seed=0).take(1)
+
+
+def test_causal_batches_ignore_padding(tokenizer):
+    make = BatchMaker("causal", tokenizer, separate=True, mlm_probability=0.15, seed=0)
+    batch = make(np.array([[5, 6, 7, 0], [8, 9, 10, 11]], dtype=np.int32), np.array([3, 4]), first=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, tokenizer.pad_token_id], [8, 9, 10, 11]]
+    assert batch["labels"].tolist() == [[5, 6, 7, IGNORED], [8, 9, 10, 11]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert make.targets(batch) == 2 + 3
+
+
+def test_masked_batches_follow_the_recipe_and_do_not_depend_on_the_batch(tokenizer):
+    make = BatchMaker("masked", tokenizer, separate=True, mlm_probability=0.15, seed=0)
+    blocks = np.random.default_rng(0).integers(3, 300, size=(400, 64), dtype=np.int32)
+    blocks[:, 10] = tokenizer.eos_token_id
+    lengths = np.full(400, 60)
+    batch = make(blocks, lengths, first=0)
+    chosen = batch["labels"] != IGNORED
+    original = torch.from_numpy(blocks.astype(np.int64))
+    assert make.targets(batch) == int(chosen.sum())
+    assert not chosen[:, 10].any() and not chosen[:, 60:].any()
+    assert (batch["labels"][chosen] == original[chosen]).all()
+    assert float(chosen.sum()) / (400 * 59) == pytest.approx(0.15, abs=0.01)
+    inputs = batch["input_ids"]
+    unchosen = ~chosen
+    unchosen[:, 60:] = False
+    assert (inputs[unchosen] == original[unchosen]).all()
+    masked = (inputs[chosen] == tokenizer.mask_token_id).float().mean()
+    kept = (inputs[chosen] == original[chosen]).float().mean()
+    assert float(masked) == pytest.approx(0.8, abs=0.03)
+    assert float(kept) == pytest.approx(0.1, abs=0.03)
+    part = make(blocks[100:103], lengths[100:103], first=100)
+    for name in batch:
+        assert torch.equal(part[name], batch[name][100:103])
+    assert not torch.equal(make(blocks[:3], lengths[:3], first=400)["labels"], batch["labels"][:3])
+
+
+def test_every_masked_block_has_a_target(tokenizer):
+    make = BatchMaker("masked", tokenizer, separate=True, mlm_probability=0.15, seed=0)
+    batch = make(np.tile(np.array([[5, tokenizer.eos_token_id]], dtype=np.int32), (50, 1)), np.full(50, 2), first=0)
+    assert ((batch["labels"] != IGNORED).sum(1) == 1).all()
+
+
+def test_hold_out_whole_documents_or_their_ends():
+    many = [f"document {i}" for i in range(100)]
+    train, held_out = corpus.hold_out(many, 0.1, seed=0)
+    assert len(held_out) == 10 and sorted(train + held_out) == sorted(many)
+    assert held_out != many[-10:]
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (train,), (held_out,) = corpus.hold_out([text], 0.1, seed=0)
+    assert train + held_out == text and held_out.startswith("line")
+    assert len(held_out) == pytest.approx(0.1 * len(text), rel=0.05)
+
+
+def test_files_of_every_kind_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"id": 1, "body": "one é"}, {"id": 2, "body": None}, {"id": 3, "body": "three"}]
+    (tmp_path / "a.txt").write_text("\ufeffone é", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("two\r\nlines")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "e.parquet")
+
+    def load(pattern):
+        return corpus.load_files([str(tmp_path / pattern)], "train_file", "body", streaming=False)
+
+    assert load("*.txt") == ["one é", "two\nlines"]
+    for name in ("c.jsonl", "d.jsonl.gz", "e.parquet"):
+        assert load(name) == ["one é", "three"]
+
+
+def test_unusable_files_are_errors_that_name_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "zero.txt").write_bytes(b"text\0more")
+    (tmp_path / "broken.jsonl").write_text("{nonsense\n")
+    (tmp_path / "fine.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "null.jsonl").write_text('{"body": ""}\n{"body": null}\n')
+
+    def load(*names, streaming=False):
+        return corpus.load_files([str(tmp_path / name) for name in names], "train_file", "body", streaming)
+
+    for name, message in {
+        "none*.txt": "none.*no such file",
+        "empty.txt": "empty.txt is empty",
+        "latin.txt": "latin.txt is not UTF-8 text .byte 0",
+        "zero.txt": "zero.txt is binary.*character 4",
+        "broken.jsonl": "broken.jsonl cannot be loaded",
+        "null.jsonl": "null.jsonl holds no text in its column 'body'",
+        "fine.jsonl": "no column 'body', only text; name one by --text_column",
+    }.items():
+        with pytest.raises(ScriptError, match=message):
+            load(name)
+    with pytest.raises(ScriptError, match="no column 'body'"):
+        load("fine.jsonl", streaming=True)
+    with pytest.raises(ScriptError, match="mixes json and text"):
+        load("fine.jsonl", "zero.txt")

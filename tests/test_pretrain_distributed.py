@@ -1,0 +1,148 @@
+"""The pretraining script on several processes, started by `accelerate launch` with the shipped configs."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
+
+import ordnung
+from ordnung.scripts import corpus, pretrain
+
+SCRIPTS = Path(ordnung.__file__).parent / "scripts"
+WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
+
+# accelerate shards models on accelerator devices only. This makes it take the CPU for one, so that the shipped FSDP2
+# config runs everywhere: devices, collectives (gloo) and sharding are real.
+FSDP_ON_CPU = """
+import sys
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+torch.accelerator.is_available = lambda *args: True
+PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+from ordnung.scripts.common import parse_options
+from ordnung.scripts.pretrain import Pretraining
+from ordnung.scripts.pretrain_options import PretrainOptions
+run = Pretraining(parse_options(PretrainOptions))
+parameters = list(run.model.parameters())
+assert all(isinstance(parameter, DTensor) for parameter in parameters)
+assert sum(p.to_local().numel() for p in parameters) < 0.75 * sum(p.numel() for p in parameters)
+sys.exit(run.train())
+"""
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Options of one run with 8 blocks a step, whatever the number of processes; documents are of many lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(WORDS, size=random.integers(2, 60))) for _ in range(150)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus.train_tokenizer(texts, 300, masked=False).save_pretrained(folder / "tokenizer")
+    run = {
+        "model_type": "conv_lm",
+        "config_overrides": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,kernel_size=8",
+        "train_file": folder / "documents.jsonl",
+        "tokenizer_name": folder / "tokenizer",
+        "respect_document_boundaries": True,
+        "block_size": 32,
+        "max_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 3,
+        "max_eval_blocks": 11,
+    }
+    return [f"--{name}={value}" for name, value in run.items()]
+
+
+def run_here(options, output, *more):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = [*options, "--per_device_train_batch_size=4", f"--output_dir={output}", "--use_cpu", *more]
+    assert pretrain.main(arguments) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def single(options, tmp_path_factory):
+    return run_here(options, tmp_path_factory.mktemp("single") / "out")
+
+
+def launch(config, options, output, script=SCRIPTS / "pretrain.py", **environment):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", SCRIPTS / "configs" / config]
+    command += ["--main_process_port", port, script, *options, f"--output_dir={output}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((output / "results.json").read_text())
+
+
+def curve(folder, name):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def assert_same_curves(folder, single):
+    for name in ("loss", "grad_norm", "eval_loss", "eval_bits_per_byte", "tokens"):
+        assert curve(folder, name) == pytest.approx(curve(single, name), rel=2e-5)
+    a, b = (AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (folder, single))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_cpu_processes_equal_one(options, single, tmp_path):
+    out = tmp_path / "out"
+    results = launch("accelerate_cpu.yaml", [*options, "--per_device_train_batch_size=2"], out)
+    assert (results["num_processes"], results["distributed_type"]) == (2, "MULTI_CPU")
+    assert_same_curves(out, single)
+    # the checkpoint does not depend on the number of processes: one process goes on from it
+    resumed = run_here(options, tmp_path / "resumed", f"--resume_from_checkpoint={out / 'checkpoint-3'}")
+    assert curve(resumed, "loss") == pytest.approx(curve(single, "loss")[3:], rel=2e-5)
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_one_process(options, single, tmp_path):
+    script, out = tmp_path / "fsdp_on_cpu.py", tmp_path / "out"
+    script.write_text(FSDP_ON_CPU)
+    arguments = [*options, "--per_device_train_batch_size=2"]
+    results = launch("accelerate_fsdp2.yaml", arguments, out, script, ACCELERATE_TORCH_DEVICE="cpu")
+    assert (results["num_processes"], results["distributed_type"]) == (2, "FSDP")
+    assert_same_curves(out, single)
+    arguments.append(f"--resume_from_checkpoint={out / 'checkpoint-3'}")
+    resumed = tmp_path / "resumed"
+    launch("accelerate_fsdp2.yaml", arguments, resumed, script, ACCELERATE_TORCH_DEVICE="cpu")
+    assert curve(resumed, "loss") == curve(out, "loss")[3:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, processes", [("accelerate_single.yaml", 1), ("accelerate_multi.yaml", 2)])
+def test_the_other_configs_start(options, tmp_path, config, processes):
+    results = launch(config, [*options, "--max_steps=1", "--per_device_train_batch_size=2"], tmp_path / "out")
+    assert results["num_processes"] == processes and results["steps"] == 1
+
+
+def test_every_shipped_config_is_tested():
+    tested = Path(__file__).read_text()
+    for path in (SCRIPTS / "configs").glob("accelerate_*.yaml"):
+        assert f'"{path.name}"' in tested
+        assert yaml.safe_load(path.read_text())["num_machines"] == 1
+
+
+def test_fsdp_on_the_cpu_is_refused_in_words(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(pretrain.ScriptError, match="FSDP needs an accelerator device.*accelerate_cpu.yaml"):
+        run_here(options, tmp_path / "out")
