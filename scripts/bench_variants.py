@@ -1,0 +1,231 @@
+"""The models that `benchmark.py` compares, all of one width, depth and vocabulary, and what each should cost.
+
+Every variant is a causal language model with tied embeddings and without dropout. FLOPs count 2 per multiply-add of the
+matrix products and convolutions; softmax, norms, activations and gates are left out, as they are in `model.flops`.
+Fused causal attention is counted as the N(N+1)/2 pairs that it computes, unfused attention as all N*N.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ordnung import ConvLMConfig, ConvLMForCausalLM, SoftmaxLMConfig, SoftmaxLMForCausalLM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that all variants share; `kernel_size` is ConvLM's.
+
+    `max_length` sizes the tables of learned positions. It is set for each case to what that case needs: a longer table
+    would burden a short training step with parameters to update.
+    """
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    vocab_size: int = 4096
+    kernel_size: int = 64
+    max_length: int = 1024
+
+    def common(self) -> dict:
+        return {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "vocab_size": self.vocab_size,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+
+
+def pairs(new: int, past: int, causal: bool) -> int:
+    """Query-key pairs computed when `new` tokens follow `past` cached ones: the needed ones if `causal`, else all."""
+    return new * past + (new * (new + 1) // 2 if causal else new * new)
+
+
+def unfused_extra(width: int, new: int) -> int:
+    """What unfused attention of one layer of width `width` computes beyond the causal pairs of `new` tokens."""
+    return 4 * width * (pairs(new, 0, causal=False) - pairs(new, 0, causal=True))
+
+
+def gpt2_flops(config: GPT2Config, new: int, past: int, logits: int) -> int:
+    """4 D*D of attention projections, 2 D*4D of MLP, scores and their product with the values."""
+    width, inner = config.hidden_size, config.n_inner or 4 * config.hidden_size
+    causal = config._attn_implementation != "eager"
+    per_layer = 2 * new * (4 * width * width + 2 * width * inner) + 4 * width * pairs(new, past, causal)
+    return config.num_hidden_layers * per_layer + 2 * logits * width * config.vocab_size
+
+
+def lfm2_flops(config: Lfm2Config, new: int, past: int, logits: int) -> int:
+    """3 D*D into the gates and the value, D*D out, a depthwise convolution, three matrices of gated MLP."""
+    width = config.hidden_size
+    per_token = 4 * width * width + config.conv_L_cache * width + 3 * width * config.intermediate_size
+    return 2 * new * config.num_hidden_layers * per_token + 2 * logits * width * config.vocab_size
+
+
+def mamba_matmul_flops(config: MambaConfig, new: int, past: int, logits: int) -> int:
+    """Projections, depthwise convolution and the read-out of the state; the scan itself is in `mamba_flops`."""
+    width, inner, state, rank = config.hidden_size, config.intermediate_size, config.state_size, config.time_step_rank
+    projections = width * 2 * inner + inner * (rank + 2 * state) + rank * inner + inner * width
+    per_token = projections + config.conv_kernel * inner + inner * state
+    return 2 * new * config.num_hidden_layers * per_token + 2 * logits * width * config.vocab_size
+
+
+def mamba_flops(config: MambaConfig, new: int, past: int, logits: int) -> int:
+    """Per state entry the scan discretises A (product, exponential) and B (two products) and does one multiply-add."""
+    scan = 6 * new * config.num_hidden_layers * config.intermediate_size * config.state_size
+    return mamba_matmul_flops(config, new, past, logits) + scan
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model of the comparison.
+
+    `config` makes its configuration from the shared sizes. `flops(config, new, past, logits)` is the cost of `new`
+    tokens after `past` cached ones with `logits` positions put through the head; None asks the model's own `flops`.
+    """
+
+    description: str
+    model_class: type[PreTrainedModel]
+    config: Callable[[Shape], PreTrainedConfig]
+    flops: Callable[[PreTrainedConfig, int, int, int], int] | None = None
+    attn_implementation: str | None = None
+    cache_argument: str = "past_key_values"
+
+    def build(self, shape: Shape, seed: int = 0) -> PreTrainedModel:
+        """A randomly initialised model in evaluation mode, float32, on the CPU."""
+        torch.manual_seed(seed)
+        config = self.config(shape)
+        # Set on the configuration, as from_pretrained does: the plain constructor reads it from there.
+        config._attn_implementation = self.attn_implementation
+        return self.model_class(config).eval()
+
+    def count_flops(self, model: PreTrainedModel, task: str, length: int) -> int:
+        """FLOPs of one sequence: `length` tokens in forward, train and prefill, one token after `length` in decode.
+
+        A training step is counted as three forward passes. Prefill makes logits for the last position only.
+        """
+        new, past = (1, length) if task == "decode" else (length, 0)
+        logits = 1 if task == "prefill" else new
+        if self.flops is not None:
+            forward = self.flops(model.config, new, past, logits)
+        else:
+            forward = model.flops(past + new) - (model.flops(past) if past else 0)
+            forward -= 2 * (new - logits) * model.config.hidden_size * model.config.vocab_size
+            if self.attn_implementation == "eager":
+                forward += model.config.num_hidden_layers * unfused_extra(model.config.hidden_size, new)
+        return 3 * forward if task == "train" else forward
+
+    def run(self, model: PreTrainedModel, input_ids: torch.Tensor, cache=None, past: int = 0, **kwargs):
+        """Forward `input_ids` (batch, new), continuing `cache` (which holds `past` tokens) where one is given."""
+        if cache is not None:
+            kwargs[self.cache_argument] = cache
+        if self.model_class is Lfm2ForCausalLM:
+            # A stack of convolution layers alone has no attention layer to ask for positions and mask sizes.
+            kwargs["position_ids"] = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
+            kwargs["attention_mask"] = {"full_attention": None, "conv": None}
+        return model(input_ids, use_cache=cache is not None, **kwargs)
+
+
+def _gpt2(activation: str) -> Callable[[Shape], GPT2Config]:
+    def config(shape: Shape) -> GPT2Config:
+        return GPT2Config(
+            **shape.common(),
+            num_attention_heads=shape.num_attention_heads,
+            n_positions=shape.max_length,
+            activation_function=activation,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+
+    return config
+
+
+def _lfm2(shape: Shape) -> Lfm2Config:
+    # Three gated matrices of 8/3 D have the parameters and FLOPs of the others' two matrices of 4 D.
+    return Lfm2Config(
+        **shape.common(),
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_attention_heads,
+        layer_types=["conv"] * shape.num_hidden_layers,
+        intermediate_size=8 * round(shape.hidden_size / 3),
+        block_auto_adjust_ff_dim=False,
+        max_position_embeddings=shape.max_length,
+    )
+
+
+def _mamba(shape: Shape) -> MambaConfig:
+    # A Mamba block (expand 2) has half the parameters of a mixer with its MLP; the depth is kept the same.
+    return MambaConfig(**shape.common())
+
+
+def _ours(config_class: type[PreTrainedConfig], **own) -> Callable[[Shape], PreTrainedConfig]:
+    def config(shape: Shape) -> PreTrainedConfig:
+        kernel = {"kernel_size": shape.kernel_size} if config_class is ConvLMConfig else {}
+        return config_class(
+            **shape.common(),
+            num_attention_heads=shape.num_attention_heads,
+            hidden_dropout=0.0,
+            max_position_embeddings=shape.max_length,
+            **kernel,
+            **own,
+        )
+
+    return config
+
+
+VARIANTS: dict[str, Variant] = {
+    "conv_lm": Variant("ConvLM, default configuration", ConvLMForCausalLM, _ours(ConvLMConfig)),
+    "softmax_lm": Variant(
+        "SoftmaxLM with learned positions, SDPA: ConvLM's backbone with attention",
+        SoftmaxLMForCausalLM,
+        _ours(SoftmaxLMConfig, position_embedding_type="learned", attention_dropout=0.0),
+        attn_implementation="sdpa",
+    ),
+    "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa"),
+    "gpt2_sdpa_gelu": Variant(
+        "GPT-2, SDPA, with the activation of our families (torch's own GELU) instead of its composed `gelu_new`",
+        GPT2LMHeadModel,
+        _gpt2("gelu"),
+        gpt2_flops,
+        "sdpa",
+    ),
+    "gpt2_eager": Variant("GPT-2, eager (unfused) attention", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "eager"),
+    "lfm2_conv": Variant("LFM2, all layers convolutions of 3 taps", Lfm2ForCausalLM, _lfm2, lfm2_flops),
+    "mamba": Variant(
+        "Mamba without its CUDA kernels (the slow path)",
+        MambaForCausalLM,
+        _mamba,
+        mamba_flops,
+        cache_argument="cache_params",
+    ),
+}
+
+
+def state_bytes(cache) -> int:
+    """Bytes of memory that the tensors of a cache keep alive (whole storages, so that a view cannot hide its base)."""
+    storages: dict[int, int] = {}
+    pending = [vars(layer) for layer in cache.layers]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+    return sum(storages.values())
