@@ -1,0 +1,79 @@
+"""What README.md shows works: its Python blocks run, its commands parse and start, its links exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch, tokenizer):
+    """A folder in which `out/demo` holds a tiny checkpoint with its tokenizer, as `make demo` leaves a larger one."""
+    config = AutoConfig.for_model(
+        "conv_lm",
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        kernel_size=4,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "out/demo")
+    tokenizer.save_pretrained(tmp_path / "out/demo")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_blocks_run(number, checkpoint):
+    exec(compile(blocks("python")[number], f"README.md, Python block {number + 1}", "exec"), {"__name__": "readme"})
+    if "save_standalone" in blocks("python")[number]:
+        assert (checkpoint / "out/whale-conv/modeling_conv_lm.py").exists()
+
+
+def commands(start):
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith(start)]
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {command.split()[1] for command in commands("make ")}
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("command", commands("python scripts/"))
+def test_commands_start(command, checkpoint):
+    # the last of two equal options wins: the same commands at a size for a test
+    smaller = {
+        "scripts/generate.py": "--max_new_tokens 3",
+        "scripts/pretrain.py": "--max_steps 2 --train_tokenizer_vocab_size 300 --block_size 32 --max_eval_blocks 4 "
+        "--config_overrides hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4 --use_cpu",
+    }
+    program, *options = shlex.split(command)[1:]
+    done = subprocess.run(
+        [sys.executable, program, *options, *smaller[program].split()], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    if program.endswith("pretrain.py"):
+        model = AutoModelForCausalLM.from_pretrained("out/conv")
+        assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
