@@ -192,7 +192,7 @@ class CausalConvolution(Mixer):
                 f"`past_key_values` has no convolution state for layer {self.layer_idx}: make it with "
                 "`DynamicCache(config=model.config)`."
             )
-        return past_key_values.get_conv_state(self.layer_idx)
+        return layers[self.layer_idx].conv_states[0]
 
     def warn_if_blind(self, hidden_states: torch.Tensor) -> None:
         if not self.training or self.layer_idx > 0 or is_tracing(hidden_states):

@@ -46,11 +46,13 @@ class Sample:
 
     `tokens` is the number of tokens of one sequence that `run` processes (the divisor of time per token), `flops` what
     `run` costs, `state` the measured and predicted bytes of one sequence's generation state where the task has one.
+    `measures_memory` is False where what keeps the sample repeatable takes memory that its use in a model does not.
     """
 
     tokens: int
     flops: int
     state: dict
+    measures_memory = True
 
     def setup(self) -> None:
         """Once, before the first sample."""
@@ -124,6 +126,8 @@ class PrefillSample(ModelSample):
 
 class DecodeSample(ModelSample):
     """Single-token steps after a real prefill of the context; each sample continues a copy of that same cache."""
+
+    measures_memory = False  # the state is held twice
 
     @torch.no_grad()
     def setup(self):

@@ -4,12 +4,13 @@ The probe runs one sample in a fresh child process under a memory and a time lim
 process that has done other work cannot tell, and it shows before any timing whether the case can run here at all.
 """
 
+import ctypes
 import gc
 import logging
 import multiprocessing
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,8 @@ class PeakMemory:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         elif self.baseline is not None:
+            # what the set-up has freed would otherwise stay resident and hide what the sample needs
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)(0)
             Path("/proc/self/clear_refs").write_text("5")  # Linux resets the high-water mark of resident memory
 
     def read(self) -> int | None:
@@ -121,7 +124,8 @@ def _run_probe(case: Case, settings: Settings) -> dict:
             "status": "skipped",
             "reason": f"needs more than the {(free or 0) / GIB:.1f} GiB that are free: {cause}",
         }
-    return {"status": "ok", "probe_seconds": seconds, "peak_bytes": memory.read(), **sample.facts()}
+    peak = memory.read() if sample.measures_memory else None
+    return {"status": "ok", "probe_seconds": seconds, "peak_bytes": peak, **sample.facts()}
 
 
 def _probe_process(case: Case, settings: Settings, connection) -> None:
@@ -136,8 +140,9 @@ def probe(case: Case, settings: Settings, limit_seconds: float) -> dict:
     """Run one sample of `case` in a fresh process.
 
     Returns:
-        `status` "ok" with `probe_seconds`, `peak_bytes` (above the weights; None where the system does not tell) and
-        the facts of the sample; or "skipped" (memory or time does not suffice) or "failed" (an error) with a `reason`.
+        `status` "ok" with `probe_seconds`, `peak_bytes` (above the weights; None where sample or system do not tell)
+        and the facts of the sample; or "skipped" (memory or time does not suffice) or "failed" (an error) with a
+        `reason`.
     """
     # A server that has imported this module and computed nothing: its children start at once and with a clean slate.
     context = multiprocessing.get_context("forkserver")
@@ -159,8 +164,8 @@ def probe(case: Case, settings: Settings, limit_seconds: float) -> dict:
 
 
 def time_in_turns(
-    samples: Mapping[str, Sample], device: str, budget: float, expected: Mapping[str, float]
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+    samples: Mapping[Hashable, Sample], device: str, budget: float, expected: Mapping[Hashable, float]
+) -> tuple[dict[Hashable, list[float]], dict[Hashable, str]]:
     """Time `samples` in turns, A B C A B C, until another round would pass `budget` seconds.
 
     At least `MIN_ROUNDS` rounds, at most `MAX_ROUNDS`; a sample that has used the whole budget alone drops out of later
@@ -170,8 +175,8 @@ def time_in_turns(
     Returns:
         The seconds of each sample, and in words why others have none (memory ran out with all of them loaded).
     """
-    seconds: dict[str, list[float]] = {name: [] for name in samples}
-    dropped: dict[str, str] = {}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in samples}
+    dropped: dict[Hashable, str] = {}
 
     def attempt(name, action):
         if name in dropped:

@@ -21,6 +21,8 @@ from ordnung.scripts.bench_variants import VARIANTS, Variant, unfused_extra
 class PartSample(Sample):
     """A block, a mixer or the bare convolution of `variant`'s first layer."""
 
+    measures_memory = False  # the inputs are held, and making them takes more than the part
+
     def __init__(self, variant: Variant, part: str, length: int, settings: Settings):
         self.part, self.length, self.settings = part, length, settings
         self.model = build_model(variant, length, settings)

@@ -93,8 +93,6 @@ def markdown(results: dict) -> str:
     for task, title in TITLES.items():
         section(f"{title}, µs per token", task, _time_cell, lambda row: "seconds" in row)
     for task, title in TITLES.items():
-        if task == "mixer":
-            continue  # making the inputs of a part takes more memory than the part, and hides its own
         peak = f"Peak memory above the weights, {title.lower()}, MiB"
         section(peak, task, lambda row: _mib(row["peak_bytes"]), lambda row: row.get("peak_bytes") is not None)
     section(

@@ -8,7 +8,7 @@
 Outputs are checked first; what is wrong is not timed. Every case is then tried once in a process of its own, which
 gives its peak memory, or says why it cannot run here. Those that can are timed in turns, so that a disturbance of the
 machine meets all alike. All models make the logits of every position in forward and train, and of the last one in
-prefill. Results are saved after every task and length.
+prefill. Results are saved after every task and length; decoding comes last, with all lengths in the same turns.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=TASKS,
         default=list(TASKS),
-        help="memory probes forward, train, prefill and decode",
+        help="memory: peak memory of forward, train and prefill, state of decode, untimed",
     )
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--baseline", choices=VARIANTS, help="what ratios are against (default: gpt2_sdpa)")
@@ -104,33 +104,41 @@ def hopeless(earlier: dict | None, length: int, limit_seconds: float) -> str | N
     return None
 
 
-def measure(
-    task: str, names: list[str], length: int, settings: Settings, arguments, earlier: dict[str, dict]
-) -> list[dict]:
-    """Probe and time one task at one length; `earlier` holds the rows of the next shorter length by name."""
+def probe_case(case: Case, earlier: dict | None, settings: Settings, limit_seconds: float) -> dict:
+    """The row of `case` without its time; `earlier` is that of the same competitor at the next shorter length."""
+    reason = hopeless(earlier, case.length, limit_seconds)
+    outcome = {"status": "skipped", "reason": reason} if reason else probe(case, settings, limit_seconds)
+    return {**dataclasses.asdict(case), **outcome}
+
+
+def add_times(rows: list[dict], settings: Settings, budget: float) -> None:
+    """Time all rows whose probe succeeded in turns, within about `budget` seconds, and enter the results in them."""
+    runnable = {(row["name"], row["length"]): row for row in rows if row["status"] == "ok"}
+    samples = {key: make_sample(Case(row["task"], *key), settings) for key, row in runnable.items()}
+    expected = {key: row["probe_seconds"] for key, row in runnable.items()}
+    seconds, dropped = time_in_turns(samples, settings.device, budget, expected)
+    for key, values in seconds.items():
+        runnable[key]["seconds"] = summarise(values)
+    for key, reason in dropped.items():
+        runnable[key] |= {"status": "skipped", "reason": reason}
+
+
+def measure(task: str, names: list[str], lengths: list[int], settings: Settings, arguments, before: list[dict]) -> list:
+    """Probe and time one task at `lengths`, all in the same turns; `before` holds the rows of shorter lengths."""
     gc.collect()  # models of the task before are cyclic garbage; the probes should see their memory as free
-    rows = {}
-    for name in names:
-        row = {"task": task, "name": name, "length": length}
-        reason = hopeless(earlier.get(name), length, arguments.max_sample_seconds)
-        if reason:
-            row |= {"status": "skipped", "reason": reason}
-        else:
-            row |= probe(Case(task, name, length), settings, arguments.max_sample_seconds)
-        rows[name] = row
+    latest = {row["name"]: row for row in before if row["task"] == task}
+    rows = []
+    for length in lengths:
+        for name in names:
+            case = Case(task, name, length)
+            latest[name] = probe_case(case, latest.get(name), settings, arguments.max_sample_seconds)
+            rows.append(latest[name])
     if task in arguments.tasks:
-        runnable = [name for name in names if rows[name]["status"] == "ok"]
-        samples = {name: make_sample(Case(task, name, length), settings) for name in runnable}
-        expected = {name: rows[name]["probe_seconds"] for name in runnable}
-        seconds, dropped = time_in_turns(samples, settings.device, arguments.seconds, expected)
-        for name, values in seconds.items():
-            rows[name]["seconds"] = summarise(values)
-        for name, reason in dropped.items():
-            rows[name] |= {"status": "skipped", "reason": reason}
-    for row in rows.values():
+        add_times(rows, settings, arguments.seconds * len(lengths))
+    for row in rows:
         outcome = row.get("reason") or (f"{row['seconds']['median']:.4g} s" if "seconds" in row else "probed")
-        print(f"{task} {row['name']} N={length}: {row['status']}, {outcome}", flush=True)
-    return list(rows.values())
+        print(f"{task} {row['name']} N={row['length']}: {row['status']}, {outcome}", flush=True)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,14 +169,14 @@ def main(argv: list[str] | None = None) -> int:
     competitors = {task: [name for name in arguments.variants if name not in wrong] for task in probed}
     if "mixer" in arguments.tasks and "conv_lm" not in wrong:
         competitors["mixer"] = list(PARTS)
-    earlier: dict[str, dict[str, dict]] = {task: {} for task in competitors}
-    for length in arguments.lengths:
-        for task, names in competitors.items():
-            rows = measure(task, names, length, settings, arguments, earlier[task])
-            earlier[task] = {row["name"]: row for row in rows}
-            results["results"] += rows
-            add_ratios(results["results"], arguments.baseline)
-            write_json(arguments.output, results)
+    # Decoding claims a time that does not grow with the context: all contexts take turns, so that a slow minute of the
+    # machine cannot look like growth.
+    groups = [(task, [length]) for length in arguments.lengths for task in competitors if task != "decode"]
+    groups += [("decode", arguments.lengths)] if "decode" in competitors else []
+    for task, lengths in groups:
+        results["results"] += measure(task, competitors[task], lengths, settings, arguments, results["results"])
+        add_ratios(results["results"], arguments.baseline)
+        write_json(arguments.output, results)
     plot(results, arguments.output.with_suffix(".png"))
     print(markdown(results))
     print(f"Written: {arguments.output} and {arguments.output.with_suffix('.png')}")

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -253,6 +255,7 @@ class FamilyTester:
 
     def test_state_operations(self, variant):
         model = self.model(variant)
+        layer_types = model.config.layer_types
         ids = torch.randint(1, VOCAB, (3, 15))
         token = torch.randint(1, VOCAB, (3, 1))
 
@@ -272,9 +275,10 @@ class FamilyTester:
         past, repeated = state(), torch.tensor([0, 0, 1, 1, 2, 2])
         past.batch_repeat_interleave(2)
         self.assert_equal(step(past, repeated), expected[repeated], variant)
-        past = state()
-        past.reset()
-        self.assert_equal(model(ids, past_key_values=past, use_cache=True).logits, model(ids).logits, variant)
+        if version.parse(transformers.__version__) >= version.parse("5.23") or "full_attention" not in layer_types:
+            past = state()  # earlier versions of transformers' own attention layers keep their length
+            past.reset()
+            self.assert_equal(model(ids, past_key_values=past, use_cache=True).logits, model(ids).logits, variant)
         past = DynamicCache(config=model.config)
         past.activate_past_recording()
         model(ids, past_key_values=past, use_cache=True)

@@ -172,7 +172,7 @@ class Recorder(Sample):
 def test_samples_take_turns():
     log = []
     samples = {name: Recorder(name, log) for name in "abc"}
-    seconds, dropped = bench_measure.time_in_turns(samples, "cpu", 0.5, dict.fromkeys("abc", 1.0))
+    seconds, dropped = bench_measure.time_in_turns(samples, "cpu", 30.0, dict.fromkeys("abc", 100.0))
     assert log == list("abc") * bench_measure.MAX_ROUNDS
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", bench_measure.MAX_ROUNDS)
     assert not dropped
@@ -183,13 +183,13 @@ def test_a_sample_that_uses_the_budget_alone_runs_once():
     samples = {"quick": Recorder("quick", log), "slow": Recorder("slow", log, seconds=0.3)}
     seconds, _ = bench_measure.time_in_turns(samples, "cpu", 0.2, dict.fromkeys(samples, 1.0))
     assert len(seconds["slow"]) == 1 and len(seconds["quick"]) == bench_measure.MIN_ROUNDS
-    assert bench_measure.summarise(seconds["slow"])["q1"] == pytest.approx(0.3, rel=0.5)
+    assert bench_measure.summarise(seconds["slow"])["q1"] == seconds["slow"][0] >= 0.3
 
 
 def test_running_out_of_memory_drops_one_sample_only():
     log = []
     samples = {"a": Recorder("a", log), "b": Recorder("b", log, lives=2), "c": Recorder("c", log)}
-    seconds, dropped = bench_measure.time_in_turns(samples, "cpu", 0.5, dict.fromkeys("abc", 1.0))
+    seconds, dropped = bench_measure.time_in_turns(samples, "cpu", 30.0, dict.fromkeys("abc", 100.0))
     assert seconds.keys() == {"a", "c"}
     assert dropped.keys() == {"b"} and "no more" in dropped["b"]
 
@@ -253,7 +253,7 @@ def test_end_to_end(tmp_path, capsys):
     assert set(rows) == {(t, v, n) for t in every_task for v in ("conv_lm", "gpt2_sdpa") for n in (16, 32)}
     for (task, _, length), row in rows.items():
         assert row["status"] == "ok", row
-        assert row["peak_bytes"] >= 0
+        assert row["peak_bytes"] is None if task == "decode" else row["peak_bytes"] >= 0
         assert ("seconds" in row) == (task != "prefill")  # probed for its memory only
         if task != "prefill":
             quartiles = row["seconds"]
@@ -301,10 +301,10 @@ def test_parts(tmp_path):
 def test_interrupt_keeps_finished_lengths(tmp_path, monkeypatch):
     measure = benchmark.measure
 
-    def interrupted(task, names, length, *rest):
-        if length == 32:
+    def interrupted(task, names, lengths, *rest):
+        if lengths == [32]:
             raise KeyboardInterrupt
-        return measure(task, names, length, *rest)
+        return measure(task, names, lengths, *rest)
 
     monkeypatch.setattr(benchmark, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -343,7 +343,8 @@ def test_cuda(tmp_path):
     device = ["--device", "cuda", "--dtype", "bfloat16"]
     assert benchmark.main(arguments(tmp_path, *device, "--tasks", "forward", "train", "decode", "--lengths", "16")) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())["results"]
-    assert len(rows) == 6 and all(row["peak_bytes"] > 0 for row in rows)
+    assert len(rows) == 6 and all(row["status"] == "ok" for row in rows)
+    assert all(row["peak_bytes"] > 0 for row in rows if row["task"] != "decode")
 
 
 def test_machine_info_names_versions_and_command():
