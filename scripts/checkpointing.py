@@ -293,8 +293,7 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
 def load_training_state(checkpoint: Path, accelerator: Accelerator, model, optimizer, scheduler):
     """Put optimizer, scheduler and random states of a checkpoint in place. The model already has its weights."""
     full = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.num_processes == 1)
-    set_optimizer_state_dict(model, optimizer.optimizer, full, options=options)
+    set_optimizer_state_dict(model, optimizer.optimizer, full, options=StateDictOptions(full_state_dict=True))
     scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
     states = torch.load(checkpoint / "random.pt", weights_only=True)
     if len(states) != accelerator.num_processes:

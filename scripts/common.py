@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import signal
@@ -32,6 +33,10 @@ def run_script(main: Callable[[], int | None]):
         sys.exit(main() or 0)
     except ScriptError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: no space is left on the device of {error.filename}; free some and resume")
     except KeyboardInterrupt:
         sys.exit(130)
 

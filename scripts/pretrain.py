@@ -1,4 +1,4 @@
-"""Pretrain a language model: `python scripts/pretrain.py --config scripts/configs/demo.yaml --output_dir out/demo`.
+"""Pretrain a language model: `python scripts/pretrain.py --config scripts/configs/demo.yaml`.
 
 Runs on one process or, through `accelerate launch --config_file scripts/configs/accelerate_*.yaml`, on several. The
 model and its tokenizer end up in the output folder, ready for `from_pretrained`; beside them are metrics.jsonl, the
@@ -55,6 +55,7 @@ class Pretraining:
         state = checkpointing.load_trainer_state(self.checkpoint) if self.checkpoint else {}
         self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
         self.seconds = state.get("seconds", 0.0)
+        self.window = state.get("window", [])  # steps since the last logged line
         set_seed(options.seed)
         self._load_data()
         self._check_resumed_data(state.get("data", {}))
@@ -66,7 +67,8 @@ class Pretraining:
             f"{self.step_blocks} x {options.block_size} tokens"
         )
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # the newer name of the two; transformers before 5.23 knows the older alone
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self._prepare_training(model)
         self.writer = checkpointing.CheckpointWriter(
             self.accelerator, self.output_dir, self.tokenizer, options.save_total_limit
@@ -92,13 +94,8 @@ class Pretraining:
         with self.accelerator.main_process_first():  # the others then read what the first has cached
             train, held_out = pretrain_setup.load_documents(options)
         self.tokenizer = pretrain_setup.load_tokenizer(options, self.checkpoint, train, self.accelerator)
-        self.make_batch = BatchMaker(
-            options.objective,
-            self.tokenizer,
-            options.respect_document_boundaries,
-            options.mlm_probability,
-            options.seed,
-        )
+        separate = options.respect_document_boundaries
+        self.make_batch = BatchMaker(options.objective, self.tokenizer, separate, options.mlm_probability, options.seed)
         self.blocks = pretrain_setup.training_blocks(options, train, self.tokenizer)
         self.held_out = None
         if held_out is not None:
@@ -110,8 +107,8 @@ class Pretraining:
         if self.max_steps is None:
             self.max_steps = math.ceil(options.num_train_epochs * len(self.blocks) / self.step_blocks)
         # What must not change for a resumed run to see the same blocks.
-        self.data = {name: getattr(options, name) for name in ("objective", "block_size", "seed", "streaming")}
-        self.data["respect_document_boundaries"] = options.respect_document_boundaries
+        names = ("objective", "block_size", "respect_document_boundaries", "seed", "streaming")
+        self.data = {name: getattr(options, name) for name in names}
         self.data["training blocks"] = None if options.streaming else len(self.blocks)
 
     def _check_resumed_data(self, data: dict):
@@ -254,14 +251,16 @@ class Pretraining:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "window": self.window,
             "data": self.data,
             "blocks": self.blocks.state_dict(),
         }
         self.writer.save_checkpoint(self.model, self.optimizer, self.scheduler, state)
 
-    def _log_window(self, window: list[dict[str, float]], seconds: float, progress: tqdm):
+    def _log_window(self, progress: tqdm):
         """Log the steps since the last line; the loss is their mean over target tokens."""
-        targets = sum(step["targets"] for step in window)
+        window, self.window = self.window, []
+        targets, seconds = (sum(step[name] for step in window) for name in ("targets", "seconds"))
         loss = sum(step["loss"] * step["targets"] for step in window) / targets
         values = {
             "loss": loss,
@@ -287,7 +286,7 @@ class Pretraining:
         options = self.options
         name = options.run_name or self.output_dir.resolve().name
         self.accelerator.init_trackers(name, config={key: str(value) for key, value in options.record().items()})
-        window, window_start, evaluation = [], self.seconds, None
+        evaluation = None
         with (
             StopSignals(self.accelerator.num_processes > 1) as signals,
             tqdm(total=self.max_steps, initial=self.step, disable=not self.is_main, unit="step") as progress,
@@ -297,13 +296,12 @@ class Pretraining:
             while self.step < self.max_steps:
                 start = time.perf_counter()
                 metrics, stop = self.train_step(signals)
-                self.seconds += time.perf_counter() - start
-                window.append(metrics)
+                self.window.append({**metrics, "seconds": time.perf_counter() - start})
+                self.seconds += self.window[-1]["seconds"]
                 progress.update()
                 done = self.step == self.max_steps
                 if self.step % options.logging_steps == 0 or done:
-                    self._log_window(window, self.seconds - window_start, progress)
-                    window, window_start = [], self.seconds
+                    self._log_window(progress)
                 if self.held_out is not None and (self.step % options.eval_steps == 0 or done):
                     evaluation = self._evaluate_and_log(progress)
                 if self.step % options.save_steps == 0 or done or stop:
