@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint import-time clean
+.PHONY: help demo test lint import-time conformance cards clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,6 +26,14 @@ lint: $(BIN)/ruff ## check style
 
 import-time: $(INSTALLED) ## what `import ordnung` adds to importing torch and transformers
 	$(BIN)/python scripts/import_time.py
+
+conformance: $(INSTALLED) ## transformers' own model tests on every family: make conformance CHECKOUT=/path/to/transformers
+	@test -n "$(CHECKOUT)" || { echo "Say where transformers' tests are: make conformance CHECKOUT=/path/to/transformers" >&2; exit 1; }
+	$(PIP) install --quiet --constraint constraints.txt parameterized
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py "$(CHECKOUT)" $(ARGS)
+
+cards: $(INSTALLED) ## make the tables and figures of README.md and model_cards/ from the results files
+	$(BIN)/python scripts/make_cards.py
 
 clean: ## remove the virtual environment and caches; results in out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

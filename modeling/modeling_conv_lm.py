@@ -32,6 +32,7 @@ class CausalConvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     _layer_type = "causal_conv"
     is_croppable = True  # see `crop`
+    is_sliding = True  # before 5.23, transformers takes the first layer that is not for the one to size masks by
 
     def __init__(self, **kwargs):
         super().__init__()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ordnung.scripts.bench_mixer import PARTS
+from ordnung.scripts.evidence import markdown_table
 
 TITLES = {
     "forward": "Forward",
@@ -30,13 +31,6 @@ def add_ratios(rows: list[dict], baseline: str) -> None:
             for other in others
             if (reference := timed.get((task, length, other))) is not None
         }
-
-
-def _table(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal."""
-    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *body]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
 def _time_cell(row: dict) -> str:
@@ -88,7 +82,7 @@ def markdown(results: dict) -> str:
         cells = {(row["name"], row["length"]): cell(row) for row in chosen}
         names = dict.fromkeys(row["name"] for row in chosen)
         body = [[name, *(cells.get((name, length), "-") for length in lengths)] for name in names]
-        parts.append(f"**{title}**\n\n" + _table(["N", *map(str, lengths)], body))
+        parts.append(f"**{title}**\n\n" + markdown_table(["N", *map(str, lengths)], body))
 
     for task, title in TITLES.items():
         section(f"{title}, µs per token", task, _time_cell, lambda row: "seconds" in row)

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.testing
 from family_tester import PAD, VOCAB, FamilyTester
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging

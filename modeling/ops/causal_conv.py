@@ -72,14 +72,13 @@ def last_output(v, kernel, dilation):
 def toeplitz_blocks(kernel, block):
     """The banded Toeplitz matrix of `kernel` (H, K) cut in blocks: (H, J, C, C).
 
-    Block j takes the tokens of the block that lies j blocks back to the outputs of the current one.
+    Block j takes the tokens of the block that lies j blocks back to the outputs of the current one:
+    entry (i, c) is the weight of lag j C + i - c.
     """
-    K = kernel.shape[1]
-    token = torch.arange(block, device=kernel.device)
-    back = torch.arange((K - 1 + block - 1) // block + 1, device=kernel.device)  # (J,)
-    lag = token[:, None] - token[None, :] + block * back[:, None, None]  # (J, C, C)
-    inside = (lag >= 0) & (lag < K)
-    return torch.where(inside, kernel[:, lag.clamp(0, K - 1)], kernel.new_zeros(()))
+    H, K = kernel.shape
+    back = (K - 1 + block - 1) // block + 1  # J
+    padded = F.pad(kernel, (block - 1, back * block - K))  # entry n is the weight of lag n - (C - 1)
+    return padded.unfold(1, block, 1).flip(2).view(H, back, block, block)
 
 
 def by_phase(conv):
@@ -119,8 +118,11 @@ def toeplitz_conv(v, kernel):
     width = (B * (blocks + J - 1) - (J - 1)) * P
     y = torch.bmm(matrix[:, 0], columns.narrow(2, (J - 1) * P, width))
     for j in range(1, J):
-        y = torch.baddbmm(y, matrix[:, j], columns.narrow(2, (J - 1 - j) * P, width))
-    y = F.pad(y, (0, (J - 1) * P)).view(H, block, B, blocks + J - 1, P).narrow(3, 0, blocks)
+        y.baddbmm_(matrix[:, j], columns.narrow(2, (J - 1 - j) * P, width))
+    if B > 1:
+        y = F.pad(y, (0, (J - 1) * P)).view(H, block, B, blocks + J - 1, P).narrow(3, 0, blocks)
+    else:
+        y = y.view(H, block, 1, blocks, P)
     return y.permute(2, 3, 1, 0, 4).reshape(B, blocks * block, D).narrow(1, 0, N)
 
 

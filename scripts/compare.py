@@ -1,0 +1,307 @@
+"""Pretrain variants on the same text and compare them.
+
+    python scripts/compare.py --config scripts/configs/compare_conv.yaml
+
+Every variant is a run of pretrain.py with the same data, tokenizer, steps and options, once with each seed; a seed
+chooses initial weights and the order of the data, and the text held out is the same for all. The output folder
+receives results.json, results.md and positions.png, and the runs under runs/. Finished runs are kept and stopped ones
+resumed: the same command goes on where it was stopped, and a variant or seed can be added later.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ordnung.scripts import corpus, pretrain, pretrain_setup
+from ordnung.scripts.common import MergeKeyValues, ScriptError, parse_options, run_script, write_json, write_text
+from ordnung.scripts.evidence import (
+    check_seeds,
+    claim_output_dir,
+    markdown_table,
+    spread,
+    summarise,
+    variant_configs,
+)
+from ordnung.scripts.machine import machine_info
+from ordnung.scripts.pretrain_options import PretrainOptions
+
+# Options of pretrain.py that the comparison sets for each run.
+OWN_OPTIONS = ("output_dir", "seed", "model_type", "config_name", "model_name_or_path", "config_overrides")
+OWN_OPTIONS += ("overwrite_output_dir", "resume_from_checkpoint")
+# Those that have done their work once the text is split and the tokenizer made.
+DATA_OPTIONS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
+DATA_OPTIONS += ("tokenizer_name", "train_tokenizer_vocab_size")
+
+
+@dataclass
+class CompareOptions:
+    output_dir: str = field(metadata={"help": "Folder for results.json, results.md, positions.png and the runs."})
+    variants: str = field(
+        metadata={"help": "Models by name: model_type and the config fields that differ.", "action": MergeKeyValues}
+    )
+    pretrain: str = field(
+        metadata={
+            "help": "Options of pretrain.py for all runs: max_steps=100,block_size=128.",
+            "action": MergeKeyValues,
+        }
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Config fields of all variants.", "action": MergeKeyValues}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each variant trains with each."})
+    baseline: str | None = field(default=None, metadata={"help": "Variant that perplexity is held against."})
+
+    def __post_init__(self):
+        self.config_overrides = self.config_overrides or {}
+        check_seeds(self.seeds)
+        if self.baseline is not None and self.baseline not in self.variants:
+            raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
+        own = [name for name in OWN_OPTIONS if name in self.pretrain]
+        if own:
+            raise ScriptError(f"--pretrain {own[0]}: the comparison sets it for each run, leave it out")
+
+
+def pretrain_arguments(options: dict[str, Any]) -> list[str]:
+    """The command line of pretrain.py with these options."""
+    arguments = []
+    for name, value in options.items():
+        if value is not None:
+            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            arguments += [f"--{name}", *map(str, items)]
+    return arguments
+
+
+def check_pretrain(options: CompareOptions) -> PretrainOptions:
+    """The options that all runs share, parsed.
+
+    Raises:
+        ScriptError: wrong options, or such that the runs cannot be compared position by position.
+    """
+    model = {"model_type": "any", "output_dir": options.output_dir}
+    shared = parse_options(PretrainOptions, pretrain_arguments({**options.pretrain, **model}))
+    if shared.objective != "causal" or shared.streaming or shared.respect_document_boundaries:
+        raise ScriptError(
+            "variants are compared as causal models on full blocks of text in memory: leave objective, streaming and "
+            "respect_document_boundaries out of --pretrain"
+        )
+    return shared
+
+
+def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
+    """Split the text and make the tokenizer, once for all runs.
+
+    Returns:
+        options of pretrain.py: files with a document per line, and the tokenizer's folder.
+    Raises:
+        ScriptError: nothing held out; as `pretrain_setup.load_documents` and the functions of `corpus`.
+    """
+    folder, unfinished = output_dir / "data", output_dir / ".tmp-data"
+    if not folder.exists():
+        train, held_out = pretrain_setup.load_documents(shared)
+        if held_out is None:
+            raise ScriptError("a comparison needs held-out text: --pretrain validation_fraction must be above 0")
+        if shared.tokenizer_name:
+            tokenizer = corpus.load_tokenizer(shared.tokenizer_name, shared.trust_remote_code)
+        else:
+            tokenizer = corpus.train_tokenizer(train, shared.train_tokenizer_vocab_size, masked=False)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tokenizer.save_pretrained(unfinished / "tokenizer")
+        for name, documents in (("train", train), ("held_out", held_out)):
+            write_text(unfinished / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+        unfinished.rename(folder)
+    return {
+        "train_file": str(folder / "train.jsonl"),
+        "validation_file": str(folder / "held_out.jsonl"),
+        "tokenizer_name": str(folder / "tokenizer"),
+    }
+
+
+@torch.no_grad()
+def position_losses(model: torch.nn.Module, blocks: np.ndarray, batch_size: int) -> np.ndarray:
+    """Mean loss at each position of blocks (n, N) of tokens.
+
+    Returns:
+        (N - 1,) nats per token: entry i is the loss of token i + 1, which is predicted from i + 1 tokens.
+    """
+    model.eval()
+    total = torch.zeros(blocks.shape[1] - 1, dtype=torch.float64)
+    for tokens in torch.from_numpy(blocks.astype(np.int64)).to(model.device).split(batch_size):
+        logits = model(tokens, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").double().sum(0).cpu()
+    return (total / len(blocks)).numpy()
+
+
+def position_buckets(block_size: int) -> list[tuple[int, int]]:
+    """First and last position of each bucket: 1 to 15 (token 0 is not predicted), 16 to 31, 32 to 63 and so on."""
+    edges = [1, *(16 * 2**i for i in range(block_size.bit_length()) if 16 * 2**i < block_size), block_size]
+    return [(first, end - 1) for first, end in zip(edges, edges[1:])]
+
+
+def collect(folders: list[Path], shared: PretrainOptions, held_out: pretrain_setup.HeldOut) -> dict[str, Any]:
+    """The results of one variant from its finished runs, one for each seed."""
+    runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    by_position = []
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=shared.trust_remote_code)
+        if not shared.use_cpu and torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        by_position.append(position_losses(model, held_out.blocks, shared.per_device_eval_batch_size))
+    summaries = {
+        name: summarise([run["evaluation"][name] for run in runs])
+        for name in ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    }
+    return {
+        "parameters": runs[0]["parameters"],
+        "forward_flops_per_token": model.flops(shared.block_size) / shared.block_size,
+        "receptive_field": getattr(model.config, "receptive_field", None),
+        **summaries,
+        "training_seconds": summarise([run["seconds"] for run in runs]),
+        "tokens_per_second": summarise([run["tokens"] / run["seconds"] for run in runs]),
+        "loss_by_position": [
+            {"first": first, "last": last, **summarise([float(x[first - 1 : last].mean()) for x in by_position])}
+            for first, last in position_buckets(shared.block_size)
+        ],
+        "runs": [str(folder) for folder in folders],
+    }
+
+
+def hold_against(variants: dict[str, dict], baseline: str):
+    """Give each variant `perplexity_change`, its perplexity over the baseline's with the same seed, less one."""
+    references = variants[baseline]["eval_perplexity"]["values"]
+    for result in variants.values():
+        pairs = zip(result["eval_perplexity"]["values"], references)
+        result["perplexity_change"] = summarise([own / reference - 1 for own, reference in pairs])
+
+
+def markdown(results: dict) -> str:
+    """The tables of a results dictionary."""
+    variants, machine = results["variants"], results["machine"]
+    settings = results["settings"]["pretrain"]
+    header = ["variant", "parameters", "loss", "perplexity", "bits per byte"]
+    header += ["training s", "tokens/s", "MFLOPs/token", "receptive field"]
+    body = [
+        [
+            name,
+            f"{result['parameters']:,}",
+            spread(result["eval_loss"], 4),
+            spread(result["eval_perplexity"], 2),
+            spread(result["eval_bits_per_byte"], 4),
+            spread(result["training_seconds"], 0),
+            spread(result["tokens_per_second"], 0),
+            f"{result['forward_flops_per_token'] / 1e6:.3f}",
+            "all" if result["receptive_field"] is None else str(result["receptive_field"]),
+        ]
+        for name, result in variants.items()
+    ]
+    if results["baseline"] is not None:
+        header.insert(4, f"against {results['baseline']}")
+        for line, result in zip(body, variants.values()):
+            line.insert(4, spread(result["perplexity_change"], 1, scale=100) + " %")
+    buckets = next(iter(variants.values()))["loss_by_position"]
+    positions = [
+        [name, *(spread(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
+    ]
+    return "\n\n".join(
+        [
+            f"Held-out text after {settings['max_steps']} steps, mean ± sample standard deviation over seeds "
+            f"{', '.join(map(str, results['seeds']))}. {machine['cpu']}, {machine['threads']} threads, torch "
+            f"{machine['torch']}, transformers {machine['transformers']}, ordnung {machine['ordnung']}, "
+            f"{machine['date'][:10]}.",
+            markdown_table(header, body),
+            "Loss (nats per token) by position in the block:",
+            markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
+        ]
+    )
+
+
+def plot(results: dict, image: Path):
+    """Loss by position, with bands of one standard deviation; with a baseline, also each seed's difference from it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    baseline = results["baseline"]
+    figure, panels = plt.subplots(1, 2 if baseline else 1, figsize=(13 if baseline else 7, 5), layout="constrained")
+    panels = np.atleast_1d(panels)
+    for name, result in results["variants"].items():
+        buckets = result["loss_by_position"]
+        places = range(len(buckets))
+        curves = [np.array([bucket["values"] for bucket in buckets])]  # (buckets, seeds)
+        if baseline:
+            references = results["variants"][baseline]["loss_by_position"]
+            curves.append(curves[0] - np.array([bucket["values"] for bucket in references]))
+        for panel, curve in zip(panels, curves):
+            mean = curve.mean(1)
+            (line,) = panel.plot(places, mean, marker="o", markersize=3, label=name)
+            if curve.shape[1] > 1:
+                deviation = curve.std(1, ddof=1)
+                panel.fill_between(places, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
+    labels = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
+    for panel in panels:
+        panel.set_xticks(places, labels, rotation=30)
+        panel.set(xlabel="position in the block (tokens before)", ylabel="held-out loss (nats per token)")
+        panel.grid(alpha=0.3)
+    if baseline:
+        panels[1].set(title=f"difference from {baseline}, seed by seed", ylabel="nats per token")
+    panels[0].legend(fontsize=8)
+    figure.savefig(image, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit status, that of pretrain.py where a run was stopped."""
+    options = parse_options(CompareOptions, argv, __doc__)
+    output_dir, shared = Path(options.output_dir), check_pretrain(options)
+    variant_configs(options.variants, options.config_overrides)  # a wrong table is told before anything is written
+    settings = {"pretrain": options.pretrain, "config_overrides": options.config_overrides}
+    claim_output_dir(output_dir, settings, options.variants)
+    data = prepare_data(output_dir, shared)
+    common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data
+
+    folders = {
+        name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in options.variants
+    }
+    # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
+    for i, seed in enumerate(options.seeds):
+        for name, variant in options.variants.items():
+            folder = folders[name][i]
+            if (folder / "results.json").exists():
+                print(f"{folder}: finished, kept")
+                continue
+            overrides = {**options.config_overrides, **variant}
+            run = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
+            run |= {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "auto"}
+            status = pretrain.main(pretrain_arguments({**common, **run}))
+            if status:
+                return status
+
+    tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])
+    documents = corpus.load_files([data["validation_file"]], "validation_file", "text", streaming=False)
+    held_out = pretrain_setup.held_out_blocks(shared, documents, tokenizer)
+    variants = {name: collect(folders[name], shared, held_out) for name in options.variants}
+    if options.baseline is not None:
+        hold_against(variants, options.baseline)
+    results = {
+        "machine": machine_info(),
+        "settings": {**settings, "variants": options.variants},
+        "seeds": options.seeds,
+        "baseline": options.baseline,
+        "variants": variants,
+    }
+    write_json(output_dir / "results.json", results)
+    write_text(output_dir / "results.md", markdown(results) + "\n")
+    plot(results, output_dir / "positions.png")
+    print(f"{markdown(results)}\n\nWritten: results.json, results.md and positions.png in {output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,71 @@
+"""What transformers' common tests run on: one row for each family, or each form of a family that is worth a run."""
+
+from dataclasses import dataclass, field
+
+from ordnung.modeling.registration import FAMILIES, HEADS, heads_of
+
+# what the skip reason of an excluded test starts with
+EXCLUDED = "excluded: "
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+STATE_LAYERS = {
+    "test_generate_with_quant_cache": "transformers quantizes the keys and values of attention layers; a convolution "
+    "state has none, and its `QuantizedCache` refuses other layers in words."
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    Args:
+        model_type: a family of `ordnung.modeling.registration`.
+        heads: class name endings to test, base model first.
+        config: config fields beyond those of `suite.SMALL`.
+        flags: attributes of the test class, as test files in transformers set them.
+        excluded: test name pattern -> why these tests do not apply. A run skips them and lists them with the reason.
+    """
+
+    model_type: str
+    heads: tuple[str, ...] = HEADS
+    config: dict = field(default_factory=dict)
+    flags: dict = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """Class name ending -> class name."""
+        prefix = FAMILIES[self.model_type][0]
+        return {head: prefix + head for head in self.heads}
+
+
+ROWS = {
+    "conv_lm": Row(
+        "conv_lm",
+        config={"kernel_size": 4},
+        flags={"has_attentions": False},
+        excluded={
+            **STATE_LAYERS,
+            "test_model_rope_scaling_from_config_*": "A stack of convolutions has no rotary embedding to scale; these "
+            "tests go by the config field `rope_parameters`, which stacks with attention layers use.",
+        },
+    ),
+    "conv_lm-hybrid": Row(
+        "conv_lm",
+        config={
+            "kernel_size": 4,
+            "layer_types": ["causal_conv", "full_attention"],
+            "position_embedding_type": "rope",
+        },
+        excluded=STATE_LAYERS,
+    ),
+    "softmax_lm": Row("softmax_lm"),
+    "softmax_lm-bidirectional": Row(
+        "softmax_lm", heads=("Model", "ForMaskedLM", *CLASSIFIERS), config={"is_decoder": False}
+    ),
+}
+
+
+def untested() -> list[str]:
+    """Names of the registered classes that no row tests."""
+    tested = {name for row in ROWS.values() for name in row.classes.values()}
+    return sorted({name for family in FAMILIES for name in heads_of(family).values()} - tested)

@@ -1,0 +1,58 @@
+"""The model cards: tables as the results files give them, figures there, metadata that the Hub can read."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ordnung.scripts import make_cards
+from ordnung.scripts.common import ScriptError
+
+ROOT = Path(__file__).parents[1]
+CARDS = sorted((ROOT / "model_cards").glob("*.md"))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "model_cards", tmp_path / "model_cards")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(make_cards, "ROOT", tmp_path)
+    monkeypatch.setattr(make_cards, "RESULTS", tmp_path / "model_cards" / "results")
+    return tmp_path
+
+
+def test_tables_are_what_the_results_give(project, capsys):
+    assert make_cards.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_check_sees_an_edited_figure(project):
+    readme = project / "README.md"
+    text = readme.read_text()
+    readme.write_text(text.replace("×", "9×", 1) if "×" in text else text)
+    assert make_cards.main(["--check"]) == 1
+    assert make_cards.main([]) == 0
+    assert readme.read_text() == text
+
+
+def test_missing_results_are_named(project):
+    (project / "model_cards/results/conv_lm_benchmark.json").unlink()
+    with pytest.raises(ScriptError, match="conv_lm_benchmark.json"):
+        make_cards.main([])
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_card_loads_and_its_figures_exist(card):
+    data = ModelCard.load(card).data
+    assert data.license == "apache-2.0" and data.library_name == "transformers"
+    for link in re.findall(r"\]\(([^)#]+)\)", card.read_text()):
+        assert link.startswith("http") or (card.parent / link).exists(), link
+
+
+def test_results_name_machine_versions_and_command():
+    for path in (ROOT / "model_cards" / "results").glob("*.json"):
+        machine = json.loads(path.read_text())["machine"]
+        for entry in ("cpu", "threads", "torch", "transformers", "ordnung", "command", "date"):
+            assert machine[entry], (path.name, entry)
