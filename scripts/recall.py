@@ -69,9 +69,9 @@ class RecallOptions:
 
     # optimisation
     max_steps: int = _option(2000, "Optimizer steps.")
-    batch_size: int = _option(64, "Sequences in a step.")
-    learning_rate: float = _option(2e-3, "AdamW's learning rate, constant after the warm-up.")
-    weight_decay: float = _option(0.1, "AdamW's weight decay, for matrices.")
+    batch_size: int = _option(32, "Sequences in a step.")
+    learning_rate: float = _option(1e-3, "AdamW's learning rate, constant after the warm-up.")
+    weight_decay: float = _option(0.0, "AdamW's weight decay, for matrices.")
     warmup_steps: int = _option(100, "Steps of linear warm-up.")
 
     def __post_init__(self):
@@ -265,12 +265,13 @@ def markdown(results: dict) -> str:
         field = result["receptive_field"]
         sees = "everything" if field is None else f"keys up to {field - 1} tokens back"
         unsolved = [seed for seed in results["seeds"] if seed not in result["solved"]]
+        learning = [seed for seed in unsolved if seed in result["still_learning"]]
         notes.append(
             f"- {name}: {result['parameters']:,} parameters, {spread(result['training_seconds'], 0)} s of training, "
             f"sees {sees}. "
             + (f"Not solved, within what it sees, by seeds {unsolved}" if unsolved else "Solved within what it sees")
-            + f"; seeds whose loss still fell at the end: {result['still_learning'] or 'none'}. "
-            f"Training loss by tenths of the steps: {', '.join(f'{loss:.2f}' for loss in curve)}."
+            + (f"; the loss of {learning or 'none'} of them still fell at the end. " if unsolved else ". ")
+            + f"Training loss by tenths of the steps: {', '.join(f'{loss:.2f}' for loss in curve)}."
         )
     return "\n\n".join(notes[:3]) + "\n\n" + "\n".join(notes[3:])
 
