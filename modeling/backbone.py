@@ -27,6 +27,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
+from ordnung.modeling.ops.chunks import in_pieces
 
 MIXERS: dict[str, type["Mixer"]] = {}
 
@@ -174,10 +175,19 @@ class BackboneLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        mixed = self.mixer(self.before_mixer(hidden_states), **kwargs)[0]
+        return in_pieces(self.after_mixer, hidden_states, mixed)
+
+    def before_mixer(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the mixer takes of the layer's input."""
+        return self.mixer_norm(hidden_states) if self.pre_norm else hidden_states
+
+    def after_mixer(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """The layer's output, from its input and what the mixer made of that; each token for itself."""
+        hidden_states = hidden_states + self.dropout(mixed)
         if self.pre_norm:
-            hidden_states = hidden_states + self.dropout(self.mixer(self.mixer_norm(hidden_states), **kwargs)[0])
             return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
-        hidden_states = self.mixer_norm(hidden_states + self.dropout(self.mixer(hidden_states, **kwargs)[0]))
+        hidden_states = self.mixer_norm(hidden_states)
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
 
     def flops(self, seq_len: int) -> int:

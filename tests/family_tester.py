@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 
 import ordnung
 from ordnung.modeling.backbone import linear_flops
+from ordnung.modeling.ops import causal_conv, chunks
 from ordnung.modeling.registration import heads_of
 
 VOCAB = 50
@@ -125,6 +126,16 @@ class FamilyTester:
         torch.testing.assert_close(after[..., :VOCAB], before)
 
     # what the model computes
+
+    def test_pieces_of_long_inputs_equal_the_whole(self, variant, monkeypatch):
+        model = self.model(variant)
+        ids, mask = masked_batch()
+        whole = model(ids, attention_mask=mask).logits  # with gradients: in one piece
+        assert whole.requires_grad
+        for module in (chunks, causal_conv):
+            monkeypatch.setattr(module, "ROWS", 16)
+        with torch.no_grad():
+            self.assert_equal(model(ids, attention_mask=mask).logits, whole.detach(), variant)
 
     def test_future_tokens_change_nothing(self, variant):
         model = self.model(variant, dtype=torch.float32)

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from ordnung.modeling.ops import causal_conv as causal_conv_module
+from ordnung.modeling.ops import chunks
 from ordnung.modeling.ops.causal_conv import causal_conv, causal_conv_naive
 
 # B, N, H, P, K, dilation, tokens of state
@@ -34,6 +36,20 @@ def test_forward_and_gradients_equal_the_formula(shape, implementation):
     seed = torch.randn_like(expected)
     for a, b in zip(torch.autograd.grad(got, inputs, seed), torch.autograd.grad(expected, inputs, seed), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.no_grad()
+def test_pieces_equal_the_formula(shape, rows, monkeypatch):
+    B, N, H, P, K, dilation, past = shape
+    v = torch.randn(B, N, H * P, dtype=torch.float64)
+    kernel = torch.randn(H, K, dtype=torch.float64)
+    state = torch.randn(B, past, H * P, dtype=torch.float64) if past else None
+    for module in (chunks, causal_conv_module):
+        monkeypatch.setattr(module, "ROWS", rows)
+    got = causal_conv(v, kernel, dilation, state)
+    torch.testing.assert_close(got, causal_conv_naive(v, kernel, dilation, state), rtol=0, atol=1e-11)
 
 
 def test_naive_is_the_formula():

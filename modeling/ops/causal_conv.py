@@ -10,6 +10,8 @@ Legend: B batch, N tokens, D channels, H heads (D = H * P), P channels a head, K
 import torch
 import torch.nn.functional as F
 
+from ordnung.modeling.ops.chunks import ROWS, pieces_pay
+
 
 def causal_conv_naive(v, kernel, dilation=1, state=None):
     """The formula, tap by tap, in the dtype of its arguments.
@@ -56,8 +58,25 @@ def causal_conv(v, kernel, dilation=1, state=None, implementation="auto"):
     if implementation == "auto":
         # a graph for any length, and for other runtimes, wants the standard operator
         implementation = "conv1d" if torch.compiler.is_exporting() else "toeplitz"
+    if implementation == "toeplitz" and pieces_pay(v):
+        return toeplitz_pieces(v, kernel, dilation, N)
     y = IMPLEMENTATIONS[implementation](v, kernel, dilation)
     return y.narrow(1, y.shape[1] - N, N)
+
+
+def toeplitz_pieces(v, kernel, dilation, tokens):
+    """The last `tokens` outputs of `toeplitz_conv`, a piece at a time, each with the tokens that it looks back to."""
+    B, M, D = v.shape
+    history = (kernel.shape[1] - 1) * dilation
+    y = v.new_empty(B, tokens, D)
+    sequences = max(1, ROWS // tokens)
+    for v_part, y_part in zip(v.split(sequences), y.split(sequences)):
+        start = M - tokens
+        for part in y_part.split(max(ROWS, history), dim=1):
+            end, first = start + part.shape[1], max(0, start - history)
+            part.copy_(toeplitz_conv(v_part[:, first:end], kernel, dilation)[:, start - first :])
+            start = end
+    return y
 
 
 def last_output(v, kernel, dilation):
