@@ -9,7 +9,11 @@ from ordnung.modeling.registration import lazy_names, register
 
 __version__ = "0.1.0"
 
-_LAZY = {**lazy_names(), "save_standalone": "ordnung.modeling.standalone"}
+_LAZY = {
+    **lazy_names(),
+    "convert": "ordnung.modeling.convert",
+    "save_standalone": "ordnung.modeling.standalone",
+}
 __all__ = ["__version__", *sorted(_LAZY)]
 
 

@@ -24,7 +24,10 @@ class BackboneConfig(PreTrainedConfig):
         position_embedding_type: "none", "learned" (table of `max_position_embeddings` rows added to the token
             embeddings) or "rope" (rotary embedding of queries and keys in attention layers).
         max_position_embeddings: rows of the learned table; the trained length that rope scaling refers to.
+        position_offset: row of the learned table that holds the first position; rows before it are not used. RoBERTa
+            has 2.
         rope_parameters: transformers' rope dictionary (`rope_theta`, `rope_type`, ...), for "rope".
+        type_vocab_size: number of token types (segments, as in BERT) that have an embedding; 0 for no such table.
         hidden_dropout: dropout after the embeddings, each mixer and each MLP.
         attention_dropout: dropout on softmax attention weights.
         classifier_dropout: dropout before a classification head, `hidden_dropout` if None.
@@ -55,7 +58,9 @@ class BackboneConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-5
     position_embedding_type: Literal["none", "learned", "rope"] = "rope"
     max_position_embeddings: int = 1024
+    position_offset: int = 0
     rope_parameters: RopeParameters | dict | None = None
+    type_vocab_size: int = 0
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
@@ -75,6 +80,11 @@ class BackboneConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [self.mixer_types[0]] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the learned table that are positions."""
+        return self.max_position_embeddings - self.position_offset
 
     def validate_layer_type(self):
         unknown = sorted(set(self.layer_types) - set(self.mixer_types))
@@ -97,6 +107,13 @@ class BackboneConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        if self.type_vocab_size < 0:
+            raise ValueError(f"`type_vocab_size` ({self.type_vocab_size}) must be 0 (no token types) or more.")
+        if not 0 <= self.position_offset < self.max_position_embeddings:
+            raise ValueError(
+                f"`position_offset` ({self.position_offset}) must be a row of the learned table of "
+                f"`max_position_embeddings` ({self.max_position_embeddings})."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "

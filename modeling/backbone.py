@@ -36,7 +36,8 @@ class Mixer(nn.Module):
     """Base class of the token mixers.
 
     A subclass sets `layer_type`, implements `forward`, `make_mask`, `flops` and `cache_bytes`, and, where it has
-    parameters of its own outside of `nn.Linear`, `init_weights`.
+    parameters of its own outside of `nn.Linear`, `init_weights`. Where `forward` never returns mixing weights, it
+    implements `mixing_weights`.
     """
 
     layer_type: ClassVar[str | None] = None
@@ -61,6 +62,19 @@ class Mixer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the mixed states (B, N, D) and, where there are any, the mixing weights (B, H, N, keys)."""
         raise NotImplementedError(f"{type(self).__name__} must implement `forward`.")
+
+    def mixing_weights(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """(B, H, N, keys) how much of each key's value enters each output, for the arguments of `forward`.
+
+        Attention says so with `attn_implementation="eager"`.
+        """
+        weights = self(hidden_states, **kwargs)[1]
+        if weights is None:
+            raise ValueError(
+                f"{type(self).__name__} gave no mixing weights with attn_implementation="
+                f"{self.config._attn_implementation!r}: set 'eager'."
+            )
+        return weights
 
     @staticmethod
     def make_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
@@ -224,11 +238,13 @@ class BackbonePreTrainedModel(PreTrainedModel):
 
 
 class BackboneModel(BackbonePreTrainedModel):
-    """Token and position embeddings, the layers, and the final norm."""
+    """Token, token type and position embeddings, the layers, and the final norm."""
 
     def __init__(self, config: BackboneConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.type_vocab_size:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_embedding_type == "rope":
@@ -251,6 +267,7 @@ class BackboneModel(BackbonePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -263,14 +280,16 @@ class BackboneModel(BackbonePreTrainedModel):
             input_ids: (B, N) token ids; or give `inputs_embeds`.
             attention_mask: (B, past + N), 1 for real tokens and 0 for padding, wherever it lies; rows are computed as
                 if they stood alone and unpadded. Or a dictionary of ready masks by layer type.
-            position_ids: (B, N); by default each row's real tokens are counted from zero.
+            token_type_ids: (B, N) segment of each token, below `config.type_vocab_size`; all zero by default.
+            position_ids: (B, N); by default each row's real tokens are counted from zero, whatever
+                `config.position_offset` is.
             past_key_values: the state returned by an earlier call, to continue it.
             inputs_embeds: (B, N, D) in place of `input_ids`.
             use_cache: return the generation state in `past_key_values`.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, the mask does not fit the
-                tokens, or a position lies outside the learned table.
+                tokens, or a position or token type lies outside its table.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -297,9 +316,15 @@ class BackboneModel(BackbonePreTrainedModel):
             }
 
         hidden_states, position_embeddings = inputs_embeds, None
+        if token_type_ids is not None:
+            self.check_token_types(token_type_ids)
+        if self.config.type_vocab_size:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+            hidden_states = hidden_states + self.embed_token_types(token_type_ids)
         if self.config.position_embedding_type == "learned":
             self.check_positions(position_ids)
-            hidden_states = hidden_states + self.embed_positions(position_ids)
+            hidden_states = hidden_states + self.embed_positions(position_ids + self.config.position_offset)
         elif self.config.position_embedding_type == "rope":
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if self.config.norm_position == "post":
@@ -354,11 +379,23 @@ class BackboneModel(BackbonePreTrainedModel):
         if is_tracing(position_ids):
             return
         highest = int(position_ids.max())
-        if highest >= self.config.max_position_embeddings:
+        if highest >= self.config.num_positions:
             raise ValueError(
-                f"Position {highest} is outside the learned table of `max_position_embeddings` "
-                f"({self.config.max_position_embeddings}): shorten the input, or train with more positions, "
+                f"Position {highest} is outside the learned table of {self.config.num_positions} positions, counted "
+                f"from 0: `max_position_embeddings` ({self.config.max_position_embeddings}) less `position_offset` "
+                f"({self.config.position_offset}). Shorten the input, or train with more positions, "
                 "position_embedding_type='rope' or, for ConvLM, 'none'."
+            )
+
+    def check_token_types(self, token_type_ids) -> None:
+        """Without a table all tokens are of type 0: tokenizers make such ids for any model."""
+        if is_tracing(token_type_ids):
+            return
+        highest, types = int(token_type_ids.max()), self.config.type_vocab_size
+        if highest >= max(types, 1):
+            raise ValueError(
+                f"`token_type_ids` holds {highest}, but `type_vocab_size` is {types}: leave `token_type_ids` out, or "
+                f"train with type_vocab_size={highest + 1}."
             )
 
 

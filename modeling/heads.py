@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -67,6 +68,7 @@ class ForCausalLM(Head, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -78,6 +80,7 @@ class ForCausalLM(Head, GenerationMixin):
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -133,6 +136,7 @@ class ForMaskedLM(Head):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -141,6 +145,7 @@ class ForMaskedLM(Head):
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
@@ -182,6 +187,7 @@ class ForSequenceClassification(ClassificationHead):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -192,6 +198,7 @@ class ForSequenceClassification(ClassificationHead):
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -237,6 +244,52 @@ class ForSequenceClassification(ClassificationHead):
         return torch.where(real, index, N).amin(1).clamp(max=N - 1)
 
 
+class ForMultipleChoice(ForSequenceClassification):
+    """The likeliest of several sequences: one score for each, read as in `ForSequenceClassification`.
+
+    Inputs are (B, choices, N), `labels` (B,) the index of the right choice, logits (B, choices).
+    """
+
+    def add_head(self, config):
+        self.add_dropout(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        for name, value in inputs.items():
+            if value.ndim != 3 + (name == "inputs_embeds"):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)}, but must begin with (batch, choices, tokens)."
+                )
+        kwargs["return_dict"] = True
+        outputs = super().forward(**{name: value.flatten(0, 1) for name, value in inputs.items()}, **kwargs)
+        choices = next(iter(inputs.values())).shape[1]
+        logits = outputs.logits.view(-1, choices)
+        return MultipleChoiceModelOutput(
+            loss=nn.functional.cross_entropy(logits, labels) if labels is not None else None,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
 class ForTokenClassification(ClassificationHead):
     """One label per token. `labels` (B, N); -100 is ignored."""
 
@@ -250,6 +303,7 @@ class ForTokenClassification(ClassificationHead):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -258,6 +312,7 @@ class ForTokenClassification(ClassificationHead):
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
@@ -280,6 +335,7 @@ class ForQuestionAnswering(ClassificationHead):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
@@ -289,6 +345,7 @@ class ForQuestionAnswering(ClassificationHead):
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
@@ -309,6 +366,7 @@ class ForQuestionAnswering(ClassificationHead):
 __all__ = [
     "ForCausalLM",
     "ForMaskedLM",
+    "ForMultipleChoice",
     "ForQuestionAnswering",
     "ForSequenceClassification",
     "ForTokenClassification",

@@ -186,6 +186,18 @@ class CausalConvolution(Mixer):
             mixed = output_gate * mixed
         return self.out_proj(mixed), None
 
+    def mixing_weights(self, hidden_states, attention_mask=None, **kwargs) -> torch.Tensor:
+        """(B, H, N, N) Toeplitz matrices of the kernels, a head's channels averaged, gates left out."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(hidden_states[..., 0])
+        real = attention_mask.bool()  # (B, N)
+        position = real.cumsum(1)
+        lag = position[:, :, None] - position[:, None, :]  # (B, N, N)
+        tap = lag // self.dilation
+        seen = (lag >= 0) & (lag % self.dilation == 0) & (tap < self.kernel_size) & real[:, :, None] & real[:, None, :]
+        kernel = self.kernel().view(self.config.num_attention_heads, -1, self.kernel_size).mean(1)
+        return (kernel[:, tap.clamp(0, self.kernel_size - 1)] * seen).transpose(0, 1)
+
     def read_state(self, past_key_values) -> torch.Tensor | None:
         layers = past_key_values.layers
         if self.layer_idx >= len(layers) or not hasattr(layers[self.layer_idx], "update_conv_state"):

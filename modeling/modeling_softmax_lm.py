@@ -5,6 +5,7 @@ from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
 from ordnung.modeling.heads import (
     ForCausalLM,
     ForMaskedLM,
+    ForMultipleChoice,
     ForQuestionAnswering,
     ForSequenceClassification,
     ForTokenClassification,
@@ -31,6 +32,10 @@ class SoftmaxLMForSequenceClassification(SoftmaxLMPreTrainedModel, ForSequenceCl
     model_class = SoftmaxLMModel
 
 
+class SoftmaxLMForMultipleChoice(SoftmaxLMPreTrainedModel, ForMultipleChoice):
+    model_class = SoftmaxLMModel
+
+
 class SoftmaxLMForTokenClassification(SoftmaxLMPreTrainedModel, ForTokenClassification):
     model_class = SoftmaxLMModel
 
@@ -42,6 +47,7 @@ class SoftmaxLMForQuestionAnswering(SoftmaxLMPreTrainedModel, ForQuestionAnsweri
 __all__ = [
     "SoftmaxLMForCausalLM",
     "SoftmaxLMForMaskedLM",
+    "SoftmaxLMForMultipleChoice",
     "SoftmaxLMForQuestionAnswering",
     "SoftmaxLMForSequenceClassification",
     "SoftmaxLMForTokenClassification",

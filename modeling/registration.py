@@ -14,7 +14,7 @@ import sys
 # model_type -> class prefix, and the heads beyond those that every family has
 FAMILIES = {
     "conv_lm": ("ConvLM", ()),
-    "softmax_lm": ("SoftmaxLM", ("ForMaskedLM",)),
+    "softmax_lm": ("SoftmaxLM", ("ForMaskedLM", "ForMultipleChoice")),
 }
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 # class name ending -> the Auto class that loads it
@@ -22,6 +22,7 @@ AUTO_CLASSES = {
     "Model": "AutoModel",
     "ForCausalLM": "AutoModelForCausalLM",
     "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",

@@ -93,7 +93,7 @@ class FamilyTester:
         for head, name in heads_of(self.model_type).items():
             model = self.model(head=head, dtype=torch.float32, is_decoder=head != "AutoModelForMaskedLM")
             assert type(model) is getattr(ordnung, name)
-            ids = torch.randint(1, VOCAB, (2, 9))
+            ids = torch.randint(1, VOCAB, (2, 3, 9) if head == "AutoModelForMultipleChoice" else (2, 9))
             expected = model(ids, attention_mask=torch.ones_like(ids))[0]
             model.save_pretrained(tmp_path / name)
             loaded = getattr(modeling_auto, head).from_pretrained(tmp_path / name).eval()
@@ -188,6 +188,31 @@ class FamilyTester:
         without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         # a key bias shifts all scores of a query alike: its true gradient is zero
         assert [name for name in without if not name.endswith("k_proj.bias")] == []
+
+    def test_token_types_are_added_to_the_embeddings(self):
+        model = self.model(type_vocab_size=3)
+        ids, mask = masked_batch()
+        types = torch.randint(3, ids.shape)
+        embeddings = model.model.embed_tokens(ids) + model.model.embed_token_types(types)
+        zeros = model.model.embed_token_types.weight[0]
+        expected = model(inputs_embeds=embeddings - zeros, attention_mask=mask).logits
+        self.assert_equal(model(ids, attention_mask=mask, token_type_ids=types).logits, expected)
+        assert not torch.equal(model(ids, attention_mask=mask).logits, expected)
+        got = self.generate(model, ids, token_type_ids=types)  # goes on with the last token's type
+        assert torch.equal(got, self.generate(model, ids, token_type_ids=types, use_cache=False))
+        without = self.model()
+        assert torch.equal(without(ids, token_type_ids=torch.zeros_like(ids)).logits, without(ids).logits)
+
+    def test_position_offset_skips_rows_of_the_table(self):
+        model = self.model(position_embedding_type="learned")
+        shifted = self.model(position_embedding_type="learned", position_offset=3, max_position_embeddings=67)
+        state = model.state_dict()
+        rows = state["model.embed_positions.weight"]
+        state["model.embed_positions.weight"] = torch.cat([torch.randn(3, 32, dtype=rows.dtype), rows])
+        shifted.load_state_dict(state)
+        ids, mask = masked_batch()
+        assert torch.equal(shifted(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+        assert shifted(torch.randint(1, VOCAB, (1, 64))).logits.isfinite().all()
 
     def test_bfloat16_stays_near_float32(self, variant):
         model = self.model(variant, dtype=torch.float32)
@@ -495,6 +520,12 @@ class FamilyTester:
             model(ids, attention_mask=torch.ones(2, 8, 8))
         with pytest.raises(ValueError, match=r"Position 64 .*`max_position_embeddings` \(64\)"):
             self.model(position_embedding_type="learned")(torch.randint(1, VOCAB, (1, 65)))
+        with pytest.raises(ValueError, match="Position 62 .* table of 62 positions"):
+            self.model(position_embedding_type="learned", position_offset=2)(torch.randint(1, VOCAB, (1, 63)))
+        with pytest.raises(ValueError, match="`token_type_ids` holds 1, but `type_vocab_size` is 0.*type_vocab_size=2"):
+            model(ids, token_type_ids=torch.ones_like(ids))
+        with pytest.raises(ValueError, match="`token_type_ids` holds 2, but `type_vocab_size` is 2"):
+            self.model(type_vocab_size=2)(ids, token_type_ids=torch.full_like(ids, 2))
         two = self.model(head="AutoModelForSequenceClassification", pad_token_id=None)
         with pytest.raises(ValueError, match="cannot tell the real tokens of 2 rows"):
             two(ids)
@@ -506,6 +537,8 @@ class FamilyTester:
             ({"hidden_act": "gelo"}, r"`hidden_act` \('gelo'\)"),
             ({"norm_position": "middle"}, "norm_position"),
             ({"hidden_dropout": 1.0}, r"`hidden_dropout` \(1.0\)"),
+            ({"type_vocab_size": -1}, r"`type_vocab_size` \(-1\)"),
+            ({"position_offset": 64}, r"`position_offset` \(64\) .*`max_position_embeddings` \(64\)"),
             ({"layer_types": ["full_attention"]}, "1 entries for `num_hidden_layers`"),
             ({"layer_types": ["lstm"] * 3}, r"\['lstm'\]"),
             (

@@ -3,7 +3,12 @@ import math
 import pytest
 import torch
 from family_tester import VOCAB, FamilyTester, masked_batch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+)
 
 from ordnung import SoftmaxLMConfig
 
@@ -90,3 +95,32 @@ class TestBidirectional:
             self.model(AutoModelForCausalLM)
         with pytest.raises(ValueError, match="set `is_decoder` to False"):
             AutoModelForMaskedLM.from_config(SoftmaxLMConfig(**FamilyTester.base_arguments))
+
+
+class TestMultipleChoice:
+    def model(self, **overrides):
+        arguments = {**FamilyTester.base_arguments, "is_decoder": False, "type_vocab_size": 2, **overrides}
+        return AutoModelForMultipleChoice.from_config(SoftmaxLMConfig(**arguments)).eval().double()
+
+    def test_each_choice_is_scored_as_if_alone(self):
+        model = self.model()
+        ids, mask = (x.repeat(2, 1).view(2, 3, 19) for x in masked_batch())
+        types = torch.randint(2, ids.shape)
+        labels = torch.tensor([2, 0])
+        outputs = model(ids, attention_mask=mask, token_type_ids=types, labels=labels)
+        for b in range(2):
+            for c in range(3):
+                real = mask[b, c] == 1
+                states = model.model(ids[b, c][real][None], token_type_ids=types[b, c][real][None])[0]
+                torch.testing.assert_close(outputs.logits[b, c], model.score(states[0, 0])[0], rtol=0, atol=1e-10)
+        chosen = outputs.logits.log_softmax(-1)[torch.arange(2), labels]
+        torch.testing.assert_close(outputs.loss, -chosen.mean())
+        embeds = model.get_input_embeddings()(ids)
+        got = model(inputs_embeds=embeds, attention_mask=mask, token_type_ids=types, return_dict=False)
+        torch.testing.assert_close(got[0], outputs.logits)
+
+    def test_one_sequence_a_row_is_refused_in_words(self):
+        with pytest.raises(ValueError, match=r"`input_ids` has shape \(2, 9\).*\(batch, choices, tokens\)"):
+            self.model()(torch.ones(2, 9, dtype=torch.long))
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+            self.model()()

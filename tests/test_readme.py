@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +32,10 @@ def checkpoint(tmp_path, monkeypatch, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "out/demo")
-    tokenizer.save_pretrained(tmp_path / "out/demo")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    for folder in ("out/demo", "bert"):
+        tokenizer.save_pretrained(tmp_path / folder)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -60,6 +63,8 @@ def test_make_targets_exist():
 def test_commands_start(command, checkpoint):
     # the last of two equal options wins: the same commands at a size for a test
     smaller = {
+        "scripts/convert.py": "--source bert",
+        "scripts/plot_mixing.py": "--max_length 16",
         "scripts/generate.py": "--max_new_tokens 3",
         "scripts/pretrain.py": "--max_steps 2 --train_tokenizer_vocab_size 300 --block_size 32 --max_eval_blocks 4 "
         "--config_overrides hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4 --use_cpu",

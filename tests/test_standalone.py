@@ -181,7 +181,7 @@ def test_pipeline_and_hub_layout(reports):
     ("name", "module", "family", "heads"),
     [
         ("tied", "conv_lm", "ConvLM", HEADS),
-        ("encoder-AutoModel", "softmax_lm", "SoftmaxLM", [*AUTO_CLASSES]),
+        ("encoder-AutoModel", "softmax_lm", "SoftmaxLM", [*AUTO_CLASSES, "AutoModelForMultipleChoice"]),
     ],
 )
 def test_auto_map_is_complete(name, module, family, heads, reports):

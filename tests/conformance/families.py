@@ -60,7 +60,9 @@ ROWS = {
     ),
     "softmax_lm": Row("softmax_lm"),
     "softmax_lm-bidirectional": Row(
-        "softmax_lm", heads=("Model", "ForMaskedLM", *CLASSIFIERS), config={"is_decoder": False}
+        "softmax_lm",
+        heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
+        config={"is_decoder": False},
     ),
 }
 

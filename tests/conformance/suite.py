@@ -59,7 +59,7 @@ def import_tests(checkout: str) -> tuple[types.SimpleNamespace, list[str]]:
 class FamilyTester:
     """The object that the common tests ask for configs and inputs, and for the sizes that they should expect."""
 
-    batch_size, seq_length, is_training = 13, 7, True
+    batch_size, seq_length, num_choices, is_training = 13, 7, 3, True
 
     def __init__(self, row, classes):
         self.config = {**SMALL, **row.config}

@@ -1,0 +1,408 @@
+"""Conversion: the weights of BERT, RoBERTa and GPT-2 checkpoints in a family of this package.
+
+A `Source` says, for one architecture, what its config fields and modules are called here. Everything else is generic:
+a parameter goes where the model has one of that name, so a new family needs nothing, and a new architecture one table.
+"""
+
+import copy
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+import transformers
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ordnung.modeling.registration import AUTO_CLASSES, FAMILIES, heads_of
+
+__all__ = ["ConversionReport", "convert"]
+
+logger = logging.get_logger(__name__)
+
+COMMON_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "chunk_size_feed_forward",
+    "initializer_range",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+LM_HEADS = {"ForCausalLM", "ForMaskedLM"}
+# class name endings of the sources -> the heads that they are here
+HEAD_ALIASES = {"ForPreTraining": "ForMaskedLM", "LMHeadModel": "ForCausalLM", "DoubleHeadsModel": "ForCausalLM"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What one architecture calls the things that the backbone has.
+
+    Args:
+        fields: config -> fields of ours that `COMMON_FIELDS` does not have.
+        modules: module of the base model -> module of ours, "*" for the layer's number. Several of ours, separated by
+            spaces, share the output rows of one of the source.
+        heads: head -> the same for the modules of that head.
+        query_scale: (config, layer number) -> what attention scores are multiplied by beyond 1 / sqrt(head size).
+        notes: config -> what of the source's computation has no counterpart.
+    """
+
+    fields: Callable[[PreTrainedConfig], dict]
+    modules: dict[str, str]
+    heads: dict[str, dict[str, str]]
+    query_scale: Callable[[PreTrainedConfig, int], float] = lambda config, layer: 1.0
+    notes: Callable[[PreTrainedConfig], list[str]] = lambda config: []
+
+
+def bert_fields(config) -> dict:
+    return {
+        "norm_position": "post",
+        "position_embedding_type": "learned",
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_dropout": config.hidden_dropout_prob,
+        "attention_dropout": config.attention_probs_dropout_prob,
+        "classifier_dropout": config.classifier_dropout,
+        "type_vocab_size": config.type_vocab_size,
+        "is_decoder": config.is_decoder,
+    }
+
+
+def roberta_fields(config) -> dict:
+    # its positions begin after the row that is numbered as the padding token
+    return {**bert_fields(config), "position_offset": config.pad_token_id + 1}
+
+
+def roberta_notes(config) -> list[str]:
+    if config.hidden_act == "gelu":
+        return []
+    return [f"RoBERTa's masked-LM head uses gelu, the one here `hidden_act` ({config.hidden_act!r})"]
+
+
+def gpt2_fields(config) -> dict:
+    return {
+        "norm_position": "pre",
+        "position_embedding_type": "learned",
+        "intermediate_size": config.n_inner,
+        "hidden_act": config.activation_function,
+        "layer_norm_eps": config.layer_norm_epsilon,
+        "hidden_dropout": config.resid_pdrop,
+        "attention_dropout": config.attn_pdrop,
+        "is_decoder": True,
+    }
+
+
+def gpt2_query_scale(config, layer: int) -> float:
+    scale = 1.0 if config.scale_attn_weights else (config.n_embd // config.n_head) ** 0.5
+    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+
+def gpt2_notes(config) -> list[str]:
+    if config.embd_pdrop == config.resid_pdrop:
+        return []
+    return [
+        f"dropout of the embeddings is `resid_pdrop` ({config.resid_pdrop}), not `embd_pdrop` ({config.embd_pdrop})"
+    ]
+
+
+ENCODER_MODULES = {
+    "embeddings.word_embeddings": "embed_tokens",
+    "embeddings.position_embeddings": "embed_positions",
+    "embeddings.token_type_embeddings": "embed_token_types",
+    "embeddings.LayerNorm": "embed_norm",
+    "encoder.layer.*.attention.self.query": "layers.*.mixer.q_proj",
+    "encoder.layer.*.attention.self.key": "layers.*.mixer.k_proj",
+    "encoder.layer.*.attention.self.value": "layers.*.mixer.v_proj",
+    "encoder.layer.*.attention.output.dense": "layers.*.mixer.out_proj",
+    "encoder.layer.*.attention.output.LayerNorm": "layers.*.mixer_norm",
+    "encoder.layer.*.intermediate.dense": "layers.*.mlp.up_proj",
+    "encoder.layer.*.output.dense": "layers.*.mlp.down_proj",
+    "encoder.layer.*.output.LayerNorm": "layers.*.mlp_norm",
+}
+# Their classifiers of sequences and choices read a pooler that the heads here do not have: those do not carry over.
+ENCODER_HEADS = {
+    "ForTokenClassification": {"classifier": "score"},
+    "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
+}
+
+SOURCES = {
+    "bert": Source(
+        fields=bert_fields,
+        modules=ENCODER_MODULES,
+        heads={
+            **ENCODER_HEADS,
+            "ForMaskedLM": {
+                "cls.predictions.transform.dense": "lm_head.dense",
+                "cls.predictions.transform.LayerNorm": "lm_head.norm",
+                "cls.predictions.decoder": "lm_head.decoder",
+            },
+        },
+    ),
+    "roberta": Source(
+        fields=roberta_fields,
+        modules=ENCODER_MODULES,
+        heads={
+            **ENCODER_HEADS,
+            "ForMaskedLM": {
+                "lm_head.dense": "lm_head.dense",
+                "lm_head.layer_norm": "lm_head.norm",
+                "lm_head.decoder": "lm_head.decoder",
+            },
+        },
+        notes=roberta_notes,
+    ),
+    "gpt2": Source(
+        fields=gpt2_fields,
+        modules={
+            "wte": "embed_tokens",
+            "wpe": "embed_positions",
+            "h.*.ln_1": "layers.*.mixer_norm",
+            "h.*.attn.c_attn": "layers.*.mixer.q_proj layers.*.mixer.k_proj layers.*.mixer.v_proj",
+            "h.*.attn.c_proj": "layers.*.mixer.out_proj",
+            "h.*.ln_2": "layers.*.mlp_norm",
+            "h.*.mlp.c_fc": "layers.*.mlp.up_proj",
+            "h.*.mlp.c_proj": "layers.*.mlp.down_proj",
+            "ln_f": "norm",
+        },
+        heads={
+            "ForCausalLM": {"lm_head": "lm_head"},
+            "ForSequenceClassification": {"score": "score"},
+            "ForTokenClassification": {"classifier": "score"},
+            "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
+        },
+        query_scale=gpt2_query_scale,
+        notes=gpt2_notes,
+    ),
+}
+
+
+@dataclasses.dataclass
+class ConversionReport:
+    """What a conversion did; `str()` of it is for reading.
+
+    Args:
+        source: class name of the source.
+        target: class name of the model.
+        copied: parameter of the model -> parameter of the source that it was copied from.
+        new: parameters of the model that the source has nothing for; they start as in a new model.
+        left_out: parameters of the source, or named parts of them, that the model has no place for.
+        notes: what else differs from the source.
+    """
+
+    source: str
+    target: str
+    copied: dict[str, str] = dataclasses.field(default_factory=dict)
+    new: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.target} from {self.source}"]
+        for title, names in (
+            ("copied", [f"{ours} <- {theirs}" for ours, theirs in self.copied.items()]),
+            ("new, initialised", self.new),
+            ("left out of the source", self.left_out),
+        ):
+            lines += [f"  {title}: {len(names) or 'nothing'}", *(f"    {name}" for name in _count_layers(names))]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def convert(
+    source: PreTrainedModel | str | os.PathLike,
+    model_type: str,
+    head: str | None = None,
+    output_report: bool = False,
+    **config_overrides,
+) -> PreTrainedModel | tuple[PreTrainedModel, ConversionReport]:
+    """A model of this package with the weights of a BERT, RoBERTa or GPT-2 checkpoint.
+
+    Embeddings, norms, MLPs, projections and heads are copied where the family has them; sizes, activation, dropout,
+    token ids, labels, tying and dtype are the source's. SoftmaxLM then computes what the source computes. Positions
+    count each row's real tokens, where BERT and GPT-2 without `position_ids` count padding too. GPT-2's token types,
+    which are word embeddings, have no counterpart.
+
+    With a larger `max_position_embeddings` the learned positions are repeated along the longer table, as Longformer
+    starts from RoBERTa's (Beltagy et al. 2020, arXiv 2004.05150, section 5); with a smaller one the first are kept.
+
+    Args:
+        source: a model, which is left as it is, or a local folder or Hub name.
+        model_type: the family, such as "softmax_lm" or "conv_lm".
+        head: ending of the class to make, such as "Model" or "ForSequenceClassification"; by default the source's, a
+            language modelling head being the one that fits `is_decoder`.
+        output_report: return the report too; otherwise it is logged if anything is new, left out or noted.
+        config_overrides: fields of the family's config, such as `kernel_size=64`.
+
+    Returns:
+        The model in evaluation mode on the source's device; with `output_report`, a pair of it and the
+        `ConversionReport`.
+
+    Raises:
+        TypeError: `source` is neither a bare model of transformers nor a name.
+        ValueError: an unknown architecture, family, head or config field, or overrides that give a part of the base
+            model another shape than the source's.
+    """
+    model, missing, unexpected = _load(source)
+    table, source_head = SOURCES[model.config.model_type], _head_of(type(model))
+    head, config = _target(model, table, source_head, model_type, head, config_overrides)
+    target = getattr(modeling_auto, AUTO_CLASSES[head]).from_config(config).eval().to(model.device)
+    if target.can_generate() and model.can_generate():
+        target.generation_config = copy.deepcopy(model.generation_config)
+
+    report = ConversionReport(type(model).__name__, type(target).__name__, notes=table.notes(model.config))
+    if config.is_decoder != table.fields(model.config)["is_decoder"]:
+        report.notes.append(f"the model is {'causal' if config.is_decoder else 'bidirectional'}, the source is not")
+    base = "" if head == "Model" else "model."
+    modules = {theirs: [base + ours for ours in names.split()] for theirs, names in table.modules.items()}
+    if source_head == head or {source_head, head} <= LM_HEADS:
+        modules |= {theirs: [ours] for theirs, ours in table.heads.get(source_head, {}).items()}
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in missing}
+    parts = {name: _split(name, p, model, modules, table.query_scale) for name, p in parameters.items()}
+    _copy(parameters, parts, target, base, report)
+    report.left_out += unexpected
+
+    if output_report:
+        return target, report
+    if report.new or report.left_out or report.notes:
+        logger.warning(str(report))
+    return target
+
+
+def _load(source) -> tuple[PreTrainedModel, set[str], list[str]]:
+    """The source, the parameters that its checkpoint does not have, and what else the checkpoint has."""
+    if isinstance(source, PreTrainedModel):
+        if getattr(source, "hf_quantizer", None) is not None or getattr(source, "_hf_peft_config_loaded", False):
+            raise TypeError("convert needs plain weights: dequantize the model, or merge its adapters, first")
+        _check_architecture(source.config.model_type)
+        return source, set(), []
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"convert needs a model of transformers, a folder or a Hub name, not {type(source).__name__}; of a wrapped "
+            "model (PEFT, torch.compile) give the one inside, adapters merged"
+        )
+    config, _ = PreTrainedConfig.get_config_dict(source)
+    _check_architecture(config.get("model_type"))
+    names = config.get("architectures") or ["AutoModel"]
+    source_class = getattr(transformers, names[0], AutoModel)
+    model, loading = source_class.from_pretrained(source, output_loading_info=True)
+    return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+
+
+def _check_architecture(model_type: str | None) -> None:
+    if model_type not in SOURCES:
+        raise ValueError(f"the architecture {model_type!r} cannot be converted: known are {', '.join(sorted(SOURCES))}")
+
+
+def _head_of(source_class: type) -> str:
+    endings = {**HEAD_ALIASES, **{head: head for head in AUTO_CLASSES}}
+    return next((head for ending, head in endings.items() if source_class.__name__.endswith(ending)), "Model")
+
+
+def _target(model, table, source_head, model_type, head, overrides) -> tuple[str, PreTrainedConfig]:
+    """The head to make, and its config."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"`model_type` ({model_type!r}) must be one of {sorted(FAMILIES)}")
+    auto_classes = heads_of(model_type)
+    heads = [name for name, auto_class in AUTO_CLASSES.items() if auto_class in auto_classes]
+    source = model.config
+    fields = {name: getattr(source, name) for name in COMMON_FIELDS} | table.fields(source) | {"dtype": model.dtype}
+    if "ForMaskedLM" not in heads:
+        fields["is_decoder"] = True
+    if head in LM_HEADS:
+        fields["is_decoder"] = head == "ForCausalLM"
+    if "num_labels" in overrides:
+        del fields["id2label"], fields["label2id"]
+    fields |= overrides
+    if head is None:
+        head = source_head
+        if head in LM_HEADS:
+            head = "ForCausalLM" if fields["is_decoder"] else "ForMaskedLM"
+    if head not in heads:
+        raise ValueError(f"{model_type} has no head {head!r}: give `head`, one of {heads}")
+
+    config_class = CONFIG_MAPPING[model_type]
+    known = {field.name for field in dataclasses.fields(config_class)} | {"num_labels", "attn_implementation"}
+    for name in overrides.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name!r} is no field of {config_class.__name__}{hint}")
+    return head, config_class(**fields)
+
+
+def _split(name, parameter, model, modules, query_scale) -> dict[str, torch.Tensor]:
+    """What a parameter of the source is here: place -> values; empty if it has no counterpart."""
+    path, _, kind = name.rpartition(".")
+    layer = re.search(r"\.(\d+)\.", path)
+    ours = modules.get(re.sub(r"\.\d+\.", ".*.", path.removeprefix(f"{model.base_model_prefix}.")), [])
+    values = parameter.detach()
+    if kind == "weight" and isinstance(model.get_submodule(path), Conv1D):
+        values = values.T  # GPT-2's weights are (in, out)
+    parts = {}
+    for module, part in zip(ours, values.chunk(max(len(ours), 1))):
+        if module.endswith(".q_proj") and (scale := query_scale(model.config, int(layer[1]))) != 1:
+            part = part * scale
+        parts[f"{module}.{kind}".replace("*", layer[1] if layer else "")] = part
+    return parts
+
+
+@torch.no_grad()
+def _copy(parameters, parts, target, base, report) -> None:
+    """Copies parts to the parameters of `target` and says in `report` what was done."""
+    places = dict(target.named_parameters(remove_duplicate=False))
+    done, left = set(), {}  # ids of parameters, as tied ones have several names; id -> name
+    for name, parameter in parameters.items():
+        used = []
+        for place, values in parts[name].items():
+            if place not in places:
+                continue
+            if place == f"{base}embed_positions.weight":
+                values = _fit_positions(values, target.config, report)
+            if values.shape == places[place].shape:
+                places[place].copy_(values)
+                used.append(place)
+            elif place.startswith(base):
+                raise ValueError(
+                    f"`{place}` is {tuple(places[place].shape)}, but {name} of the source {tuple(values.shape)}: leave "
+                    "the config override that changes it out (`resize_token_embeddings` changes the vocabulary after)"
+                )
+        report.copied |= dict.fromkeys(used, name)
+        done |= {id(places[place]) for place in used}
+        if used:
+            done.add(id(parameter))
+            report.left_out += [f"{name} ({place.split('.')[-2]})" for place in parts[name] if place not in used]
+        else:
+            left.setdefault(id(parameter), name)
+    report.left_out += [name for identity, name in left.items() if identity not in done]
+    report.new += [name for name, parameter in target.named_parameters() if id(parameter) not in done]
+
+
+def _fit_positions(table: torch.Tensor, config, report) -> torch.Tensor:
+    """The source's table of positions with `config.max_position_embeddings` rows, repeated or cut."""
+    rows, offset = config.max_position_embeddings, config.position_offset
+    if rows != len(table):
+        change = "repeated" if rows > len(table) else "cut"
+        report.notes.append(f"the {len(table) - offset} learned positions are {change} to {config.num_positions}")
+    index = torch.arange(rows, device=table.device)
+    return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
+
+
+def _count_layers(names: Iterable[str]) -> list[str]:
+    """The names; those that differ only in their layer's number as one, with how many they are."""
+    counts: dict[str, int] = {}
+    for name in names:
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return [f"{pattern} ({count} layers)" if "*" in pattern else pattern for pattern, count in counts.items()]

@@ -1,0 +1,74 @@
+"""Convert a BERT, RoBERTa or GPT-2 checkpoint into a family of this package.
+
+`python scripts/convert.py --source bert-base-uncased --model_type softmax_lm --output_dir out/softmax-bert`
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
+
+import ordnung
+from ordnung.modeling.registration import FAMILIES
+from ordnung.scripts.common import MergeKeyValues, ScriptError, closest, parse_options, run_script
+from ordnung.scripts.generate import check_folder
+
+
+@dataclass
+class ConvertOptions:
+    source: str = field(metadata={"help": "Checkpoint to convert: folder or Hub name."})
+    model_type: str = field(metadata={"help": f"Family to convert into: {', '.join(FAMILIES)}."})
+    output_dir: str = field(metadata={"help": "Folder to write; a new or an empty one."})
+    head: str | None = field(
+        default=None,
+        metadata={"help": "Class to make, such as Model or ForSequenceClassification; default: as before."},
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Config fields to change: projected_size=256.", "action": MergeKeyValues}
+    )
+    plain: bool = field(
+        default=False, metadata={"help": "Leave out the code that lets the folder load without ordnung installed."}
+    )
+
+    def __post_init__(self):
+        if self.model_type not in FAMILIES:
+            hint = closest(self.model_type, FAMILIES)
+            raise ScriptError(f"--model_type {self.model_type!r} is none of {', '.join(FAMILIES)}{hint}")
+        folder = Path(self.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise ScriptError(f"--output_dir {folder} is a file; name a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ScriptError(f"--output_dir {folder} is not empty; name a new folder")
+
+
+def main(argv: list[str] | None = None):
+    options = parse_options(ConvertOptions, argv, description="Convert a checkpoint into a family of this package.")
+    check_folder(options.source)
+    try:
+        model, report = ordnung.convert(
+            options.source,
+            options.model_type,
+            head=options.head,
+            output_report=True,
+            **(options.config_overrides or {}),
+        )
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ScriptError(f"cannot convert {options.source}: {' '.join(str(error).split())}") from error
+    print(report)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.source)
+    except (OSError, ValueError):
+        tokenizer = None
+        print(f"  note: no tokenizer in {options.source}: put one into {options.output_dir}")
+    if options.plain:
+        model.save_pretrained(options.output_dir)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(options.output_dir)
+    else:
+        ordnung.save_standalone(model, options.output_dir, tokenizer)
+    print(options.output_dir)
+
+
+if __name__ == "__main__":
+    run_script(main)

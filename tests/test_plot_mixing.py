@@ -1,0 +1,125 @@
+"""Mixing weights are what the layers compute with, and the figures are those of their singular values."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from family_tester import VOCAB, FamilyTester, masked_batch
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, set_seed
+
+import ordnung  # noqa: F401
+from ordnung.scripts import plot_mixing
+from ordnung.scripts.common import ScriptError
+
+HYBRID = {"kernel_size": 5, "layer_types": ["conv", "full_attention", "conv"], "position_embedding_type": "rope"}
+MODELS = {
+    "softmax": ("softmax_lm", {}),
+    "encoder": ("softmax_lm", {"is_decoder": False, "position_embedding_type": "learned"}),
+    "conv": ("conv_lm", {"kernel_size": 5, "dilation": [1, 2, 3]}),
+    "conv-free": ("conv_lm", {"kernel_size": 40, "kernel_normalization": "none"}),
+    "hybrid": ("conv_lm", HYBRID),
+}
+
+
+def make(model_type, **fields):
+    arguments = {**FamilyTester.base_arguments, "attn_implementation": "eager", **fields}
+    return AutoModel.from_config(AutoConfig.for_model(model_type, **arguments)).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_weights_times_values_are_what_the_mixer_computes(name):
+    """On every kind of padding: out_proj(weights @ v_proj(x)), head by head, is the mixer's output."""
+    model_type, fields = MODELS[name]
+    model = make(model_type, **fields)
+    ids, mask = masked_batch()
+    calls = []
+    for layer in model.layers:
+        layer.mixer.register_forward_hook(
+            lambda mixer, args, kwargs, output: calls.append((mixer, args[0], kwargs, output[0])), with_kwargs=True
+        )
+    model(ids, attention_mask=mask, use_cache=False)
+    for mixer, x, kwargs, output in calls[:3]:
+        weights = mixer.mixing_weights(x, **kwargs)
+        assert weights.shape == (3, 4, 19, 19)
+        values = mixer.v_proj(x).view(3, 19, 4, 8).transpose(1, 2)
+        mixed = mixer.out_proj((weights @ values).transpose(1, 2).reshape(3, 19, 32))
+        torch.testing.assert_close(mixed[mask == 1], output[mask == 1], rtol=0, atol=1e-5)
+
+
+def test_a_channel_kernel_is_drawn_as_the_mean_of_its_head():
+    model = make("conv_lm", kernel_size=5, kernel_sharing="channel")
+    with torch.no_grad():
+        model.layers[0].mixer.kernel_logits.normal_()
+    weights = plot_mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))[0]
+    kernel = model.layers[0].mixer.kernel()
+    assert weights.shape == (4, 9, 9)
+    torch.testing.assert_close(weights[1, 8, 4:], kernel[8:16].mean(0).flip(0))
+    assert not weights[:, 2, 3:].any()
+
+
+def test_fused_attention_is_refused_in_words():
+    model = make("softmax_lm", attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa': set 'eager'"):
+        plot_mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))
+
+
+def test_shares_of_known_matrices():
+    identity, constant = torch.eye(8), torch.full((8, 8), 0.125)
+    shares = plot_mixing.cumulative_share(torch.stack([identity, constant]))
+    torch.testing.assert_close(shares[0], torch.arange(1, 9) / 8.0, check_dtype=False)
+    torch.testing.assert_close(shares[1], torch.ones(8), check_dtype=False)
+    assert plot_mixing.spectrum([shares], ["full_attention"], 2) == [
+        {"layer": 0, "layer_type": "full_attention", "mean": 0.625, "least": 0.25, "heads": [0.25, 1.0]}
+    ]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    def write(name):
+        set_seed(0)
+        if name == "bert":
+            sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+            model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=30, **sizes))
+        else:
+            model_type, fields = MODELS[name]
+            model = make(model_type, **{**fields, "vocab_size": len(tokenizer)})
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.mark.parametrize(("name", "layers", "heads"), [("hybrid", 3, 4), ("bert", 2, 3)])
+def test_program_draws_and_writes_figures(name, layers, heads, checkpoint, tmp_path, capsys):
+    text = "the whale and the sea, a ship and a captain"
+    arguments = ["--model_name_or_path", checkpoint(name), "--text", text, "--max_length", "8"]
+    plot_mixing.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    figures = json.loads((tmp_path / "out" / "spectrum.json").read_text())
+    assert (figures["tokens"], figures["rank"]) == (8, 2)
+    assert [row["layer"] for row in figures["layers"]] == list(range(layers))
+    assert all(len(row["heads"]) == heads and 0 < row["least"] <= row["mean"] <= 1 for row in figures["layers"])
+    if name == "hybrid":
+        assert [row["layer_type"] for row in figures["layers"]] == ["causal_conv", "full_attention", "causal_conv"]
+    for image in ("mixing.png", "spectrum.png"):
+        assert (tmp_path / "out" / image).read_bytes()[:4] == b"\x89PNG"
+    assert "at rank 2 of 8 tokens" in capsys.readouterr().out
+
+
+def test_program_refuses_in_words(checkpoint, tmp_path, tokenizer):
+    common = ["--output_dir", str(tmp_path / "out"), "--text"]
+    bert = checkpoint("bert")
+    config = AutoConfig.for_model("opt", hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=1)
+    config.num_attention_heads = 1
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    for arguments, message in (
+        (["--model_name_or_path", bert, *common, "a"], "the text has 1 tokens: give a longer one"),
+        (["--model_name_or_path", bert, *common, "the whale " * 40], "set --max_length: Position .* is outside"),
+        (["--model_name_or_path", str(tmp_path / "opt"), *common, "a"], "architecture 'opt': draw one of ordnung's"),
+        (["--model_name_or_path", str(tmp_path / "none"), *common, "a"], "no such checkpoint folder"),
+    ):
+        with pytest.raises(ScriptError, match=message):
+            plot_mixing.main(arguments)
