@@ -96,7 +96,7 @@ class BackboneConfig(PreTrainedConfig):
                 f"({self.num_hidden_layers}): give one per layer, or leave `layer_types` out."
             )
 
-    def validate_sizes(self):
+    def validate_backbone(self):  # validators run in alphabetical order, and others rely on these sizes
         for name in (
             "vocab_size",
             "hidden_size",

@@ -1,0 +1,487 @@
+"""LinformerLM: attention to k projected rows, bidirectional as in the paper or causal with a constant state."""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.import_utils import is_tracing
+
+from ordnung.configuration.configuration_linformer_lm import LinformerLMConfig
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, Mixer, linear_flops
+from ordnung.modeling.heads import (
+    ForCausalLM,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from ordnung.modeling.ops.causal_linformer import CausalLinformer, CausalState, take
+from ordnung.modeling.ops.linformer import LEARNED, MEANS, project_rows, slot_bias, weight_sums
+
+
+class RealTokens(NamedTuple):
+    """Where the real tokens of a padded batch lie."""
+
+    order: torch.Tensor  # (B, N) their indices first, those of padding after them
+    place: torch.Tensor  # (B, N) the place of each token in that order
+    lengths: torch.Tensor  # (B,) number of real tokens
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> "RealTokens | None":
+        """From a mask (B, N), True for real tokens."""
+        if mask is None:
+            return None
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        return cls(order, order.argsort(dim=1), mask.sum(1))
+
+
+class LinformerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """Generation state of the causal mixer: a `CausalState`, of a constant size, with its own count for each row."""
+
+    _layer_type = "causal_linformer_attention"
+    is_croppable = True  # see `crop`
+    is_sliding = True  # before 5.23, transformers takes the first layer that is not for the one to size masks by
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.keys = self.values = None  # read of every layer by transformers
+        self.state: CausalState | None = None
+        # what `crop` goes back to: the state before each step, and what is needed to repeat a part of it
+        self.recorded: list[tuple[CausalState | None, CausalLinformer, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        # a tensor: an int would have compiled decoding recompile at every token
+        self.cumulative_length = torch.zeros((), dtype=torch.long)
+
+    def update(self, *args, **kwargs):
+        raise TypeError("A Linformer layer does not keep all keys and values: use `update_state`.")
+
+    def update_state(self, state, operator, key, value, real=None) -> None:
+        """Takes the state after a step.
+
+        Args:
+            state: the new `CausalState`.
+            operator: the `CausalLinformer` that made it.
+            key, value: (B, N, H, D), what the step added, each row's real tokens first.
+            real: (B, N) which of the N tokens were real in their original order, or None if all.
+        """
+        state = CausalState(*(x.detach() for x in state))
+        if self.record_past:
+            if real is None:
+                real = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
+            before = operator.empty_state(key) if self.state is None else self.state
+            weight = None if operator.weight is None else operator.weight.detach()
+            step = operator._replace(weight=weight), key.detach(), value.detach(), real
+            self.recorded.append((CausalState(*(x.detach() for x in before)), *step))
+        if self.state is not None and is_tracing(key):
+            for old, new in zip(self.state, state):
+                old.copy_(new)  # in place: addresses stay
+        else:
+            self.state = state
+        if not self.has_previous_state[0]:
+            self.dtype, self.device = key.dtype, key.device
+            self.cumulative_length = self.cumulative_length.to(key.device)
+            self.has_previous_state[0] = True
+        self.cumulative_length.add_(key.shape[1])
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[torch.Tensor, int]:
+        return self.cumulative_length + query_length, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.recorded.clear()
+        self.change(torch.zeros_like)
+        self.cumulative_length.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens, and the recorded past.
+
+        Sums cannot be undone, so the state before the removed tokens is taken and those that stay of a step are added
+        to it again.
+
+        Raises:
+            ValueError: if `tokens_to_remove` is positive.
+            RuntimeError: if those tokens were not recorded: call `activate_past_recording` before they are added.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`crop` takes minus the number of tokens to remove, got {tokens_to_remove}.")
+        missing, held = -tokens_to_remove, sum(step[-1].shape[1] for step in self.recorded)
+        if missing > held and self.state is not None:
+            raise RuntimeError(
+                f"Cannot remove {missing} tokens: {held} are recorded. Call `activate_past_recording` before the "
+                "tokens are added."
+            )
+        while missing and self.recorded:
+            self.state, operator, key, value, real = self.recorded.pop()
+            kept = max(0, real.shape[1] - missing)
+            missing -= real.shape[1] - kept
+            self.cumulative_length.sub_(real.shape[1] - kept)
+            self.state = operator.replay(key[:, :kept], value[:, :kept], self.state, real[:, :kept].sum(1))
+        self.recorded.clear()
+
+    def change(self, function) -> None:
+        """Applies a function to each of the batch-first tensors."""
+        if self.state is not None:
+            self.state = CausalState(*map(function, self.state))
+        self.recorded = [
+            (CausalState(*map(function, before)), operator, *map(function, step))
+            for before, operator, *step in self.recorded
+        ]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.change(lambda x: x[indices])
+
+
+class SequenceProjection(nn.Module):
+    """The weights of E and F, with a row for each position: (2 or 1, H or 1, n, k), or (2 or 1, H or 1, n / k) taps.
+
+    A bidirectional model uses them as they are; a causal one needs positive weights and takes them for logarithms.
+    """
+
+    def __init__(self, config: LinformerLMConfig, k: int):
+        super().__init__()
+        self.config, self.k = config, k
+        separate = config.projection_sharing in ("none", "headwise")
+        heads = config.num_attention_heads if config.projection_sharing == "none" else 1
+        n = config.num_positions
+        shape = (n, k) if config.projection_type == "linear" else (n // k,)
+        self.weight = nn.Parameter(torch.empty(2 if separate else 1, heads, *shape))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+    def init_weights(self) -> None:
+        """N(0, 1 / k) as in the paper, and segment means: exactly for taps, nine tenths of a causal token's weight."""
+        n, k = self.config.num_positions, self.k
+        if self.config.projection_type == "conv":
+            init.constant_(self.weight, 0.0 if self.config.is_decoder else k / n)
+        elif self.config.is_decoder:
+            segment = torch.arange(n, device=self.weight.device) * k // n
+            own = nn.functional.one_hot(segment, k) * math.log(9 * max(k - 1, 1))
+            init.copy_(self.weight, own.expand_as(self.weight))
+        else:
+            init.normal_(self.weight, std=k**-0.5)
+
+
+class LinformerMixer(Mixer):
+    """What the bidirectional and the causal mixer share."""
+
+    def __init__(self, config: LinformerLMConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.k = config.projected_sizes[layer_idx]
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # read by the attention functions: the queries and the slots are no square
+        self.num_key_value_groups = 1  # likewise
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        owns = config.learns_projection(layer_idx) and config.projection_sharing != "layerwise"
+        self.projection = SequenceProjection(config, self.k) if owns else None
+
+    def sequence_weights(self, shared: torch.Tensor | None) -> torch.Tensor | None:
+        return shared if self.projection is None else self.projection()
+
+    def heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) to (B, N, H, D / H)."""
+        return states.unflatten(-1, (-1, self.head_dim))
+
+    def attend(self, query, key, value, bias, **kwargs):
+        """Softmax attention (B, H, ., D / H) of the configured implementation: (B, N, H, D / H), weights or None."""
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return interface(self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    @staticmethod
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
+        """(B, N), True for the real tokens of this call, or None if all are."""
+        N = inputs_embeds.shape[1]
+        if attention_mask is None or (is_tracing(attention_mask) and N == 1):
+            return None  # a graph cannot look; a single token in it is a generated one
+        real = attention_mask[:, -N:] != 0
+        return None if not is_tracing(attention_mask) and bool(real.all()) else real
+
+
+class LinformerAttention(LinformerMixer):
+    """Bidirectional Linformer (Wang et al. 2020, arXiv 2006.04768, equation 7).
+
+    head = softmax(Q (E K)^T / sqrt(d)) F V, with E and F projecting the N tokens of a row to k rows. Where heads share
+    E, it is applied before the linear layers: E(x W + 1 b) = (E x) W + (E 1) b, so that keys and values are computed
+    for k rows. Forward and training O(N k). Padding is left out of every sum, and the weights of E follow the number of
+    real tokens before each token, so that a row gives the same wherever it is padded.
+    """
+
+    layer_type = "linformer_attention"
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_embeddings=None,
+        past_key_values=None,
+        sequence_projection: torch.Tensor | None = None,  # of projection_sharing="layerwise"
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens, weights = RealTokens.of(attention_mask), self.sequence_weights(sequence_projection)
+        e, f = (None, None) if weights is None else (weights[0], weights[-1])
+        query = self.heads(self.q_proj(hidden_states)).transpose(1, 2)  # (B, H, N, D / H)
+        rows = self.project(hidden_states, f, tokens) if self.projects_first else None  # (B, M, D)
+        value = self.rows_of(self.v_proj, hidden_states, rows, f, tokens)
+        if position_embeddings is None:
+            if rows is not None and weights is not None and len(weights) == 2:
+                rows = self.project(hidden_states, e, tokens)
+            key = self.rows_of(self.k_proj, hidden_states, rows, e, tokens)
+        else:  # keys turn before they are summed
+            turned = self.heads(self.k_proj(hidden_states)).transpose(1, 2)
+            query, turned = apply_rotary_pos_emb(query, turned, *position_embeddings)
+            key = self.project(turned.transpose(1, 2).flatten(2), e, tokens)
+        key, value = (self.heads(x).transpose(1, 2) for x in (key, value))
+        bias = self.slot_bias(hidden_states, tokens)
+        output, probabilities = self.attend(query, key, value, bias, **kwargs)
+        return self.out_proj(output.reshape(hidden_states.shape)), probabilities
+
+    @property
+    def projects_first(self) -> bool:
+        """Whether E is applied to the layer's input: it is the same for all heads, and linear."""
+        own = self.config.projection_sharing == "none" and self.config.projection_type in LEARNED
+        return not own and self.config.projection_type != "max_pool"
+
+    @property
+    def shape(self) -> tuple[str, int, int]:
+        """What describes the projection to the functions of `ops.linformer`: kind, k and n."""
+        return self.config.projection_type, self.k, self.config.num_positions
+
+    def span(self, N: int, tokens: RealTokens | None) -> int:
+        """Places of a row to look at: those beyond E's weights are padding."""
+        if tokens is None or self.config.projection_type == "adaptive_mean_pool":
+            return N
+        return min(N, self.config.num_positions)
+
+    def project(self, states, weight, tokens: RealTokens | None):
+        """(B, N, D) to (B, M, D)."""
+        kind, k, n = self.shape
+        lengths = None
+        if tokens is not None:
+            lengths = tokens.lengths
+            states = take(states, tokens.order[:, : self.span(states.shape[1], tokens)])
+            padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
+            states = states.masked_fill(padding[..., None], 0)
+        heads = 1 if weight is None else weight.shape[0]
+        return project_rows(states.unflatten(-1, (heads, -1)), kind, weight, k, n, lengths).flatten(2)
+
+    def rows_of(self, linear: nn.Linear, states, rows, weight, tokens: RealTokens | None):
+        """The projected keys or values (B, M, D): `linear` of the projected input `rows`, or the reverse."""
+        kind = self.config.projection_type
+        if rows is None:
+            return self.project(linear(states), weight, tokens)
+        if kind in MEANS:
+            return linear(rows)
+        # called with a row of zeros, for its bias: so whatever has taken the place of the linear layer works
+        rows, bias = linear(nn.functional.pad(rows, (0, 0, 0, 1))).split([rows.shape[1], 1], dim=1)
+        lengths = None if tokens is None else tokens.lengths
+        return rows + (weight_sums(kind, weight, self.span(states.shape[1], tokens), lengths) - 1) * bias
+
+    def slot_bias(self, states, tokens: RealTokens | None):
+        kind, k, n = self.shape
+        lengths = None if tokens is None else tokens.lengths
+        bias = slot_bias(kind, self.span(states.shape[1], tokens), k, n, lengths, states.dtype, states.device)
+        return None if bias is None else bias[:, None, None].expand(len(states), 1, states.shape[1], -1)
+
+    @staticmethod
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
+        real = LinformerMixer.make_mask(config, inputs_embeds, attention_mask)
+        if config.projection_type == "adaptive_mean_pool" or is_tracing(inputs_embeds):
+            return real
+        longest = inputs_embeds.shape[1] if real is None else int(real.sum(1).max())
+        if longest > config.num_positions:
+            raise ValueError(
+                f"A row of {longest} tokens is longer than `max_position_embeddings` "
+                f"({config.num_positions}), the positions that the projection has weights for: shorten it, "
+                "or make the model with more positions, or with projection_type='adaptive_mean_pool' and "
+                "position_embedding_type='none' or 'rope'."
+            )
+        return real
+
+    def flops(self, seq_len: int) -> int:
+        width, (kind, k, n), N = self.config.hidden_size, self.shape, seq_len
+        separate = kind in LEARNED and self.config.projection_sharing in ("none", "headwise")
+        rope = self.config.position_embedding_type == "rope"
+        if kind == "linear":
+            rows, terms = k, N * k  # products of a weight and a token
+        elif kind == "adaptive_mean_pool":
+            rows, terms = min(N, k), 0
+        else:
+            rows = -(-N // (n // k))
+            terms = rows * (n // k) if kind == "conv" else 0
+        total = 2 * 2 * N * width**2 + 4 * N * rows * width  # queries and output; attention
+        for first in (self.projects_first and not rope, self.projects_first):  # keys and values
+            if first:  # in learned projections a row for the bias, and the sums that multiply it
+                learned = kind in LEARNED
+                total += 2 * width**2 * (rows + learned) + 2 * terms * learned
+            else:
+                total += 2 * width**2 * N
+        shared = self.projects_first and not rope and not separate
+        return total + 2 * terms * width * (1 if shared else 2)
+
+    def cache_bytes(self, seq_len: int, itemsize: int) -> int:
+        """None: a bidirectional model does not generate."""
+        return 0
+
+
+class CausalLinformerAttention(LinformerMixer):
+    """Causal Linformer: exact attention to the last blocks, and to k slots that hold the projection of all before.
+
+    Not in the paper, whose projection sees the whole row. Formula and reasons stand in `ops.causal_linformer`. Training
+    and prefill O(N (C + k)), decoding O(C + k) a token, state 2 k rows of sums and 2 (W + 1) C rows of the last blocks,
+    for C = `local_block_size` and W = `local_blocks_back`.
+    """
+
+    layer_type = "causal_linformer_attention"
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_embeddings=None,
+        past_key_values=None,
+        sequence_projection: torch.Tensor | None = None,  # of projection_sharing="layerwise"
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens = RealTokens.of(attention_mask)
+        if tokens is not None:
+            hidden_states = take(hidden_states, tokens.order)
+        query, key, value = (self.heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if position_embeddings is not None:
+            if tokens is not None:
+                B = len(hidden_states)
+                position_embeddings = [take(x.expand(B, -1, -1), tokens.order) for x in position_embeddings]
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+        operator = CausalLinformer(
+            self.config.projection_type,
+            self.sequence_weights(sequence_projection),
+            self.k,
+            self.config.num_positions,
+            self.config.local_block_size,
+            self.config.local_blocks_back,
+        )
+        attend = partial(self.attend, **kwargs)
+        if past_key_values is None:
+            output, probabilities = operator.forward(query, key, value, attend)
+        else:
+            layer = self.cache_layer(past_key_values)
+            lengths = None if tokens is None else tokens.lengths
+            output, probabilities, state = operator.step(query, key, value, layer.state, lengths, attend)
+            layer.update_state(state, operator, key, value, attention_mask)
+        if tokens is not None:
+            output = take(output, tokens.place)
+            if probabilities is not None:
+                probabilities = take(probabilities.transpose(1, 2), tokens.place).transpose(1, 2)
+        return self.out_proj(output.reshape(hidden_states.shape)), probabilities
+
+    def cache_layer(self, past_key_values) -> LinformerCacheLayer:
+        layers = past_key_values.layers
+        if self.layer_idx >= len(layers) or not isinstance(layers[self.layer_idx], LinformerCacheLayer):
+            raise ValueError(
+                f"`past_key_values` has no Linformer state for layer {self.layer_idx}: make it with "
+                "`DynamicCache(config=model.config)`."
+            )
+        return layers[self.layer_idx]
+
+    def flops(self, seq_len: int) -> int:
+        # what a whole block costs, shared out to its tokens: so the difference of two lengths is the cost of decoding
+        window = (self.config.local_blocks_back + 1) * self.config.local_block_size
+        mixing = 4 * seq_len * (window + self.k) + 4 * seq_len * self.k  # attention; adding to the slots
+        return linear_flops(self) * seq_len + mixing * self.config.hidden_size
+
+    def cache_bytes(self, seq_len: int, itemsize: int) -> int:
+        window = (self.config.local_blocks_back + 1) * self.config.local_block_size
+        sharing, width = self.config.projection_sharing, self.config.hidden_size
+        parts = {"none": 2 * self.config.num_attention_heads, "headwise": 2}.get(sharing, 1)
+        if not self.config.learns_projection(self.layer_idx):
+            parts = 1
+        return 2 * window * width * itemsize + self.k * (2 * width + parts) * max(itemsize, 4)
+
+
+# the same layer serves a static cache, and generate() makes masks ahead for caches that can be compiled
+STATIC_LAYER_TYPE_MAPPING["causal_linformer_attention"] = LinformerCacheLayer
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["causal_linformer_attention"] = CausalLinformerAttention.make_mask
+
+
+class LinformerLMPreTrainedModel(BackbonePreTrainedModel):
+    config: LinformerLMConfig
+    _supports_flash_attn = False  # neither takes the bias of the slots
+    _supports_flex_attn = False
+    _no_weight_decay = ("projection.weight",)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SequenceProjection):
+            module.init_weights()
+
+
+class LinformerLMModel(LinformerLMPreTrainedModel, BackboneModel):
+    """The stack without a head. With projection_sharing="layerwise" it owns the one projection of all layers."""
+
+    def __init__(self, config: LinformerLMConfig):
+        super().__init__(config)
+        owns = config.learns_projection(0) and config.projection_sharing == "layerwise"
+        self.projection = SequenceProjection(config, config.projected_sizes[0]) if owns else None
+        self.post_init()
+
+    def shared_inputs(self, layer_type):
+        if self.projection is None or layer_type == "full_attention":
+            return {}
+        return {"sequence_projection": self.projection()}
+
+
+class LinformerLMForCausalLM(LinformerLMPreTrainedModel, ForCausalLM):
+    model_class = LinformerLMModel
+
+
+class LinformerLMForMaskedLM(LinformerLMPreTrainedModel, ForMaskedLM):
+    model_class = LinformerLMModel
+
+
+class LinformerLMForSequenceClassification(LinformerLMPreTrainedModel, ForSequenceClassification):
+    model_class = LinformerLMModel
+
+
+class LinformerLMForMultipleChoice(LinformerLMPreTrainedModel, ForMultipleChoice):
+    model_class = LinformerLMModel
+
+
+class LinformerLMForTokenClassification(LinformerLMPreTrainedModel, ForTokenClassification):
+    model_class = LinformerLMModel
+
+
+class LinformerLMForQuestionAnswering(LinformerLMPreTrainedModel, ForQuestionAnswering):
+    model_class = LinformerLMModel
+
+
+__all__ = [
+    "LinformerLMForCausalLM",
+    "LinformerLMForMaskedLM",
+    "LinformerLMForMultipleChoice",
+    "LinformerLMForQuestionAnswering",
+    "LinformerLMForSequenceClassification",
+    "LinformerLMForTokenClassification",
+    "LinformerLMModel",
+    "LinformerLMPreTrainedModel",
+]
