@@ -123,12 +123,7 @@ class Attention(Mixer):
     def forward(
         self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, N, D / H)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -143,6 +138,18 @@ class Attention(Mixer):
             **kwargs,
         )
         return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of `hidden_states`, (B, H, N, D / H) each."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
 
     @staticmethod
     def make_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
@@ -188,7 +195,13 @@ class BackboneLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *inputs, run=None, **kwargs) -> torch.Tensor:
+        """The layer; or `run(self, hidden_states, *inputs, **kwargs)`, for a family that computes parts of it.
+
+        Such parts are computed in here too, so that what hooks into the call of a layer (sharding, offloading) sees it.
+        """
+        if run is not None:
+            return run(self, hidden_states, *inputs, **kwargs)
         mixed = self.mixer(self.before_mixer(hidden_states), **kwargs)[0]
         return in_pieces(self.after_mixer, hidden_states, mixed)
 
@@ -280,7 +293,8 @@ class BackboneModel(BackbonePreTrainedModel):
             input_ids: (B, N) token ids; or give `inputs_embeds`.
             attention_mask: (B, past + N), 1 for real tokens and 0 for padding, wherever it lies; rows are computed as
                 if they stood alone and unpadded. Or a dictionary of ready masks by layer type.
-            token_type_ids: (B, N) segment of each token, below `config.type_vocab_size`; all zero by default.
+            token_type_ids: (B, N) segment of each token, below `config.type_vocab_size`; all zero by default. Not used
+                where that is 0: tokenizers make such ids for any model.
             position_ids: (B, N); by default each row's real tokens are counted from zero, whatever
                 `config.position_offset` is.
             past_key_values: the state returned by an earlier call, to continue it.
@@ -291,10 +305,7 @@ class BackboneModel(BackbonePreTrainedModel):
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, the mask does not fit the
                 tokens, or a position or token type lies outside its table.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self.embed_inputs(input_ids, inputs_embeds)
         if not self.config.is_decoder:
             past_key_values = None
         elif use_cache and past_key_values is None:
@@ -315,12 +326,39 @@ class BackboneModel(BackbonePreTrainedModel):
                 for kind in dict.fromkeys(self.config.layer_types)
             }
 
+        hidden_states, position_embeddings = self.embed(inputs_embeds, token_type_ids, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask[layer.mixer.layer_type],
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **self.shared_inputs(layer.mixer.layer_type),
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def shared_inputs(self, layer_type: str) -> dict[str, torch.Tensor]:
+        """What every mixer of this type takes besides: parameters that the model owns once for all of them."""
+        return {}
+
+    def embed_inputs(self, input_ids, inputs_embeds) -> torch.Tensor:
+        """(B, N, D), whichever of the two was given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def embed(
+        self, inputs_embeds: torch.Tensor, token_type_ids: torch.LongTensor | None, position_ids: torch.LongTensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What the first layer takes: states (B, N, D) and, with rope, the cosines and sines of the positions."""
         hidden_states, position_embeddings = inputs_embeds, None
-        if token_type_ids is not None:
-            self.check_token_types(token_type_ids)
         if self.config.type_vocab_size:
             if token_type_ids is None:
                 token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+            self.check_token_types(token_type_ids)
             hidden_states = hidden_states + self.embed_token_types(token_type_ids)
         if self.config.position_embedding_type == "learned":
             self.check_positions(position_ids)
@@ -329,18 +367,7 @@ class BackboneModel(BackbonePreTrainedModel):
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if self.config.norm_position == "post":
             hidden_states = self.embed_norm(hidden_states)
-        hidden_states = self.dropout(hidden_states)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask[layer.mixer.layer_type],
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        return self.dropout(hidden_states), position_embeddings
 
     def flops(self, seq_len: int) -> int:
         """FLOPs of a forward pass over one sequence of `seq_len` tokens, two per multiply-add.
@@ -388,11 +415,10 @@ class BackboneModel(BackbonePreTrainedModel):
             )
 
     def check_token_types(self, token_type_ids) -> None:
-        """Without a table all tokens are of type 0: tokenizers make such ids for any model."""
         if is_tracing(token_type_ids):
             return
         highest, types = int(token_type_ids.max()), self.config.type_vocab_size
-        if highest >= max(types, 1):
+        if highest >= types:
             raise ValueError(
                 f"`token_type_ids` holds {highest}, but `type_vocab_size` is {types}: leave `token_type_ids` out, or "
                 f"train with type_vocab_size={highest + 1}."

@@ -85,6 +85,9 @@ class ForCausalLM(Head, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **self.read_arguments(
+                input_ids if inputs_embeds is None else inputs_embeds, labels, logits_to_keep, **kwargs
+            ),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -99,6 +102,10 @@ class ForCausalLM(Head, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def read_arguments(self, inputs, labels, logits_to_keep, **kwargs) -> dict:
+        """What a family's base model takes that depends on which of the tokens of `inputs` (B, N, ...) are read."""
+        return {}
 
 
 class MaskedLMHead(nn.Module):

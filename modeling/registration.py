@@ -1,4 +1,4 @@
-"""Makes the families known to transformers' Auto classes without importing a model.
+"""Makes the families known to transformers' Auto classes, and to PEFT, without importing a model.
 
 transformers' Auto classes look classes up by name and import them at first use. The families are entered in the same
 tables, as if they were in its tree, and resolve to this package's lazy names. Beyond loading, that has `Trainer` treat
@@ -14,6 +14,8 @@ import sys
 # model_type -> class prefix, and the heads beyond those that every family has
 FAMILIES = {
     "conv_lm": ("ConvLM", ()),
+    "linformer_lm": ("LinformerLM", ("ForMaskedLM", "ForMultipleChoice")),
+    "cubic_prefix_lm": ("CubicPrefixLM", ("ForMaskedLM", "ForMultipleChoice")),
     "softmax_lm": ("SoftmaxLM", ("ForMaskedLM", "ForMultipleChoice")),
 }
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -27,6 +29,10 @@ AUTO_CLASSES = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
+
+# What PEFT adapts unless told otherwise: every linear layer of mixers and MLPs. In all families these, and no other
+# modules, are named so.
+LORA_TARGETS = r"(.*\.)?layers\.\d+\.(mixer|mlp)\.(.*\.)?\w+_proj"
 
 
 def heads_of(model_type: str) -> dict[str, str]:
@@ -62,6 +68,12 @@ def register_models(auto) -> None:
             mapping._modules[model_type] = sys.modules["ordnung"]
 
 
+def register_adapters(constants) -> None:
+    """Enter the families' LoRA targets in `peft.utils.constants`, given as `constants`."""
+    for model_type in FAMILIES:
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type] = LORA_TARGETS
+
+
 class AfterImport(importlib.abc.MetaPathFinder):
     """Calls `then(module)` once, right after the module called `name` has been imported."""
 
@@ -84,9 +96,12 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 def register() -> None:
-    """Register every family, now or as soon as the Auto classes are imported."""
-    for module, then in (("configuration_auto", register_configs), ("modeling_auto", register_models)):
-        name = f"transformers.models.auto.{module}"
+    """Register every family, now or as soon as the Auto classes, and PEFT, are imported."""
+    for name, then in (
+        ("transformers.models.auto.configuration_auto", register_configs),
+        ("transformers.models.auto.modeling_auto", register_models),
+        ("peft.utils.constants", register_adapters),
+    ):
         if name in sys.modules:
             then(sys.modules[name])
         else:

@@ -9,6 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from ordnung.modeling.ops.causal_conv import IMPLEMENTATIONS, causal_conv, causal_conv_naive
+from ordnung.modeling.ops.causal_linformer import CausalLinformer, causal_linformer_naive
+from ordnung.modeling.ops.linformer import project_naive, project_rows
 from ordnung.scripts.bench_cases import Settings, build_model
 from ordnung.scripts.bench_variants import VARIANTS, Shape
 
@@ -44,6 +46,29 @@ def convolution_deviation(implementation: str, settings: Settings) -> float:
 
 
 @torch.no_grad()
+def projection_deviation(settings: Settings) -> float:
+    """Of the bidirectional projection against its definition in float64."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 50, 1, 16), (1, 64, 8)))
+    x, weight = (tensor.to(settings.device, settings.torch_dtype) for tensor in (x, weight))
+    expected = torch.stack([project_naive(row[:, 0].double(), "linear", weight[0].double(), 8, 64)[0] for row in x])
+    return deviation(project_rows(x, "linear", weight, 8, 64)[:, :, 0], expected)
+
+
+@torch.no_grad()
+def causal_linformer_deviation(settings: Settings) -> float:
+    """Of the causal operator against its formula, query by query, in float64."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    inputs = [torch.randn(2, 90, 2, 16, generator=generator) for _ in range(3)]
+    inputs = [tensor.to(settings.device, settings.torch_dtype) for tensor in inputs]
+    weight = torch.randn(1, 1, 96, 8, generator=generator).to(settings.device, settings.torch_dtype)
+    actual = CausalLinformer("linear", weight, 8, 96, 16, 1).forward(*inputs)[0]
+    table = weight[0].double().softmax(-1).expand(2, 2, -1, -1)
+    rows = zip(*(tensor.double() for tensor in inputs))
+    return deviation(actual, torch.stack([causal_linformer_naive(*row, table, 16, 1) for row in rows]))
+
+
+@torch.no_grad()
 def cache_deviation(name: str, settings: Settings) -> float:
     """Of a variant's logits after prefill and decoding, against the same positions without a cache."""
     heads = settings.shape.num_attention_heads
@@ -62,7 +87,7 @@ def cache_deviation(name: str, settings: Settings) -> float:
 
 
 def run_checks(variants: list[str], settings: Settings) -> dict[str, dict]:
-    """Check every implementation of the convolution and the cache of every variant.
+    """Check the operators of our families and the cache of every causal variant.
 
     Returns:
         By name of the check: `passed`, `deviation` and `tolerance`, and `variants`, those that a failure excludes.
@@ -78,6 +103,10 @@ def run_checks(variants: list[str], settings: Settings) -> dict[str, dict]:
         # the others are not what the benchmark times: a failure there is reported and excludes nothing
         concerned = ["conv_lm"] if implementation == "auto" else []
         record(f"convolution {implementation}", convolution_deviation(implementation, settings), concerned)
+    record("linformer causal", causal_linformer_deviation(settings), ["linformer_lm"])
+    encoders = [name for name in VARIANTS if name.startswith("linformer_encoder")]
+    record("linformer projection", projection_deviation(settings), encoders)
     for name in variants:
-        record(f"cache {name}", cache_deviation(name, settings), [name])
+        if not VARIANTS[name].encoder:
+            record(f"cache {name}", cache_deviation(name, settings), [name])
     return checks

@@ -1,8 +1,9 @@
 """The models that `benchmark.py` compares, all of one width, depth and vocabulary, and what each should cost.
 
-Every variant is a causal language model with tied embeddings and without dropout. FLOPs count 2 per multiply-add of the
-matrix products and convolutions; softmax, norms, activations and gates are left out, as they are in `model.flops`.
-Fused causal attention is counted as the N(N+1)/2 pairs that it computes, unfused attention as all N*N.
+The variants are causal language models with tied embeddings and without dropout, and encoders: bidirectional stacks
+without positions and without a head, so that one layer of them is little else than that layer. FLOPs count 2 per
+multiply-add of the matrix products and convolutions; softmax, norms, activations and gates are left out, as they are in
+`model.flops`. Fused causal attention is counted as the N(N+1)/2 pairs that it computes, unfused attention as all N*N.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ordnung import ConvLMConfig, ConvLMForCausalLM, SoftmaxLMConfig, SoftmaxLMForCausalLM
+from ordnung import (
+    ConvLMConfig,
+    ConvLMForCausalLM,
+    CubicPrefixLMConfig,
+    CubicPrefixLMForCausalLM,
+    LinformerLMConfig,
+    LinformerLMForCausalLM,
+    LinformerLMModel,
+    SoftmaxLMConfig,
+    SoftmaxLMForCausalLM,
+    SoftmaxLMModel,
+)
+
+PROJECTED_SIZE = 128  # rows k of every LinformerLM
+FEED_FORWARD_CHUNK = 512  # tokens, where the feed-forward is computed in parts
 
 
 @dataclass(frozen=True)
@@ -89,12 +104,25 @@ def mamba_flops(config: MambaConfig, new: int, past: int, logits: int) -> int:
     return mamba_matmul_flops(config, new, past, logits) + scan
 
 
+def cubic_flops(config: CubicPrefixLMConfig, new: int, past: int, logits: int) -> int:
+    """Passes over the prefixes of the last `logits` tokens; a single new one starts from the state, with stride 1."""
+    with torch.device("meta"):
+        model = CubicPrefixLMForCausalLM(config)
+    tokens, width = past + new, config.hidden_size
+    read = torch.arange(tokens)[None] >= tokens - logits
+    flops = model.model.prefix_flops(tokens, read) + 2 * logits * width * config.vocab_size
+    if past:  # the first layer's projections and sums over the past are there; new key, and new query
+        flops += 4 * width * (tokens + past) - 4 * width * tokens**2 - 6 * width**2 * past
+    return flops
+
+
 @dataclass(frozen=True)
 class Variant:
     """One model of the comparison.
 
     `config` makes its configuration from the shared sizes. `flops(config, new, past, logits)` is the cost of `new`
     tokens after `past` cached ones with `logits` positions put through the head; None asks the model's own `flops`.
+    What is not run `by_default` grows too fast for the lengths of the others.
     """
 
     description: str
@@ -103,6 +131,8 @@ class Variant:
     flops: Callable[[PreTrainedConfig, int, int, int], int] | None = None
     attn_implementation: str | None = None
     cache_argument: str = "past_key_values"
+    encoder: bool = False  # has no loss and no generation state: takes part in the forward task only
+    by_default: bool = True
 
     def build(self, shape: Shape, seed: int = 0) -> PreTrainedModel:
         """A randomly initialised model in evaluation mode, float32, on the CPU."""
@@ -124,12 +154,14 @@ class Variant:
         else:
             forward = model.flops(past + new) - (model.flops(past) if past else 0)
             forward -= 2 * (new - logits) * model.config.hidden_size * model.config.vocab_size
-            if self.attn_implementation == "eager":
+            if self.attn_implementation == "eager" and not self.encoder:
                 forward += model.config.num_hidden_layers * unfused_extra(model.config.hidden_size, new)
         return 3 * forward if task == "train" else forward
 
     def run(self, model: PreTrainedModel, input_ids: torch.Tensor, cache=None, past: int = 0, **kwargs):
         """Forward `input_ids` (batch, new), continuing `cache` (which holds `past` tokens) where one is given."""
+        if self.encoder:
+            return model(input_ids, **kwargs)
         if cache is not None:
             kwargs[self.cache_argument] = cache
         if self.model_class is Lfm2ForCausalLM:
@@ -174,13 +206,18 @@ def _mamba(shape: Shape) -> MambaConfig:
 
 def _ours(config_class: type[PreTrainedConfig], **own) -> Callable[[Shape], PreTrainedConfig]:
     def config(shape: Shape) -> PreTrainedConfig:
-        kernel = {"kernel_size": shape.kernel_size} if config_class is ConvLMConfig else {}
+        positions, sizes = shape.max_length, {}
+        if config_class is ConvLMConfig:
+            sizes = {"kernel_size": shape.kernel_size}
+        elif config_class is LinformerLMConfig:
+            sizes = {"projected_size": PROJECTED_SIZE}
+            positions = -(-positions // PROJECTED_SIZE) * PROJECTED_SIZE  # whole blocks
         return config_class(
             **shape.common(),
             num_attention_heads=shape.num_attention_heads,
             hidden_dropout=0.0,
-            max_position_embeddings=shape.max_length,
-            **kernel,
+            max_position_embeddings=positions,
+            **sizes,
             **own,
         )
 
@@ -194,6 +231,20 @@ VARIANTS: dict[str, Variant] = {
         SoftmaxLMForCausalLM,
         _ours(SoftmaxLMConfig, position_embedding_type="learned", attention_dropout=0.0),
         attn_implementation="sdpa",
+    ),
+    "linformer_lm": Variant(
+        f"LinformerLM, causal: blocks of 64 and k={PROJECTED_SIZE} slots",
+        LinformerLMForCausalLM,
+        _ours(LinformerLMConfig, is_decoder=True),
+        attn_implementation="sdpa",
+    ),
+    "cubic_prefix_lm": Variant(
+        "CubicPrefixLM, default configuration: for short lengths",
+        CubicPrefixLMForCausalLM,
+        _ours(CubicPrefixLMConfig, prefix_group_tokens=1 << 16),
+        cubic_flops,
+        attn_implementation="sdpa",
+        by_default=False,
     ),
     "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa"),
     "gpt2_sdpa_gelu": Variant(
@@ -212,7 +263,35 @@ VARIANTS: dict[str, Variant] = {
         mamba_flops,
         cache_argument="cache_params",
     ),
+    **{
+        f"softmax_encoder_{kind}": Variant(
+            f"encoder with softmax attention, {kind}",
+            SoftmaxLMModel,
+            _ours(SoftmaxLMConfig, is_decoder=False, position_embedding_type="none"),
+            attn_implementation=kind,
+            encoder=True,
+        )
+        for kind in ("sdpa", "eager")
+    },
+    **{
+        f"linformer_encoder{name}": Variant(
+            f"encoder with Linformer attention, k={PROJECTED_SIZE}{description}",
+            LinformerLMModel,
+            _ours(LinformerLMConfig, position_embedding_type="none", **own),
+            attn_implementation="sdpa",
+            encoder=True,
+        )
+        for name, description, own in (
+            ("", "", {}),
+            (
+                "_chunked",
+                f", feed-forward in chunks of {FEED_FORWARD_CHUNK} tokens",
+                {"chunk_size_feed_forward": FEED_FORWARD_CHUNK},
+            ),
+        )
+    },
 }
+CAUSAL = [name for name, variant in VARIANTS.items() if not variant.encoder]
 
 
 def state_bytes(cache) -> int:

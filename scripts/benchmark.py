@@ -3,6 +3,7 @@
     python scripts/benchmark.py                                   # everything, on the CPU: one to two hours
     python scripts/benchmark.py --lengths 512 2048 --tasks forward decode --seconds 10
     python scripts/benchmark.py --device cuda --dtype bfloat16
+    python scripts/benchmark.py --variants softmax_encoder_sdpa linformer_encoder --baseline softmax_encoder_sdpa
     python scripts/benchmark.py --markdown out/benchmark.json     # the tables of an earlier run
 
 Outputs are checked first; what is wrong is not timed. Every case is then tried once in a process of its own, which
@@ -25,7 +26,7 @@ from ordnung.scripts.bench_checks import TOLERANCE, run_checks
 from ordnung.scripts.bench_measure import make_sample, prepare_process, probe, summarise, time_in_turns
 from ordnung.scripts.bench_mixer import PARTS
 from ordnung.scripts.bench_report import add_ratios, markdown, plot
-from ordnung.scripts.bench_variants import VARIANTS, Shape
+from ordnung.scripts.bench_variants import CAUSAL, VARIANTS, Shape
 from ordnung.scripts.common import write_json
 from ordnung.scripts.machine import machine_info
 
@@ -42,7 +43,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=list(TASKS),
         help="memory: peak memory of forward, train and prefill, state of decode, untimed",
     )
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    usual = [name for name in CAUSAL if VARIANTS[name].by_default]
+    add("--variants", nargs="+", choices=VARIANTS, default=usual, help="encoders run forward only")
     add("--baseline", choices=VARIANTS, help="what ratios are against (default: gpt2_sdpa)")
     add("--lengths", nargs="+", type=int, default=[512, 2048, 8192, 32768], help="tokens")
     shape = Shape()
@@ -166,7 +168,14 @@ def main(argv: list[str] | None = None) -> int:
         "results": [],
     }
     probed = [task for task in MODEL_TASKS if task in arguments.tasks or "memory" in arguments.tasks]
-    competitors = {task: [name for name in arguments.variants if name not in wrong] for task in probed}
+    competitors = {
+        task: [
+            name
+            for name in arguments.variants
+            if name not in wrong and (task == "forward" or not VARIANTS[name].encoder)
+        ]
+        for task in probed
+    }
     if "mixer" in arguments.tasks and "conv_lm" not in wrong:
         competitors["mixer"] = list(PARTS)
     # Decoding claims a time that does not grow with the context: all contexts take turns, so that a slow minute of the

@@ -10,15 +10,13 @@ where it was stopped, and a variant or seed can be added later.
 """
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, get_scheduler, set_seed
+from transformers import PreTrainedConfig
 
 from ordnung.scripts.common import MergeKeyValues, ScriptError, parse_options, run_script, write_json, write_text
 from ordnung.scripts.evidence import (
@@ -30,7 +28,7 @@ from ordnung.scripts.evidence import (
     variant_configs,
 )
 from ordnung.scripts.machine import machine_info
-from ordnung.scripts.pretrain_setup import parameter_groups
+from ordnung.scripts.task_training import fit
 
 # Sequences to measure on are drawn with this seed and the number of pairs, those to train on with the run's seed.
 EVALUATION_SEED = 2**32
@@ -131,29 +129,14 @@ def train(options: RecallOptions, config: PreTrainedConfig, seed: int) -> tuple[
     Returns:
         the model; its `parameters`, `seconds`, and `loss_curve`: the mean loss of each tenth of the steps.
     """
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.95)
-    )
-    scheduler = get_scheduler("constant_with_warmup", optimizer, options.warmup_steps)
-    random, losses, start = np.random.default_rng(seed), [], time.perf_counter()
-    for step in range(options.max_steps):
+    random = np.random.default_rng(seed)
+
+    def draw(step: int) -> tuple[np.ndarray, np.ndarray]:
         num_pairs = options.num_pairs[step % len(options.num_pairs)]  # in turn, for a loss curve without their noise
-        tokens, labels, _ = sample(options, options.batch_size, num_pairs, random)
-        logits = model(torch.from_numpy(tokens), use_cache=False).logits
-        # labels lie at the query itself, so they are not shifted as those of a language model are
-        loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).flatten())
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ScriptError(
-                f"loss {losses[-1]} at step {step + 1}; try a lower --learning_rate or more --warmup_steps"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        return sample(options, options.batch_size, num_pairs, random)[:2]
+
+    start = time.perf_counter()
+    model, losses = fit(options, config, seed, draw)
     tenths = np.array_split(losses, min(10, len(losses)))
     return model, {
         "parameters": model.num_parameters(),

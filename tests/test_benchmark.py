@@ -9,11 +9,12 @@ import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from ordnung.scripts import bench_checks, bench_measure, bench_mixer, benchmark
 from ordnung.scripts.bench_cases import Case, Sample, Settings
 from ordnung.scripts.bench_report import add_ratios, markdown
-from ordnung.scripts.bench_variants import VARIANTS, Shape, mamba_matmul_flops, pairs, state_bytes
+from ordnung.scripts.bench_variants import CAUSAL, VARIANTS, Shape, mamba_matmul_flops, pairs, state_bytes
 from ordnung.scripts.machine import machine_info
 
 SHAPE = Shape(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, kernel_size=16)
@@ -95,7 +96,32 @@ class TestFlops:
         spare = 2 * SHAPE.hidden_size * SHAPE.num_hidden_layers * sum(range(SHAPE.kernel_size))
         assert counted - spare <= variant.count_flops(model, "forward", N) <= counted
 
-    @pytest.mark.parametrize("name", VARIANTS)
+    def test_linformer_in_whole_blocks(self):
+        variant = VARIANTS["linformer_lm"]
+        model = variant.build(SHAPE)
+        model.set_attn_implementation("eager")
+        tokens = torch.randint(SHAPE.vocab_size, (1, 192))
+        assert counted_flops(variant, model, tokens) == variant.count_flops(model, "forward", 192)
+
+    @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in CAUSAL])
+    def test_encoders(self, name, tokens):
+        variant = VARIANTS[name]
+        model = variant.build(SHAPE)
+        model.set_attn_implementation("eager")
+        assert counted_flops(variant, model, tokens) == variant.count_flops(model, "forward", N)
+
+    def test_cubic_prefix_lm(self, tokens):
+        variant = VARIANTS["cubic_prefix_lm"]
+        model = variant.build(SHAPE)
+        model.set_attn_implementation("eager")
+        assert counted_flops(variant, model, tokens) == variant.count_flops(model, "forward", N)
+        cache = DynamicCache(config=model.config)
+        prefill = counted_flops(variant, model, tokens, cache=cache, logits_to_keep=1)
+        assert prefill == variant.count_flops(model, "prefill", N)
+        step = counted_flops(variant, model, tokens[:, :1], cache=cache, past=N)
+        assert step == variant.count_flops(model, "decode", N)
+
+    @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "cubic_prefix_lm"])
     def test_decode_is_the_cost_of_one_more_token(self, name):
         variant = VARIANTS[name]
         model = variant.build(SHAPE)
@@ -105,7 +131,7 @@ class TestFlops:
         assert variant.count_flops(model, "train", 100) == 3 * variant.count_flops(model, "forward", 100)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_state_bytes(name):
     """The walk over the cache finds what each kind of state must hold after 300 tokens."""
     sample = bench_measure.make_sample(Case("decode", name, 300), SETTINGS)
@@ -117,6 +143,13 @@ def test_state_bytes(name):
         kept = (SHAPE.kernel_size - 1) * width * layers * 4
         assert kept <= state_bytes(sample.cache) <= 1.1 * kept
         assert sample.state["predicted_state_bytes"] == pytest.approx(state_bytes(sample.cache), rel=0.02)
+    elif name == "linformer_lm":
+        kept = 2 * (128 + 2 * 64) * width * layers * 4  # slots, and two blocks
+        assert kept <= state_bytes(sample.cache) <= 1.1 * kept
+        assert sample.state["predicted_state_bytes"] == pytest.approx(state_bytes(sample.cache), rel=0.02)
+    elif name == "cubic_prefix_lm":
+        # positions apart, which are no floating-point state
+        assert sample.state["predicted_state_bytes"] == state_bytes(sample.cache) - 300 * 8
     else:
         assert 0 < state_bytes(sample.cache) < 100 * width * layers * 4
     before = sample.cache.get_seq_length() if "gpt2" in name else None
@@ -223,7 +256,7 @@ def test_hopeless_cases_are_not_tried():
 def test_every_variant_passes_its_checks():
     checks = bench_checks.run_checks(list(VARIANTS), SETTINGS)
     assert {name: check for name, check in checks.items() if not check["passed"]} == {}
-    assert len(checks) == len(VARIANTS) + len(bench_checks.IMPLEMENTATIONS) + 1
+    assert len(checks) == len(CAUSAL) + len(bench_checks.IMPLEMENTATIONS) + 1 + 2
 
 
 def test_wrong_outputs_are_not_timed(tmp_path, monkeypatch, capsys):
@@ -274,6 +307,15 @@ def test_end_to_end(tmp_path, capsys):
     table = capsys.readouterr().out
     for expected in ("**Forward, µs per token**", "| conv_lm", "**Generation state", "ratios against conv_lm"):
         assert expected in table
+
+
+def test_encoders_run_forward_only(tmp_path):
+    encoders = [name for name in VARIANTS if name not in CAUSAL]
+    more = ["--variants", *encoders, "--baseline", encoders[0], "--tasks", "forward", "memory", "--lengths", "16"]
+    assert benchmark.main(arguments(tmp_path, *more)) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["results"]
+    assert [(row["task"], row["name"], row["status"]) for row in rows] == [("forward", x, "ok") for x in encoders]
+    assert all(row["peak_bytes"] >= 0 and row["seconds"]["median"] > 0 for row in rows)
 
 
 def test_parts(tmp_path):

@@ -93,7 +93,10 @@ EXACT = {
 
 
 # family -> fields with which it mixes exactly as attention does, and the sources that it does so for
-EXACT_FAMILIES = {"softmax_lm": ({}, ("Bert", "Roberta", "GPT2"))}
+EXACT_FAMILIES = {
+    "softmax_lm": ({}, ("Bert", "Roberta", "GPT2")),
+    "linformer_lm": ({"projection_type": "adaptive_mean_pool", "projected_size": 20}, ("Bert", "Roberta")),
+}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,10 @@ STATE_LAYERS = {
     "test_generate_with_quant_cache": "transformers quantizes the keys and values of attention layers; a convolution "
     "state has none, and its `QuantizedCache` refuses other layers in words."
 }
+PASSES = {
+    "test_training_gradient_checkpointing*": "The test has each layer called once in a forward pass and hands all its "
+    "calls one mock; here a layer is called for each group of prefixes.",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,46 @@ ROWS = {
             "position_embedding_type": "rope",
         },
         excluded=STATE_LAYERS,
+    ),
+    "cubic_prefix_lm": Row(
+        "cubic_prefix_lm",
+        heads=("Model", "ForCausalLM"),
+        config={"position_embedding_type": "rope"},
+        flags={"has_attentions": False},
+        excluded=PASSES,
+    ),
+    "cubic_prefix_lm-stride": Row(
+        "cubic_prefix_lm",
+        heads=("Model", "ForCausalLM"),
+        config={"prefix_stride": 3, "position_embedding_type": "rope"},
+        flags={"has_attentions": False},
+        excluded=PASSES,
+    ),
+    "cubic_prefix_lm-encoder": Row(
+        "cubic_prefix_lm",
+        heads=("Model", "ForMaskedLM", *CLASSIFIERS),
+        config={"is_decoder": False, "position_embedding_type": "rope"},
+    ),
+    "linformer_lm": Row(
+        "linformer_lm",
+        config={
+            "is_decoder": True,
+            "projected_size": 8,
+            "local_block_size": 4,
+            "position_embedding_type": "rope",
+        },
+        flags={"has_attentions": False},
+        excluded=STATE_LAYERS,
+    ),
+    "linformer_lm-bidirectional": Row(
+        "linformer_lm",
+        heads=("Model", "ForMaskedLM", *CLASSIFIERS),
+        config={"projected_size": 8},
+        flags={"has_attentions": False},
+        excluded={
+            "test_model_rope_scaling_from_config_*": "These tests go beyond `max_position_embeddings`, where a "
+            "bidirectional projection has no weights: the model refuses in words."
+        },
     ),
     "softmax_lm": Row("softmax_lm"),
     "softmax_lm-bidirectional": Row(

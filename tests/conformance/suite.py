@@ -97,7 +97,10 @@ class FamilyChecks:
 
     def test_attention_outputs(self):
         # only attention layers have weights to return
-        self.model_tester.num_hidden_layers = self.model_tester.get_config().layer_types.count("full_attention")
+        attends = ("full_attention", "cubic_prefix")
+        self.model_tester.num_hidden_layers = sum(
+            kind in attends for kind in self.model_tester.get_config().layer_types
+        )
         super().test_attention_outputs()
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):

@@ -1,0 +1,612 @@
+"""CubicPrefixLM: each next token is predicted by a fully connected pass over all tokens before it."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_bidirectional_mask,
+    create_causal_mask,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
+
+from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
+from ordnung.modeling.backbone import Attention, BackboneModel, BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.heads import (
+    ForCausalLM,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from ordnung.modeling.ops.prefix_attention import (
+    Group,
+    all_passes,
+    fold_keys,
+    fold_values,
+    join_scores,
+    last_passes,
+    mix,
+    plan_passes,
+    prefix_ends,
+    sees,
+    take,
+)
+
+# Passes that end within so many tokens are computed together, or within four strides.
+GROUP_ENDS = 16
+# The first layer's sums over earlier keys are kept at such distances (tokens) and continued from there.
+SEGMENT = 256
+# Activations that a layer keeps of a token for the backward pass, in units of the width: for the estimate in an error.
+ACTIVATIONS = 17
+
+
+class PrefixCacheLayer(DynamicLayer):
+    """Generation state of one layer: keys and values, and in the first layer what later passes start from.
+
+    `first` holds tensors, batch first: `hidden_states` (B, T, D) that the layer takes and their `position_ids` (B, T).
+    With stride 1 also `query` (B, H, T, P), and what attention of each query over all T keys gives, `output` of that
+    shape and the log-sum-exp `total` (B, H, T); the other layers are empty. With a larger stride `ends` (B,): the keys
+    and values of all layers are those of the pass whose fully connected part ends there.
+    """
+
+    _layer_type = "cubic_prefix"
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.first: dict[str, torch.Tensor] = {}
+
+    def reset(self) -> None:
+        super().reset()
+        self.first = {}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if not self.first or not tokens_to_remove:
+            return
+        T = self.get_seq_length()
+        # sums over keys cannot be taken back: the next call makes them anew, as it does a pass that is cut
+        kept = {name: self.first[name][:, :T] for name in ("hidden_states", "position_ids")}
+        if "query" in self.first:
+            kept["query"] = self.first["query"][:, :, :T]
+        if "ends" in self.first:
+            kept["ends"] = torch.where(self.first["ends"] > T, -1, self.first["ends"])
+        self.first = kept
+
+    def forget_pass(self) -> None:
+        """Drops the keys and values, for those of another pass."""
+        super().reset()
+
+    def each(self, function) -> None:
+        if self.is_initialized:
+            self.keys, self.values = function(self.keys), function(self.values)
+            self.first = {name: function(tensor) for name, tensor in self.first.items()}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.each(lambda x: x[indices])
+
+    def offload(self) -> None:
+        self.each(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self.each(lambda x: x.to(self.device, non_blocking=True))
+
+
+# the same layer serves a static cache: passes over all tokens so far have no fixed shape to compile for
+STATIC_LAYER_TYPE_MAPPING["cubic_prefix"] = PrefixCacheLayer
+
+
+class PrefixAttention(Attention):
+    """Fully connected softmax attention over every prefix: encoder-only next-token prediction.
+
+    The distribution of token t + 1 comes from a bidirectional pass over tokens 0 to t, read at t (ENTP, Ewer et al.
+    2024, arXiv 2410.01600). The first layer shares its attention between prefixes and the last computes one row, O(N^2)
+    each; the layers between are O(N^3), the N^2 / 2 rows of MLPs and projections O(N^2 D). Prefill O(N^2), decoding
+    O(N^2) a token, state 5 rows of D a token. With stride s, training O(N^3 / s), decoding O(N^2 / s) on average.
+    """
+
+    layer_type = "cubic_prefix"
+
+    def __init__(self, config: CubicPrefixLMConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    @staticmethod
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
+        return create_bidirectional_mask(config, inputs_embeds, attention_mask)
+
+    def read(
+        self,
+        states: torch.Tensor,
+        chosen: torch.Tensor,
+        visible: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The mixed states (G, S, D) of the tokens `chosen` (G, S) alone, from `states` (G, T, D).
+
+        `visible` (G, S, T) says which tokens each of them sees.
+        """
+        G, S = chosen.shape
+        query = self.q_proj(states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])))
+        query = query.view(G, S, -1, self.head_dim).transpose(1, 2)
+        if position_embeddings is None and self.folds(self.k_proj, S):
+            scores = fold_keys(query, states, self.k_proj.weight, self.k_proj.bias)
+        else:
+            key = self.k_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
+            if position_embeddings is not None:
+                _, key = apply_rotary_pos_emb(key, key, *position_embeddings)
+                chosen = chosen[..., None].expand(-1, -1, self.head_dim)
+                at = (x.expand(G, -1, -1).gather(1, chosen) for x in position_embeddings)
+                query, _ = apply_rotary_pos_emb(query, query, *at)
+            scores = query @ key.transpose(2, 3)
+        weights = join_scores(scores * self.scaling, visible[:, None]).softmax(-1)
+        weights = nn.functional.dropout(weights, self.dropout).to(states.dtype)
+        if self.folds(self.v_proj, S):
+            mixed = fold_values(weights, states, self.v_proj.weight, self.v_proj.bias)
+        else:
+            mixed = weights @ self.v_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
+        return self.out_proj(mixed.transpose(1, 2).reshape(G, S, -1))
+
+    @property
+    def dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
+
+    def folds(self, linear: nn.Module, reads: int) -> bool:
+        """Whether to apply the weight of `linear` to the few reads instead of to all states.
+
+        Only where the weight is all there is to it: no adapter, quantisation, offloading or other hook.
+        """
+        plain = type(linear) is nn.Linear and not linear._forward_pre_hooks and not hasattr(linear, "_hf_hook")
+        return plain and reads * (self.config.num_attention_heads - 1) < self.config.hidden_size
+
+    def read_flops(self, reads: int, tokens: int) -> int:
+        """FLOPs of `read` for one pass of `tokens` tokens."""
+        D, H = self.config.hidden_size, self.config.num_attention_heads
+        folded = 2 * D * D * reads + 2 * H * D * reads * tokens
+        plain = 2 * D * D * tokens + 2 * D * reads * tokens
+        keys = plain
+        if self.config.position_embedding_type != "rope" and self.folds(self.k_proj, reads):
+            keys = folded + 2 * D * reads  # with the bias
+        return 4 * D * D * reads + keys + (folded if self.folds(self.v_proj, reads) else plain)
+
+
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["cubic_prefix"] = PrefixAttention.make_mask
+
+
+def project_first(layer, hidden_states, position_embeddings):
+    return layer.mixer.project(layer.before_mixer(hidden_states), position_embeddings)
+
+
+def finish_first(layer, hidden_states, mixed):
+    return layer.after_mixer(hidden_states, layer.mixer.out_proj(mixed))
+
+
+def read_last(layer, hidden_states, chosen, visible, position_embeddings):
+    mixed = layer.mixer.read(layer.before_mixer(hidden_states), chosen, visible, position_embeddings)
+    return layer.after_mixer(hidden_states.gather(1, chosen[..., None].expand_as(mixed)), mixed)
+
+
+def unless_all(real: torch.Tensor) -> torch.Tensor | None:
+    """A mask of tokens, or None where it masks nothing."""
+    return None if not is_tracing(real) and bool(real.all()) else real
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """What all passes over `T` tokens share: their states before the first layer, and its projections of them."""
+
+    hidden_states: torch.Tensor  # (B, T, D)
+    query: torch.Tensor  # (B, H, T, P), scaled
+    key: torch.Tensor
+    value: torch.Tensor
+    real: torch.Tensor  # (B, T), False for padding
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    dropout: float
+
+    def attend(self, queries: slice, keys: slice, past=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of `queries` over `keys`, continuing those of all queries over earlier keys."""
+        past = None if past is None else tuple(x[:, :, queries] for x in past)
+        scores = self.query[:, :, queries] @ self.key[:, :, keys].transpose(2, 3)
+        scores = join_scores(scores, self.real[:, None, None, keys], past)
+        return mix(scores, self.value[:, :, keys], past, self.dropout), scores.logsumexp(-1)
+
+    def attend_passes(self, group: Group, past) -> torch.Tensor:
+        """Mixed values (G, T, D) of the tokens in each pass of `group`, continuing `past` over the keys before it."""
+        past = None if past is None else tuple(take(x[:, :, : group.stop], group.rows) for x in past)
+        if group.start == group.stop:
+            mixed = past[0]
+        else:
+            tokens, keys = slice(group.stop), slice(group.start, group.stop)
+            places = torch.arange(group.stop, device=self.real.device)
+            visible = take(self.real, group.rows)[:, None, keys] & sees(group.ends, places, places[keys])
+            # once for all passes of a row
+            scores = take(self.query[:, :, tokens] @ self.key[:, :, keys].transpose(2, 3), group.rows)
+            values = take(self.value[:, :, keys], group.rows)
+            mixed = mix(join_scores(scores, visible[:, None], past), values, past, self.dropout)
+        return mixed.to(self.value.dtype).transpose(1, 2).flatten(2)
+
+
+class CubicPrefixLMPreTrainedModel(BackbonePreTrainedModel):
+    config: CubicPrefixLMConfig
+    _can_compile_fullgraph = False  # generation with a state that grows: see `PrefixCacheLayer`
+
+
+class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
+    """The stack without a head: an encoder, or, with `predict_from`, a pass for each prefix.
+
+    As an encoder it is one fully connected O(N^2) pass over the tokens, whatever `prefix_stride` and `is_decoder` are.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        predict_from: torch.BoolTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Runs the stack. The arguments are those of `BackboneModel.forward`, and:
+
+        Args:
+            predict_from: (B, N), True for the tokens whose successors are to be predicted: each gets its state at the
+                end of the pass over its own prefix. The others may get zeros, and cost nothing. `hidden_states`, where
+                asked for, are those of each such token in that pass; attention weights are given by the encoder only.
+            past_key_values: with `predict_from` only.
+
+        Raises:
+            ValueError: as `BackboneModel.forward`; and if a prefix exceeds `prefix_group_tokens`, or `past_key_values`
+                is of another kind.
+        """
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if predict_from is None:
+            if seen:
+                raise ValueError(
+                    "`past_key_values` continues a prediction: use CubicPrefixLMForCausalLM, or give `predict_from`."
+                )
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
+                **kwargs,
+            )
+        inputs_embeds = self.embed_inputs(input_ids, inputs_embeds)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        record = kwargs.get("output_hidden_states")
+        record = self.config.output_hidden_states if record is None else record
+        recorded = range(len(self.layers) + 1)
+        if not isinstance(record, bool):  # one index or several
+            recorded = {recorded[i] for i in ([record] if isinstance(record, int) else record)}
+            record = True
+
+        self.check_mask(inputs_embeds, attention_mask, past_key_values)
+        if position_ids is None:
+            position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
+        hidden_states, _ = self.embed(inputs_embeds, token_type_ids, position_ids)
+        B, N = hidden_states.shape[:2]
+        if attention_mask is None:
+            real = torch.ones(B, seen + N, dtype=torch.bool, device=hidden_states.device)
+        else:
+            real = attention_mask != 0
+        new = (hidden_states, position_ids.expand(B, N))
+        predict = self.predict_with_stride_one if self.stride == 1 else self.predict_with_stride
+        states = predict(*new, real, predict_from & real[:, seen:], past_key_values, record)
+        states = [hidden_states, *states[:-1], self.norm(states[-1])]
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(x if i in recorded else None for i, x in enumerate(states)) if record else None,
+        )
+
+    @property
+    def stride(self) -> int | None:
+        """The stride that matters: a single layer gives its last token what causal attention gives."""
+        return None if len(self.layers) == 1 else self.config.prefix_stride
+
+    # Each of the following returns the states (B, N, D) after every layer, or after the last one only.
+
+    def predict_with_stride_one(self, hidden_states, position_ids, real, read, past, record) -> list[torch.Tensor]:
+        """Every token has its own pass, continued from what the state knows of the first layer."""
+        self.check_length(real.shape[1])
+        seen = real.shape[1] - hidden_states.shape[1]
+        state = {} if past is None else self.first_state(past)
+        new = self.layers[0](hidden_states, self.rope(hidden_states, position_ids), run=project_first)
+        query, key, value = new[0] * self.layers[0].mixer.scaling, *new[1:]
+        if seen:
+            hidden_states = torch.cat([state["hidden_states"], hidden_states], dim=1)
+            position_ids = torch.cat([state["position_ids"], position_ids], dim=1)
+            query = torch.cat([state["query"], query], dim=2)
+        if past is not None:
+            key, value = past.update(key, value, 0)
+        first = self.first_layer(hidden_states, position_ids, real, query, key, value)
+        anchor = None
+        if "output" in state:
+            fresh = first.attend(slice(seen, None), slice(seen))
+            old = state["output"], state["total"]
+            anchor = tuple(torch.cat(pair, dim=2) for pair in zip(old, fresh))
+        ends = prefix_ends(real, 1)
+        if read.shape[1] == 1 and not is_tracing(read):
+            groups = last_passes(ends)
+        else:
+            groups = self.plan(ends, nn.functional.pad(read, (seen, 0)))
+        states, anchor, at = self.run_passes(first, groups, anchor, seen if anchor else 0, record)
+        if past is not None:
+            output, total = first.attend(slice(None), slice(at, None), anchor) if at < real.shape[1] else anchor
+            state = {"hidden_states": hidden_states, "position_ids": position_ids, "query": query}
+            past.layers[0].first = {**state, "output": output, "total": total}
+        return [x[:, seen:] for x in states]
+
+    def predict_with_stride(self, hidden_states, position_ids, real, read, past, record) -> list[torch.Tensor]:
+        """Tokens share passes; the state holds keys and values of the last one, and tokens are added to it causally."""
+        B, T = real.shape
+        seen = T - hidden_states.shape[1]
+        ends = prefix_ends(real, self.stride)
+        if past is None:
+            if self.stride is None or (not is_tracing(real) and T < self.stride):
+                return self.run_causally(hidden_states, position_ids, real, None, record)
+            self.check_length(T)
+            first = self.first_layer(hidden_states, position_ids, real)
+            return self.run_passes(first, self.plan(ends, read), None, 0, record)[0]
+        state = self.first_state(past)
+        held = state.get("ends", ends.new_zeros(B))
+        continues = self.stride is None or bool((ends[:, seen:] == held[:, None]).all())
+        if not continues:
+            self.check_length(T)
+        if seen and self.stride is not None:
+            all_states = torch.cat([state["hidden_states"], hidden_states], dim=1)
+            all_ids = torch.cat([state["position_ids"], position_ids], dim=1)
+        else:
+            all_states, all_ids = hidden_states, position_ids
+        if self.stride is not None:
+            past.layers[0].first = {"hidden_states": all_states, "position_ids": all_ids, "ends": ends[:, -1]}
+        if continues:
+            return self.run_causally(hidden_states, position_ids, real, past, record)
+        for layer in past.layers:
+            layer.forget_pass()
+        mask = self.pass_mask(all_states, real, ends[:, -1])
+        states = self.run_layers(all_states, mask, self.rope(all_states, all_ids), past, False, record)
+        states = [x[:, seen:] for x in states]
+        missing = read & (ends[:, seen:] != ends[:, -1:])
+        if missing.any():
+            first = self.first_layer(all_states, all_ids, real)
+            groups = self.plan(ends, nn.functional.pad(missing, (seen, 0)))
+            others, *_ = self.run_passes(first, groups, None, 0, record)
+            states = [torch.where(missing[..., None], y[:, seen:], x) for x, y in zip(states, others)]
+        return states
+
+    def run_causally(self, hidden_states, position_ids, real, past, record) -> list[torch.Tensor]:
+        mask = create_causal_mask(self.config, hidden_states, unless_all(real), past)
+        return self.run_layers(hidden_states, mask, self.rope(hidden_states, position_ids), past, True, record)
+
+    def run_layers(self, hidden_states, mask, rope, past, is_causal, record) -> list[torch.Tensor]:
+        states = []
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=rope,
+                past_key_values=past,
+                is_causal=is_causal,
+            )
+            states.append(hidden_states)
+        return states if record else states[-1:]
+
+    def plan(self, ends: torch.Tensor, read: torch.Tensor) -> list[Group]:
+        """The groups of passes for the tokens in `read` (B, T)."""
+        if is_tracing(read):
+            return all_passes(ends)
+        return plan_passes(ends, read, max(GROUP_ENDS, 4 * self.stride), self.config.prefix_group_tokens)
+
+    def run_passes(self, first: FirstLayer, groups: list[Group], anchor, at: int, record: bool):
+        """Computes passes in groups.
+
+        Args:
+            anchor: output and log-sum-exp of all queries over the keys before `at` in the first layer, or None.
+
+        Returns:
+            the states, the last anchor, and its `at`.
+        """
+        budget = self.config.prefix_group_tokens
+        learns = torch.is_grad_enabled() and not is_tracing(first.real)
+        kept = budget if self.gradient_checkpointing and self.training else 0
+        outputs = []
+        for group in groups:
+            if group.start - at >= SEGMENT or (group is groups[-1] and group.start > at):
+                attend = partial(checkpoint, first.attend, use_reentrant=False) if learns else first.attend
+                anchor, at = attend(slice(None), slice(at, group.start), anchor), group.start
+            kept += group.rows.shape[0] * group.stop
+            if learns and kept > budget:
+                outputs.append(checkpoint(self.run_group, first, group, anchor, at, record, use_reentrant=False))
+            else:
+                outputs.append(self.run_group(first, group, anchor, at, record))
+        if not groups:
+            return [torch.zeros_like(first.hidden_states)] * (len(self.layers) if record else 1), anchor, at
+        rows = torch.cat([g.pick(g.rows[:, None].expand_as(g.reads)) for g in groups])
+        places = torch.cat([g.pick(g.reads) for g in groups])
+        states = []
+        for x in map(torch.cat, zip(*outputs)):
+            index = rows.to(x.device), places.to(x.device)  # layers may lie on several devices
+            states.append(x.new_zeros(first.hidden_states.shape).index_put(index, x))
+        return states, anchor, at
+
+    def run_group(self, first: FirstLayer, group: Group, anchor, at: int, record: bool) -> list[torch.Tensor]:
+        """The states (tokens read, D) of all passes in `group`."""
+        T, rows, chosen = group.stop, group.rows, group.reads
+        past = first.attend(slice(T), slice(at, group.start), anchor) if group.start > at else anchor
+        mixed = first.attend_passes(group, past)
+        hidden_states = self.layers[0](take(first.hidden_states[:, :T], rows), mixed, run=finish_first)
+        states = [hidden_states]
+        real, rope = take(first.real, rows)[:, :T], first.position_embeddings
+        rope = None if rope is None else tuple(take(x, rows)[:, :T] for x in rope)
+        if len(self.layers) > 2:
+            mask = self.pass_mask(hidden_states, real, group.ends)
+        for layer in self.layers[1:-1]:
+            hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=rope, is_causal=False)
+            states.append(hidden_states)
+        visible = real[:, None] & sees(group.ends, chosen, torch.arange(T, device=real.device))
+        last = self.layers[-1](hidden_states, chosen, visible, rope, run=read_last)
+        if record:
+            states = [x.gather(1, chosen[..., None].expand_as(last).to(x.device)) for x in states]
+        return [group.pick(x) for x in ([*states, last] if record else [last])]
+
+    def first_layer(self, hidden_states, position_ids, real, *projected) -> FirstLayer:
+        rope = self.rope(hidden_states, position_ids)
+        mixer = self.layers[0].mixer
+        if not projected:
+            query, key, value = self.layers[0](hidden_states, rope, run=project_first)
+            projected = query * mixer.scaling, key, value
+        return FirstLayer(hidden_states, *projected, real, rope, mixer.dropout)
+
+    def first_state(self, past: Cache) -> dict[str, torch.Tensor]:
+        if not past.layers or not isinstance(past.layers[0], PrefixCacheLayer):
+            raise ValueError("`past_key_values` has no prefix state: make it with `DynamicCache(config=model.config)`.")
+        return past.layers[0].first
+
+    def rope(self, hidden_states, position_ids) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.rotary_emb(hidden_states, position_ids) if hasattr(self, "rotary_emb") else None
+
+    def pass_mask(self, hidden_states, real, ends):
+        """The mask for whole layers of passes: which tokens each token of `hidden_states` (G, T, D) sees."""
+        places = torch.arange(real.shape[1], device=real.device)
+        if self.stride == 1:  # what lies beyond a pass is padding, as in any batch of an encoder
+            inside = real & (places < ends[:, None])
+            return create_bidirectional_mask(self.config, hidden_states, unless_all(inside))
+        G, T = hidden_states.shape[:2]
+        make = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        return make(  # as `create_bidirectional_mask` does, which runs mask functions other than its own through vmap
+            batch_size=G,
+            q_length=T,
+            kv_length=T,
+            mask_function=lambda row, head, query, key: (key < ends[row]) | (key <= query),
+            attention_mask=real,
+            allow_is_causal_skip=False,
+            dtype=hidden_states.dtype,
+            config=self.config,
+            device=hidden_states.device,
+        )
+
+    def check_length(self, tokens: int) -> None:
+        if is_tracing() or tokens <= self.config.prefix_group_tokens:
+            return
+        width = ACTIVATIONS * (len(self.layers) - 1) * self.config.hidden_size * self.dtype.itemsize
+        raise ValueError(
+            f"A prefix of {tokens} tokens exceeds `prefix_group_tokens` ({self.config.prefix_group_tokens}). Training "
+            f"on it keeps about {tokens * width / 2**30:.2f} GiB of activations: where they fit, set "
+            f"`prefix_group_tokens` to at least {tokens}; otherwise shorten the input."
+        )
+
+    def prefix_flops(self, seq_len: int, read: torch.Tensor | None = None) -> int:
+        """FLOPs of predicting from each of `seq_len` tokens, or those in `read` (1, seq_len), two per multiply-add."""
+        D = self.config.hidden_size
+        mixer, mlp = (linear_flops(part) for part in (self.layers[0].mixer, self.layers[0].mlp))
+        if self.stride is None or seq_len < self.stride:
+            pairs = seq_len * (seq_len + 1) // 2
+            return len(self.layers) * ((mixer + mlp) * seq_len + 4 * pairs * D)
+        real = torch.ones(1, seq_len, dtype=torch.bool, device="cpu")
+        groups = self.plan(prefix_ends(real, self.stride), real if read is None else read)
+        flops, at = 6 * D * D * seq_len, 0
+        for group in groups:
+            G, T, S = len(group.rows), group.stop, group.reads.shape[1]
+            if group.start - at >= SEGMENT or (group is groups[-1] and group.start > at):
+                flops += 4 * D * seq_len * (group.start - at)
+                at = group.start
+            flops += 4 * D * T * (group.start - at) + 2 * D * T * (T - group.start) * (1 + G)
+            flops += G * T * (2 * D * D + mlp)
+            flops += (len(self.layers) - 2) * G * T * (mixer + mlp + 4 * T * D)
+            flops += G * (S * mlp + self.layers[-1].mixer.read_flops(S, T))
+        return flops
+
+    def cache_bytes(self, seq_len: int) -> int:
+        """Bytes of the generation state of one sequence after `seq_len` tokens, in the dtype of the weights."""
+        D, H, itemsize = self.config.hidden_size, self.config.num_attention_heads, self.dtype.itemsize
+        if self.stride == 1:
+            return seq_len * (4 * D * itemsize + (D + H) * max(itemsize, 4))
+        return seq_len * (2 * len(self.layers) + (self.stride is not None)) * D * itemsize
+
+
+class CubicPrefixLMForCausalLM(CubicPrefixLMPreTrainedModel, ForCausalLM):
+    """Next-token prediction, each from a pass over its own prefix.
+
+    Passes whose predictions are not asked for are not computed: those that `logits_to_keep` leaves out, and where
+    `labels` are given, those without a label, except for the last token. Logits there are those of a zero state.
+    """
+
+    model_class = CubicPrefixLMModel
+
+    def read_arguments(self, inputs, labels, logits_to_keep, shift_labels=None, **kwargs) -> dict:
+        if inputs is None:
+            return {}
+        if shift_labels is not None:
+            return {"predict_from": shift_labels != -100}
+        if labels is not None:
+            return {"predict_from": nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=True)}
+        read = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        if isinstance(logits_to_keep, int):
+            read[:, : -logits_to_keep if logits_to_keep else 0] = False
+        else:
+            read = torch.zeros_like(read)
+            read[:, logits_to_keep] = True
+        return {"predict_from": read}
+
+    def flops(self, seq_len: int) -> int:
+        """FLOPs of predicting from each of `seq_len` tokens of one sequence, as they are computed."""
+        return self.model.prefix_flops(seq_len) + self.head_flops(seq_len)
+
+
+class CubicPrefixLMForMaskedLM(CubicPrefixLMPreTrainedModel, ForMaskedLM):
+    model_class = CubicPrefixLMModel
+
+
+class CubicPrefixLMForSequenceClassification(CubicPrefixLMPreTrainedModel, ForSequenceClassification):
+    model_class = CubicPrefixLMModel
+
+
+class CubicPrefixLMForMultipleChoice(CubicPrefixLMPreTrainedModel, ForMultipleChoice):
+    model_class = CubicPrefixLMModel
+
+
+class CubicPrefixLMForTokenClassification(CubicPrefixLMPreTrainedModel, ForTokenClassification):
+    model_class = CubicPrefixLMModel
+
+
+class CubicPrefixLMForQuestionAnswering(CubicPrefixLMPreTrainedModel, ForQuestionAnswering):
+    model_class = CubicPrefixLMModel
+
+
+__all__ = [
+    "CubicPrefixLMForCausalLM",
+    "CubicPrefixLMForMaskedLM",
+    "CubicPrefixLMForMultipleChoice",
+    "CubicPrefixLMForQuestionAnswering",
+    "CubicPrefixLMForSequenceClassification",
+    "CubicPrefixLMForTokenClassification",
+    "CubicPrefixLMModel",
+    "CubicPrefixLMPreTrainedModel",
+]

@@ -1,0 +1,304 @@
+"""Train variants on tasks that a pass over the whole prefix can express and causal attention may not.
+
+    python scripts/prefix_tasks.py --config scripts/configs/tasks_pointer.yaml
+
+`pointer`: a permutation is shown, then at each query the model has to answer with what the permutation gives when it is
+applied `hops` times; causal tokens cannot look up where the values after them point (arXiv 2412.02975). `triplets`:
+Triplet-Counting (ENTP, arXiv 2410.01600), where each token counts the pairs among all tokens so far that sum with the
+last one to a multiple of their number. Every variant sees the same sequences for the same number of steps; those that
+cost less than the dearest then go on to the same number of FLOPs. The output folder receives results.json, results.md
+and accuracy.png. Finished runs are kept: the same command goes on where it was stopped, and a variant or seed can be
+added later.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ordnung.scripts.common import MergeKeyValues, ScriptError, parse_options, run_script, write_json, write_text
+from ordnung.scripts.evidence import (
+    check_seeds,
+    claim_output_dir,
+    markdown_table,
+    spread,
+    summarise,
+    variant_configs,
+)
+from ordnung.scripts.machine import machine_info
+from ordnung.scripts.task_training import fit
+
+# Sequences to measure on are drawn with this seed, those to train on with the run's.
+EVALUATION_SEED = 2**32
+
+
+def _option(default, help: str, **metadata):
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TaskOptions:
+    output_dir: str = field(metadata={"help": "Folder for results.json, results.md, accuracy.png and the runs."})
+    task: str = field(metadata={"help": "What to train on.", "choices": ["pointer", "triplets"]})
+    variants: str = field(
+        metadata={"help": "Models by name: model_type and the config fields that differ.", "action": MergeKeyValues}
+    )
+    config_overrides: str | None = _option(None, "Config fields of all variants.", action=MergeKeyValues)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each variant trains with each."})
+
+    # the tasks
+    symbols: int = _option(16, "pointer: numbers permuted. triplets: given tokens, which the others follow from.")
+    hops: int = _option(7, "pointer: times to apply the permutation.")
+    queries: int = _option(16, "pointer: queries in a sequence.")
+    sequence_length: int = _option(64, "triplets: tokens in a sequence.")
+    eval_sequences: int = _option(256, "Sequences to measure on.")
+
+    # optimisation
+    max_steps: int = _option(2000, "Optimizer steps for which all variants are compared.")
+    equal_compute: bool = _option(True, "Let the cheaper variants go on to the FLOPs of the dearest.")
+    evaluations: int = _option(20, "Times to measure in the course of a run.")
+    batch_size: int = _option(32, "Sequences in a step.")
+    learning_rate: float = _option(1e-3, "AdamW's learning rate, constant after the warm-up.")
+    weight_decay: float = _option(0.0, "AdamW's weight decay, for matrices.")
+    warmup_steps: int = _option(100, "Steps of linear warm-up.")
+
+    def __post_init__(self):
+        for name in ("hops", "queries", "eval_sequences", "max_steps", "evaluations", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ScriptError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.symbols < 2:
+            raise ScriptError(f"--symbols must be at least 2, not {self.symbols}")
+        if self.task == "triplets" and self.sequence_length <= self.symbols:
+            raise ScriptError(
+                f"--sequence_length {self.sequence_length} must exceed --symbols {self.symbols}, the tokens given"
+            )
+        check_seeds(self.seeds)
+        self.config_overrides = self.config_overrides or {}
+
+    @property
+    def vocab_size(self) -> int:
+        return 2 * self.symbols if self.task == "pointer" else self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.symbols + self.queries if self.task == "pointer" else self.sequence_length
+
+    def draw(self, count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels (count, tokens) of new sequences."""
+        if self.task == "pointer":
+            return draw_pointers(count, self.symbols, self.hops, self.queries, random)
+        return draw_triplets(count, self.symbols, self.sequence_length, random)
+
+
+def draw_pointers(
+    count: int, symbols: int, hops: int, queries: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences that show a permutation p of 0 to m - 1 and ask for p applied `hops` times.
+
+    Token i < m is p(i); then each of `queries` tokens m + x, x drawn at random, has the label p(p(...p(x))).
+
+    Returns:
+        tokens (count, m + queries) and labels of the same shape, -100 where nothing is asked.
+    """
+    pointers = random.random((count, symbols)).argsort(axis=1)
+    asked = random.integers(symbols, size=(count, queries))
+    answers = asked
+    for _ in range(hops):
+        answers = np.take_along_axis(pointers, answers, 1)
+    return (
+        np.concatenate([pointers, symbols + asked], axis=1),
+        np.concatenate([np.full_like(pointers, -100), answers], axis=1),
+    )
+
+
+def draw_triplets(count: int, given: int, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences of Triplet-Counting: `given` random tokens below `length`, each later one follows from those before.
+
+    x[n] = |{(i, j) : x[i] + x[j] + x[n - 1] = 0 mod n}| mod n, i and j from 0 to n - 1.
+
+    Returns:
+        tokens (count, length), and labels of the same shape: the next token where it follows, else -100.
+    """
+    x = np.zeros((count, length + 1), dtype=np.int64)
+    x[:, :given] = random.integers(length, size=(count, given))
+    rows = np.arange(count)[:, None]
+    for n in range(given, length + 1):
+        residues = x[:, :n] % n
+        of_residue = np.zeros((count, n), dtype=np.int64)  # how many tokens have each residue
+        np.add.at(of_residue, (rows, residues), 1)
+        x[:, n] = np.take_along_axis(of_residue, -(residues + residues[:, -1:]) % n, 1).sum(1) % n
+    labels = x[:, 1:].copy()
+    labels[:, : given - 1] = -100
+    return x[:, :-1], labels
+
+
+def step_flops(options: TaskOptions, config: PreTrainedConfig) -> int:
+    """FLOPs of a training step, counted as three forward passes; unscored prefixes of CubicPrefixLM are left out."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    flops = model.flops(options.tokens)
+    if hasattr(model.model, "prefix_flops"):
+        scored = torch.from_numpy(options.draw(1, np.random.default_rng(0))[1] != -100)
+        flops += model.model.prefix_flops(options.tokens, scored) - model.model.prefix_flops(options.tokens)
+    return 3 * options.batch_size * flops
+
+
+@torch.no_grad()
+def accuracy(options: TaskOptions, model: PreTrainedModel) -> dict[str, float]:
+    """Share of right answers, and of sequences with right answers only."""
+    model.eval()
+    tokens, labels = map(torch.from_numpy, options.draw(options.eval_sequences, np.random.default_rng(EVALUATION_SEED)))
+    right = []
+    for part, answers in zip(tokens.split(options.batch_size), labels.split(options.batch_size)):
+        logits = model(part, labels=answers, shift_labels=answers, use_cache=False).logits
+        right.append((logits.argmax(-1) == answers) | (answers == -100))
+    right = torch.cat(right)
+    scored = labels != -100
+    return {"answers": float(right[scored].float().mean()), "sequences": float(right.all(1).float().mean())}
+
+
+def run(options: TaskOptions, config: PreTrainedConfig, seed: int, steps: int, path: Path) -> dict:
+    """Train and measure one model, or read the results of a run that has finished."""
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["curve"][-1]["step"] != steps:
+            raise ScriptError(
+                f"{path} was trained for {result['curve'][-1]['step']} steps, and beside these variants equal compute "
+                f"takes {steps}: delete it"
+            )
+        print(f"{path}: finished, kept")
+        return result
+    spaced = np.geomspace(max(1, options.max_steps / options.evaluations), steps, options.evaluations)
+    due = {*np.round(spaced).astype(int).tolist(), options.max_steps, steps}
+    random, curve, measuring, start = np.random.default_rng(seed), [], 0.0, time.perf_counter()
+
+    def measure(step: int, model: PreTrainedModel) -> None:
+        nonlocal measuring
+        if step in due:
+            before = time.perf_counter()
+            curve.append({"step": step, "seconds": before - start - measuring, **accuracy(options, model)})
+            measuring += time.perf_counter() - before
+
+    model, losses = fit(options, config, seed, lambda step: options.draw(options.batch_size, random), measure, steps)
+    result = {"parameters": model.num_parameters(), "curve": curve, "last_losses": float(np.mean(losses[-100:]))}
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, result)
+    last = curve[-1]
+    print(f"{path.stem}: {steps} steps, {last['answers']:.3f} right, {last['seconds']:.0f} s", flush=True)
+    return result
+
+
+def collect(options: TaskOptions, flops: int, runs: list[dict]) -> dict:
+    """The results of one variant from its runs, one for each seed."""
+    steps = [point["step"] for point in runs[0]["curve"]]
+
+    def at(i: int) -> dict:
+        return {
+            "step": steps[i],
+            "flops": flops * steps[i],
+            **{
+                name: summarise([run["curve"][i][name] for run in runs]) for name in ("answers", "sequences", "seconds")
+            },
+        }
+
+    curve = [at(i) for i in range(len(steps))]
+    return {
+        "parameters": runs[0]["parameters"],
+        "flops_per_step": flops,
+        "curve": curve,
+        "equal_steps": curve[steps.index(options.max_steps)],
+        "equal_compute": curve[-1],
+    }
+
+
+def markdown(results: dict) -> str:
+    """The table of a results dictionary."""
+    settings, machine = results["settings"], results["machine"]
+    header = ["variant", "parameters", "MFLOPs a step", "steps", "seconds", "answers right", "sequences right"]
+    body = [
+        [
+            name,
+            f"{result['parameters']:,}",
+            f"{result['flops_per_step'] / 1e6:,.0f}",
+            f"{point['step']:,}",
+            spread(point["seconds"], 0),
+            spread(point["answers"], 3),
+            spread(point["sequences"], 3),
+        ]
+        for which in ("equal_steps", "equal_compute")
+        for name, result in results["variants"].items()
+        for point in [result[which]]
+        if which == "equal_steps" or point["step"] != result["equal_steps"]["step"]
+    ]
+    task = ", ".join(f"{name} {settings[name]}" for name in ("symbols", "hops", "queries", "sequence_length"))
+    return "\n\n".join(
+        [
+            f"{settings['task']}, {task}: mean ± sample standard deviation over seeds "
+            f"{', '.join(map(str, results['seeds']))}, at equal steps and, where a variant appears twice, at the FLOPs "
+            f"of the dearest. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
+            markdown_table(header, body),
+        ]
+    )
+
+
+def plot(results: dict, image: Path):
+    """Share of right answers against steps and against FLOPs, one line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for i, (name, result) in enumerate(results["variants"].items()):
+        for panel, x in zip(panels, ("step", "flops")):
+            places = [point[x] for point in result["curve"]]
+            values = np.array([point["answers"]["values"] for point in result["curve"]])
+            panel.plot(places, values, color=f"C{i}", alpha=0.35, linewidth=1)
+            panel.plot(places, values.mean(1), color=f"C{i}", linewidth=2, label=name)
+    for panel, label in zip(panels, ("steps", "training FLOPs")):
+        panel.set(xscale="log", xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].axvline(results["settings"]["max_steps"], color="grey", linestyle="--", linewidth=1)
+    panels[0].set_ylabel("share of answers that are right")
+    panels[0].legend(fontsize=8)
+    figure.savefig(image, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None):
+    options = parse_options(TaskOptions, argv, __doc__)
+    output_dir = Path(options.output_dir)
+    shared = {"max_position_embeddings": options.tokens, **options.config_overrides}
+    configs = variant_configs(options.variants, shared, vocab_size=options.vocab_size)
+    flops = {name: step_flops(options, config) for name, config in configs.items()}
+    settings = {
+        name: value for name, value in asdict(options).items() if name not in ("output_dir", "variants", "seeds")
+    }
+    claim_output_dir(output_dir, settings, options.variants)
+    dearest = max(flops.values()) if options.equal_compute else 0
+    steps = {name: max(options.max_steps, options.max_steps * dearest // cost) for name, cost in flops.items()}
+    runs = {name: [] for name in configs}
+    # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
+    for seed in options.seeds:
+        for name, config in configs.items():
+            path = output_dir / "runs" / f"{name}-seed{seed}.json"
+            runs[name].append(run(options, config, seed, steps[name], path))
+    results = {
+        "machine": machine_info(),
+        "settings": {**settings, "variants": options.variants},
+        "seeds": options.seeds,
+        "variants": {name: collect(options, flops[name], runs[name]) for name in configs},
+    }
+    write_json(output_dir / "results.json", results)
+    write_text(output_dir / "results.md", markdown(results) + "\n")
+    plot(results, output_dir / "accuracy.png")
+    print(f"\n{markdown(results)}\n\nWritten: results.json, results.md and accuracy.png in {output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

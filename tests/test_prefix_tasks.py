@@ -1,0 +1,125 @@
+"""prefix_tasks.py: the tasks against their definitions, and the program from end to end."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ordnung.scripts import compare, prefix_tasks
+from ordnung.scripts.common import ScriptError, parse_options
+from ordnung.scripts.evidence import variant_configs
+
+VARIANTS = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "position_embedding_type": "learned"}
+
+
+def test_pointers_are_followed():
+    tokens, labels = prefix_tasks.draw_pointers(20, 7, 3, 5, np.random.default_rng(0))
+    assert tokens.shape == labels.shape == (20, 12)
+    for row, answers in zip(tokens.tolist(), labels.tolist()):
+        assert sorted(row[:7]) == list(range(7)) and answers[:7] == [-100] * 7
+        for query, answer in zip(row[7:], answers[7:]):
+            assert answer == row[row[row[query - 7]]]
+
+
+def test_triplets_are_counted():
+    tokens, labels = prefix_tasks.draw_triplets(6, 5, 17, np.random.default_rng(0))
+    assert tokens.shape == labels.shape == (6, 17)
+    for row, answers in zip(tokens.tolist(), labels.tolist()):
+        assert answers[:4] == [-100] * 4 and answers[4:-1] == row[5:]
+        for n in range(5, 18):
+            x = row[:n]
+            triplets = sum((x[i] + x[j] + x[-1]) % n == 0 for i in range(n) for j in range(n))
+            assert answers[n - 1] == triplets % n
+
+
+def test_only_scored_prefixes_cost():
+    options = prefix_tasks.TaskOptions(output_dir="none", task="pointer", variants=VARIANTS, symbols=20, queries=2)
+    config = variant_configs(VARIANTS, TINY, vocab_size=options.vocab_size)["cubic"]
+    few = prefix_tasks.step_flops(options, config)
+    options.symbols, options.queries = 2, 20
+    assert 0 < 3 * few < prefix_tasks.step_flops(options, config)
+
+
+@pytest.fixture
+def argv(tmp_path):
+    path = tmp_path / "tasks.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "output_dir": str(tmp_path / "out"),
+                "task": "pointer",
+                "variants": VARIANTS,
+                "config_overrides": {**TINY, "initializer_range": 0.2},
+                "symbols": 3,
+                "hops": 1,
+                "queries": 4,
+                "max_steps": 60,
+                "evaluations": 3,
+                "learning_rate": 1.0e-2,
+                "warmup_steps": 5,
+                "eval_sequences": 50,
+                "seeds": [0, 1],
+            }
+        )
+    )
+    return ["--config", str(path)]
+
+
+def test_program_from_end_to_end(argv, tmp_path, capsys):
+    prefix_tasks.main(argv)
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    cubic, softmax = (results["variants"][name] for name in ("cubic", "softmax"))
+    assert cubic["parameters"] == softmax["parameters"]
+    for result in (cubic, softmax):
+        assert result["equal_steps"]["step"] == 60
+        assert 0.5 < result["equal_compute"]["answers"]["mean"] <= 1  # chance is a third
+    # the cheaper one went on for as long as the dearer one's FLOPs last
+    assert softmax["equal_compute"]["step"] > 60 == cubic["equal_compute"]["step"]
+    left = cubic["equal_compute"]["flops"] - softmax["equal_compute"]["flops"]
+    assert 0 <= left < softmax["flops_per_step"]
+    assert (out / "accuracy.png").stat().st_size > 1000
+    assert (out / "results.md").read_text().count("| softmax") == 2
+
+    written = (out / "runs" / "cubic-seed0.json").read_text()
+    capsys.readouterr()
+    prefix_tasks.main(argv)
+    assert capsys.readouterr().out.count("finished, kept") == 4
+    assert (out / "runs" / "cubic-seed0.json").read_text() == written
+    with pytest.raises(ScriptError, match="was trained for 60 steps.*equal compute takes"):
+        prefix_tasks.main([*argv, "--variants", "cubic3={model_type: cubic_prefix_lm, num_hidden_layers: 3}"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--symbols", "1"], "--symbols must be at least 2"),
+        (["--hops", "0"], "--hops must be at least 1"),
+        (["--task", "triplets", "--sequence_length", "3"], "--sequence_length 3 must exceed --symbols 3"),
+        (["--seeds", "1", "1"], "different numbers"),
+    ],
+)
+def test_wrong_options_are_refused_in_words(argv, wrong, message):
+    with pytest.raises(ScriptError, match=message):
+        prefix_tasks.main([*argv, *wrong])
+
+
+def test_shipped_tables_make_models_of_equal_size():
+    folder = prefix_tasks.__file__.rsplit("/", 1)[0]
+    for name, options_type in (
+        ("tasks_pointer", prefix_tasks.TaskOptions),
+        ("tasks_triplets", prefix_tasks.TaskOptions),
+        ("compare_cubic", compare.CompareOptions),
+    ):
+        options = parse_options(options_type, ["--config", f"{folder}/configs/{name}.yaml"])
+        configs = variant_configs(options.variants, {"vocab_size": 64, **options.config_overrides})
+        assert {config.model_type for config in configs.values()} == {"cubic_prefix_lm", "softmax_lm"}
+        assert len(options.seeds) >= 3
+        sizes = set()
+        for config in configs.values():
+            with torch.device("meta"):
+                sizes.add(prefix_tasks.AutoModelForCausalLM.from_config(config).num_parameters())
+        assert len(sizes) == 1
