@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint import-time conformance cards clean
+.PHONY: help demo test lint import-time conformance cards clean transfer
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +31,11 @@ conformance: $(INSTALLED) ## transformers' own model tests on every family: make
 	@test -n "$(CHECKOUT)" || { echo "Say where transformers' tests are: make conformance CHECKOUT=/path/to/transformers" >&2; exit 1; }
 	$(PIP) install --quiet --constraint constraints.txt parameterized
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py "$(CHECKOUT)" $(ARGS)
+
+transfer: $(INSTALLED) ## pretrain, fine-tune on five tasks, compare: make transfer TEXT=reviews.parquet [GLUE=folder IMDB=folder]
+	@test -n "$(TEXT)" || { echo "Say what to pretrain on: make transfer TEXT=/path/to/text" >&2; exit 1; }
+	$(BIN)/python scripts/transfer.py --config scripts/configs/transfer_cpu.yaml --pretrain train_file="$(TEXT)" \
+		$(if $(GLUE),--glue_path "$(GLUE)") $(if $(IMDB),--imdb_path "$(IMDB)") $(ARGS)
 
 cards: $(INSTALLED) ## make the tables and figures of README.md and model_cards/ from the results files
 	$(BIN)/python scripts/make_cards.py

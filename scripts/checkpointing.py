@@ -148,7 +148,7 @@ def prepare_output_dir(output_dir: str | Path, overwrite: bool, resumed_step: in
     step = -1 if resumed_step is None else resumed_step
     doomed = [".tmp-*"]
     if overwrite:
-        doomed += ["checkpoint-*", "best", "model*.safetensors", "model.safetensors.index.json", *RUN_FILES]
+        doomed += ["checkpoint-*", "best", "hub", "model*.safetensors", "model.safetensors.index.json", *RUN_FILES]
     for path in [path for pattern in doomed for path in output_dir.glob(pattern)]:
         _remove(path)
     for folder in checkpoint_folders(output_dir):

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ordnung.scripts import corpus, pretrain, pretrain_setup
@@ -29,7 +28,8 @@ from ordnung.scripts.evidence import (
     summarise,
     variant_configs,
 )
-from ordnung.scripts.machine import machine_info
+from ordnung.scripts.lm_loss import position_buckets, position_losses
+from ordnung.scripts.machine import described, machine_info
 from ordnung.scripts.pretrain_options import PretrainOptions
 
 # Options of pretrain.py that the comparison sets for each run.
@@ -63,29 +63,29 @@ class CompareOptions:
         check_seeds(self.seeds)
         if self.baseline is not None and self.baseline not in self.variants:
             raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
-        own = [name for name in OWN_OPTIONS if name in self.pretrain]
-        if own:
-            raise ScriptError(f"--pretrain {own[0]}: the comparison sets it for each run, leave it out")
 
 
-def pretrain_arguments(options: dict[str, Any]) -> list[str]:
-    """The command line of pretrain.py with these options."""
-    arguments = []
+def arguments(options: dict[str, Any]) -> list[str]:
+    """The command line of a program with these options."""
+    words = []
     for name, value in options.items():
         if value is not None:
             items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            arguments += [f"--{name}", *map(str, items)]
-    return arguments
+            words += [f"--{name}", *map(str, items)]
+    return words
 
 
-def check_pretrain(options: CompareOptions) -> PretrainOptions:
-    """The options that all runs share, parsed.
+def check_pretrain(options: dict[str, Any]) -> PretrainOptions:
+    """The options of pretrain.py that all runs share, parsed.
 
     Raises:
         ScriptError: wrong options, or such that the runs cannot be compared position by position.
     """
-    model = {"model_type": "any", "output_dir": options.output_dir}
-    shared = parse_options(PretrainOptions, pretrain_arguments({**options.pretrain, **model}))
+    own = [name for name in OWN_OPTIONS if name in options]
+    if own:
+        raise ScriptError(f"--pretrain {own[0]}: the comparison sets it for each run, leave it out")
+    model = {"model_type": "any", "output_dir": "any"}
+    shared = parse_options(PretrainOptions, arguments({**options, **model}))
     if shared.objective != "causal" or shared.streaming or shared.respect_document_boundaries:
         raise ScriptError(
             "variants are compared as causal models on full blocks of text in memory: leave objective, streaming and "
@@ -121,27 +121,6 @@ def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
         "validation_file": str(folder / "held_out.jsonl"),
         "tokenizer_name": str(folder / "tokenizer"),
     }
-
-
-@torch.no_grad()
-def position_losses(model: torch.nn.Module, blocks: np.ndarray, batch_size: int) -> np.ndarray:
-    """Mean loss at each position of blocks (n, N) of tokens.
-
-    Returns:
-        (N - 1,) nats per token: entry i is the loss of token i + 1, which is predicted from i + 1 tokens.
-    """
-    model.eval()
-    total = torch.zeros(blocks.shape[1] - 1, dtype=torch.float64)
-    for tokens in torch.from_numpy(blocks.astype(np.int64)).to(model.device).split(batch_size):
-        logits = model(tokens, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").double().sum(0).cpu()
-    return (total / len(blocks)).numpy()
-
-
-def position_buckets(block_size: int) -> list[tuple[int, int]]:
-    """First and last position of each bucket: 1 to 15 (token 0 is not predicted), 16 to 31, 32 to 63 and so on."""
-    edges = [1, *(16 * 2**i for i in range(block_size.bit_length()) if 16 * 2**i < block_size), block_size]
-    return [(first, end - 1) for first, end in zip(edges, edges[1:])]
 
 
 def collect(folders: list[Path], shared: PretrainOptions, held_out: pretrain_setup.HeldOut) -> dict[str, Any]:
@@ -182,7 +161,7 @@ def hold_against(variants: dict[str, dict], baseline: str):
 
 def markdown(results: dict) -> str:
     """The tables of a results dictionary."""
-    variants, machine = results["variants"], results["machine"]
+    variants = results["variants"]
     settings = results["settings"]["pretrain"]
     header = ["variant", "parameters", "loss", "perplexity", "bits per byte"]
     header += ["training s", "tokens/s", "MFLOPs/token", "receptive field"]
@@ -211,9 +190,7 @@ def markdown(results: dict) -> str:
     return "\n\n".join(
         [
             f"Held-out text after {settings['max_steps']} steps, mean ± sample standard deviation over seeds "
-            f"{', '.join(map(str, results['seeds']))}. {machine['cpu']}, {machine['threads']} threads, torch "
-            f"{machine['torch']}, transformers {machine['transformers']}, ordnung {machine['ordnung']}, "
-            f"{machine['date'][:10]}.",
+            f"{', '.join(map(str, results['seeds']))}. {described(results['machine'])}",
             markdown_table(header, body),
             "Loss (nats per token) by position in the block:",
             markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
@@ -259,7 +236,7 @@ def plot(results: dict, image: Path):
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit status, that of pretrain.py where a run was stopped."""
     options = parse_options(CompareOptions, argv, __doc__)
-    output_dir, shared = Path(options.output_dir), check_pretrain(options)
+    output_dir, shared = Path(options.output_dir), check_pretrain(options.pretrain)
     variant_configs(options.variants, options.config_overrides)  # a wrong table is told before anything is written
     settings = {"pretrain": options.pretrain, "config_overrides": options.config_overrides}
     claim_output_dir(output_dir, settings, options.variants)
@@ -279,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             overrides = {**options.config_overrides, **variant}
             run = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
             run |= {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "auto"}
-            status = pretrain.main(pretrain_arguments({**common, **run}))
+            status = pretrain.main(arguments({**common, **run}))
             if status:
                 return status
 

@@ -108,6 +108,18 @@ def load_named(name: str, config_name: str | None, text_column: str, streaming: 
     )
 
 
+def load_split(name: str, config_name: str | None, split: str, text_column: str) -> list[str]:
+    """Documents of one split of a data set of the Hub (or of a folder that `datasets` can load).
+
+    Raises:
+        ScriptError: the data set cannot be loaded, has no such split or column, or no text.
+    """
+    splits = _load_dataset(name, config_name)
+    if split not in splits:
+        raise ScriptError(f"{name} has no split {split!r}, only {', '.join(splits)}; name one by --split")
+    return _text_of(splits[split], text_column, f"{name} ({split})")
+
+
 def _load_dataset(*args, **kwargs):
     try:
         return datasets.load_dataset(*args, **kwargs)

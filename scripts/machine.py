@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+TOKEN_OPTIONS = ("--hub_token", "--token")  # results files and cards are for others to see
+
 
 def _field(path: str, key: str) -> str | None:
     """Value of the first `key : value` line of a Linux information file, or None without such a file or line."""
@@ -18,7 +20,8 @@ def _field(path: str, key: str) -> str | None:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key) and ":" in line), None)
 
 
-def _package_version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, or None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -33,6 +36,17 @@ def _kib_field_bytes(key: str) -> int | None:
 def available_memory_bytes() -> int | None:
     """Main memory that new allocations can take without swapping, or None where the system does not say (not Linux)."""
     return _kib_field_bytes("MemAvailable")
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as a shell takes it, access tokens left out."""
+    shown = []
+    for previous, argument in zip(["", *argv], argv):
+        option, equals, _ = argument.partition("=")
+        if option in TOKEN_OPTIONS and equals:
+            argument = f"{option}=..."
+        shown.append("..." if previous in TOKEN_OPTIONS else argument)
+    return shlex.join([Path(sys.executable).name, *shown])
 
 
 def machine_info() -> dict:
@@ -56,10 +70,17 @@ def machine_info() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "transformers": _package_version("transformers"),
-        "accelerate": _package_version("accelerate"),
-        "datasets": _package_version("datasets"),
+        "transformers": package_version("transformers"),
+        "accelerate": package_version("accelerate"),
+        "datasets": package_version("datasets"),
         "ordnung": ordnung.__version__,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": command_line(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def described(machine: dict) -> str:
+    """What `machine_info` found, in a line for the head of a table."""
+    device = ", ".join(gpu["name"] for gpu in machine["gpu"]) or f"{machine['cpu']}, {machine['threads']} threads"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "ordnung"))
+    return f"{device}, {versions}, {machine['date'][:10]}."

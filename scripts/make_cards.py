@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and model_cards/*.md, and the benchmark's figure, from model_cards/results.
+"""Writes the tables of README.md and model_cards/*.md, and the cards' figures, from model_cards/results.
 
     python scripts/make_cards.py            # rewrite what stands between the markers
     python scripts/make_cards.py --check    # exit status 1 if a table is not what the results give
@@ -11,13 +11,13 @@ import json
 import re
 from pathlib import Path
 
-from ordnung.scripts import bench_report
+from ordnung.scripts import bench_report, compare, recall
 from ordnung.scripts.common import ScriptError, run_script, write_text
-from ordnung.scripts.evidence import markdown_table
+from ordnung.scripts.evidence import markdown_table, spread, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "model_cards" / "results"
-BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768")]
+BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768", "_decode", "_mixer")]
 MARKER = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -60,6 +60,19 @@ class Timings:
         measured, predicted = ((a / b) for a, b in zip(*((r["seconds"]["median"], r["flops"]) for r in rows)))
         return f"{measured:.2f}× ({predicted:.2f}×)"
 
+    def growth(self, task: str, name: str) -> str:
+        """How many times longer a token takes after the longest context than after the shortest."""
+        rows = {length: row for (kind, which, length), row in self.rows.items() if (kind, which) == (task, name)}
+        shortest, longest = min(rows), max(rows)
+        ratio = rows[longest]["seconds"]["median"] / rows[shortest]["seconds"]["median"]
+        return f"{ratio:.2f}× from {shortest} to {longest} tokens"
+
+
+def perplexity_change(results: dict, name: str, other: str) -> str:
+    """How much higher the perplexity of `name` is than that of `other` with the same seed."""
+    pairs = zip(*(results["variants"][which]["eval_perplexity"]["values"] for which in (name, other)))
+    return spread(summarise([own / reference - 1 for own, reference in pairs]), 1, scale=100) + " %"
+
 
 def claims() -> str:
     """What was claimed or aimed at, beside what was measured."""
@@ -76,12 +89,40 @@ def claims() -> str:
                 if timings.rows.get((task, other, length)):
                     ratio = timings.ratio(task, "conv_lm", other, length)
                     body.append([f"ConvLM against {which}, SDPA, {what} at {length} tokens", ratio])
+
+    for name, which in (("conv_lm", "ConvLM"), ("gpt2_sdpa", "for comparison, GPT-2")):
+        body.append(
+            [f"time of one decoded token does not grow with the context: {which}", timings.growth("decode", name)]
+        )
+
+    quality = load("conv_lm_compare")
+    for name, which in (("conv_source", "the article's mixer"), ("conv_gated", "gated"), ("conv_hybrid", "hybrid")):
+        for other, without in (
+            ("softmax_no_positions", "without positions (as in the article)"),
+            ("softmax_learned", "with learned positions"),
+            ("softmax_rope", "with rope"),
+        ):
+            body.append(
+                [
+                    f"3.2 % lower perplexity than softmax attention: {which}, against attention {without}",
+                    perplexity_change(quality, name, other),
+                ]
+            )
     return markdown_table(["claim or aim", "measured; speed-ups with the ratio of FLOPs in brackets"], body)
 
 
 TABLES = {
     "claims": claims,
     "benchmark": lambda: bench_report.markdown(load_benchmark(*BENCHMARKS)).strip(),
+    "compare": lambda: compare.markdown(load("conv_lm_compare")),
+    "recall": lambda: recall.markdown(load("conv_lm_recall")),
+}
+
+
+FIGURES = {
+    "conv_lm_benchmark": lambda image: bench_report.plot(load_benchmark(*BENCHMARKS), image),
+    "conv_lm_compare": lambda image: compare.plot(load("conv_lm_compare"), image),
+    "conv_lm_recall": lambda image: recall.plot(load("conv_lm_recall"), image),
 }
 
 
@@ -114,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             if not check:
                 write_text(path, new)
     if not check:
-        bench_report.plot(load_benchmark(*BENCHMARKS), ROOT / "model_cards" / "figures" / "conv_lm_benchmark.png")
+        for name, draw in FIGURES.items():
+            draw(ROOT / "model_cards" / "figures" / f"{name}.png")
     return 1 if check and stale else 0
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from ordnung.scripts import checkpointing, pretrain_setup
+from ordnung.scripts import checkpointing, pretrain_setup, sharing
 from ordnung.scripts.blocks import IGNORED, BatchMaker
 from ordnung.scripts.common import ScriptError, StopSignals, parse_options, run_script, write_json, write_text
 from ordnung.scripts.machine import machine_info
@@ -41,7 +41,7 @@ class Pretraining:
 
     def __init__(self, options: PretrainOptions):
         self.options, self.output_dir = options, Path(options.output_dir)
-        self.accelerator = pretrain_setup.make_accelerator(options)
+        self.accelerator = pretrain_setup.make_accelerator(options, options.torch_compile)
         self.is_main = self.accelerator.is_main_process
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ordnung").setLevel(logging.INFO if self.is_main else logging.ERROR)
@@ -49,6 +49,7 @@ class Pretraining:
         if not self.is_main:
             datasets.disable_progress_bars()
         pretrain_setup.build_run_config(options)  # a wrong option is told before anything is read or written
+        self.hub_target = sharing.find_target(options, self.output_dir) if self.is_main else None
         self.checkpoint = checkpointing.find_checkpoint(
             self.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir
         )
@@ -316,17 +317,19 @@ class Pretraining:
         return 0
 
     def _finish(self, evaluation: dict[str, float] | None):
-        """Write the model, results.json and the loss curve."""
+        """Write the model, results.json and the loss curve, and share them if that was asked for."""
         self.writer.save_model(self.model, ".")
         if self.is_main:
             results = {
                 "model_type": self.accelerator.unwrap_model(self.model).config.model_type,
                 "objective": self.options.objective,
+                **pretrain_setup.describe_data(self.options),
                 "parameters": self.parameters,
                 "steps": self.step,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "evaluation": evaluation,
+                "eval_results": pretrain_setup.describe_evaluation(self.options, evaluation),
                 "best": self.best,
                 "seed": self.options.seed,
                 "num_processes": self.accelerator.num_processes,
@@ -338,6 +341,8 @@ class Pretraining:
             plot_loss(self.output_dir / "metrics.jsonl", self.output_dir / "loss_curve.png", self.output_dir.name)
         logger.info(f"model, results.json and loss_curve.png are in {self.output_dir}")
         self.accelerator.end_training()
+        if self.hub_target is not None:
+            sharing.push(self.output_dir, self.hub_target)
 
 
 def main(argv: list[str] | None = None) -> int:

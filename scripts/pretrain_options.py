@@ -6,6 +6,7 @@ from typing import Any, Literal
 from transformers.trainer_utils import SchedulerType
 
 from ordnung.scripts.common import MergeKeyValues, ScriptError
+from ordnung.scripts.sharing import NOT_RECORDED, HubOptions
 
 
 def _option(default: Any, help: str, **metadata):
@@ -13,7 +14,7 @@ def _option(default: Any, help: str, **metadata):
 
 
 @dataclass
-class PretrainOptions:
+class PretrainOptions(HubOptions):
     """Every option, in the order of --help. Names follow transformers' TrainingArguments where it has one."""
 
     output_dir: str = field(metadata={"help": "Folder for checkpoints, the model, metrics.jsonl and results.json."})
@@ -122,4 +123,4 @@ class PretrainOptions:
 
 
 # How a run began is not part of what it is: repeated from the file, these would delete or continue the first run.
-_NOT_RECORDED = ("overwrite_output_dir", "resume_from_checkpoint")
+_NOT_RECORDED = ("overwrite_output_dir", "resume_from_checkpoint", *NOT_RECORDED)

@@ -19,9 +19,12 @@ from ordnung.scripts.common import ScriptError, build_config
 from ordnung.scripts.pretrain_options import PretrainOptions
 
 
-def make_accelerator(options: PretrainOptions) -> Accelerator:
+def make_accelerator(options, compiled: bool = False) -> Accelerator:
     """The accelerator of this process.
 
+    Args:
+        options: `PretrainOptions` or others with report_to, use_cpu, mixed_precision and output_dir.
+        compiled: compile the model with torch.compile.
     Raises:
         ScriptError: a tracker that is unknown or not installed; FSDP on a machine without an accelerator device.
     """
@@ -35,7 +38,7 @@ def make_accelerator(options: PretrainOptions) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=options.mixed_precision,
-        dynamo_backend="inductor" if options.torch_compile else None,
+        dynamo_backend="inductor" if compiled else None,
         log_with=options.report_to,
         project_dir=options.output_dir,
     )
@@ -173,7 +176,7 @@ def build_model(options: PretrainOptions, checkpoint: Path | None, tokenizer) ->
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; "
             f"set vocab_size={len(tokenizer)} in --config_overrides or use a smaller tokenizer"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "num_positions", getattr(config, "max_position_embeddings", None))
     if positions is not None and positions < options.block_size:
         if getattr(config, "position_embedding_type", "learned") != "none":
             raise ScriptError(
@@ -213,3 +216,29 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
             (spared if spare else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def describe_data(options: PretrainOptions) -> dict:
+    """What the results say of the data: `data` in words, and `datasets`, its names on the Hub."""
+    if options.train_file:
+        return {"data": ", ".join(Path(pattern).name for pattern in options.train_file), "datasets": []}
+    named = [options.dataset_name] if not Path(options.dataset_name).exists() else []
+    return {"data": " ".join(filter(None, (options.dataset_name, options.dataset_config_name))), "datasets": named}
+
+
+def describe_evaluation(options: PretrainOptions, evaluation: dict[str, float] | None) -> list[dict]:
+    """An evaluation as keyword arguments of `huggingface_hub.EvalResult`, one a metric."""
+    data = describe_data(options)
+    shared = {
+        "task_type": {"causal": "text-generation", "masked": "fill-mask"}[options.objective],
+        "dataset_type": data["datasets"][0] if data["datasets"] else "text",
+        "dataset_name": data["data"],
+        "dataset_config": options.dataset_config_name,
+        "dataset_split": "held-out text",
+    }
+    names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_bits_per_byte": "bits_per_byte"}
+    return [
+        {**shared, "metric_type": kind, "metric_name": kind.replace("_", " "), "metric_value": evaluation[name]}
+        for name, kind in names.items()
+        if name in (evaluation or {})
+    ]

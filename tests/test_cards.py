@@ -1,15 +1,18 @@
 """The model cards: tables as the results files give them, figures there, metadata that the Hub can read."""
 
+import inspect
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
+from ordnung.modeling.registration import FAMILIES, heads_of
 from ordnung.scripts import make_cards
 from ordnung.scripts.common import ScriptError
+from ordnung.scripts.model_card import PIPELINE_TAGS, head_of
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
@@ -49,6 +52,25 @@ def test_card_loads_and_its_figures_exist(card):
     assert data.license == "apache-2.0" and data.library_name == "transformers"
     for link in re.findall(r"\]\(([^)#]+)\)", card.read_text()):
         assert link.startswith("http") or (card.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_metadata_is_what_the_hub_takes(card):
+    """Known fields of the right kind, a task that the family has a head for, the same after reading and writing."""
+    read = ModelCard.load(card)
+    data = read.data.to_dict()
+    assert set(data) <= {*inspect.signature(ModelCardData).parameters, "model-index"}
+    assert data["pipeline_tag"] in {PIPELINE_TAGS[head_of(name)] for name in heads_of(card.stem).values()}
+    for name in ("tags", "datasets", "metrics"):
+        values = data.get(name, [])
+        assert all(isinstance(value, str) for value in values) and len(set(values)) == len(values)
+    assert "ordnung" in data["tags"]
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in data.get("datasets", []))
+    assert ModelCard(str(read)).data.to_dict() == data
+
+
+def test_every_family_but_the_control_has_a_card():
+    assert {card.stem for card in CARDS} == set(FAMILIES) - {"softmax_lm"}
 
 
 def test_results_name_machine_versions_and_command():

@@ -309,13 +309,14 @@ def test_a_folder_of_other_things_is_not_claimed(tmp_path):
         claim_output_dir(tmp_path, {}, {})
 
 
-def test_shipped_tables_make_models():
+@pytest.mark.parametrize("family", ["conv", "linformer"])
+def test_shipped_tables_make_models(family):
     for name, program, options_type in (
         ("compare", compare, compare.CompareOptions),
         ("recall", recall, recall.RecallOptions),
     ):
-        path = f"{program.__file__.rsplit('/', 1)[0]}/configs/{name}_conv.yaml"
+        path = f"{program.__file__.rsplit('/', 1)[0]}/configs/{name}_{family}.yaml"
         options = compare.parse_options(options_type, ["--config", path])
         configs = variant_configs(options.variants, options.config_overrides)
-        assert {config.model_type for config in configs.values()} == {"conv_lm", "softmax_lm"}
+        assert {config.model_type for config in configs.values()} == {f"{family}_lm", "softmax_lm"}
         assert len(options.seeds) >= 3

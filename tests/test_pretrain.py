@@ -25,6 +25,7 @@ from ordnung.scripts.pretrain_options import PretrainOptions
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2"
 SOFTMAX = ["--model_type", "softmax_lm", "--config_overrides", TINY + ",position_embedding_type=rope"]
+LINFORMER = ["--model_type", "linformer_lm", "--config_overrides", TINY + ",projected_size=8,local_block_size=8"]
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
 
 
@@ -136,14 +137,15 @@ def test_evaluation_is_the_mean_over_the_held_out_tokens(run, data):
     assert metrics(out, "eval_bits_per_byte")[2] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["memory", "streaming", "masked"])
+@pytest.mark.parametrize("kind", ["memory", "streaming", "masked", "masked-linformer"])
 def test_a_resumed_run_equals_an_uninterrupted_one(run, data, kind):
     options = {"gradient_accumulation_steps": 2, "max_steps": 9, "save_total_limit": 1, "warmup_steps": 2}
     model = ["--model_type", "conv_lm", "--config_overrides", TINY + ",kernel_size=8,hidden_dropout=0.1"]
     if kind == "streaming":
         options |= {"train_file": data / "documents.jsonl", "validation_file": data / "text.txt", "streaming": True}
-    if kind == "masked":
-        model = [*SOFTMAX[:-1], SOFTMAX[-1] + ",hidden_dropout=0.1,attention_dropout=0.1"]
+    if kind.startswith("masked"):
+        model = [*(LINFORMER if "linformer" in kind else SOFTMAX)]
+        model[-1] += ",hidden_dropout=0.1,attention_dropout=0.1"
         # the line of step 6 covers steps on both sides of the checkpoint of step 5
         options |= {"objective": "masked", "logging_steps": 3}
     whole = run("whole", model, **options)
@@ -153,10 +155,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, data, kind):
     for name in ("loss", "learning_rate", "grad_norm", "tokens", "eval_loss"):
         assert metrics(resumed, name) == metrics(whole, name)
     assert list(metrics(resumed)) == list(metrics(whole))
-    auto_class = AutoModelForMaskedLM if kind == "masked" else AutoModelForCausalLM
+    auto_class = AutoModelForMaskedLM if kind.startswith("masked") else AutoModelForCausalLM
     weights = [auto_class.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert ("eval_bits_per_byte" in (whole / "metrics.jsonl").read_text()) == (kind != "masked")
+    assert ("eval_bits_per_byte" in (whole / "metrics.jsonl").read_text()) == (not kind.startswith("masked"))
 
 
 @pytest.mark.parametrize("model", ["conv_lm", "gpt2"])

@@ -1,5 +1,6 @@
 """What README.md shows works: its Python blocks run, its commands parse and start, its links exist."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -36,6 +37,14 @@ def checkpoint(tmp_path, monkeypatch, tokenizer):
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
     for folder in ("out/demo", "bert"):
         tokenizer.save_pretrained(tmp_path / folder)
+    # data with the columns of the Hub's
+    columns = {"sst2": ("sentence",), "rte": ("sentence1", "sentence2"), "imdb": ("text",)}
+    for task, names in columns.items():
+        (tmp_path / "data" / task).mkdir(parents=True)
+        for split in ("train", "test" if task == "imdb" else "validation"):
+            rows = [{**dict.fromkeys(names, f"a whale of {i} tons"), "label": i % 2} for i in range(20)]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / "data" / task / f"{split}.jsonl").write_text(lines)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,7 +73,11 @@ def test_commands_start(command, checkpoint):
     # the last of two equal options wins: the same commands at a size for a test
     smaller = {
         "scripts/convert.py": "--source bert",
+        "scripts/evaluate_lm.py": "--max_tokens 400 --block_size 32 --stride 16 --use_cpu",
+        "scripts/finetune_glue.py": "--dataset_path data --max_steps 2 --seeds 0 --use_cpu",
+        "scripts/finetune_imdb.py": "--dataset_path data/imdb --max_steps 2 --max_length 16 --use_cpu",
         "scripts/plot_mixing.py": "--max_length 16",
+        "scripts/push_to_hub.py": "--license apache-2.0",
         "scripts/generate.py": "--max_new_tokens 3",
         "scripts/pretrain.py": "--max_steps 2 --train_tokenizer_vocab_size 300 --block_size 32 --max_eval_blocks 4 "
         "--config_overrides hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4 --use_cpu",

@@ -1,0 +1,70 @@
+"""Share a checkpoint: `python scripts/push_to_hub.py --model_name_or_path out/demo --hub_model_id your-name/whale`.
+
+Writes a stand-alone folder with tokenizer and model card to `hub` inside the checkpoint and uploads it in one commit.
+Others load it with `from_pretrained("your-name/whale", trust_remote_code=True)`, without ordnung. Broken off, the same
+command goes on with what is missing. `--dry_run` shows what would be uploaded, without a token or a network.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ordnung.scripts import sharing
+from ordnung.scripts.common import parse_options, run_script
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PushOptions:
+    """Every option, in the order of --help."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of a checkpoint with its tokenizer, or of an adapter."})
+    hub_model_id: str = field(metadata={"help": "Repository: user/name, or name for your own."})
+    results: str | None = _option(None, "Results file for the card; default: the checkpoint's results.json, if any.")
+    private: bool = _option(False, "Make a new repository that only you can see.")
+    revision: str = _option(sharing.Target.revision, "Branch to push to; made if need be.")
+    commit_message: str = _option(sharing.Target.commit_message, "What the commit says.")
+    license: str = _option(sharing.Target.license, "Licence of the weights, as the Hub names it.")
+    language: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes of the language trained on."})
+    token: str | None = _option(None, "Access token; better HF_TOKEN or `hf auth login`, which leave no trace.")
+    dry_run: bool = _option(False, "Write the folder and show it; upload nothing.")
+
+
+def show(folder: Path, target: sharing.Target):
+    """Print what an upload of the folder would do."""
+    where = f"{target.url}{' (private, if new)' if target.private else ''}"
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    print(f"{folder} would go to {where} as {target.commit_message!r}:\n")
+    for name, size in sorted(sizes.items()):
+        print(f"{size:>14,}  {name}")
+    print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files\n\nREADME.md:\n")
+    print((folder / "README.md").read_text(encoding="utf-8"), end="")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
+    options = parse_options(PushOptions, argv, __doc__)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ordnung").setLevel(logging.INFO)
+    target = sharing.Target(
+        repo_id=options.hub_model_id,
+        private=options.private,
+        revision=options.revision,
+        commit_message=options.commit_message,
+        license=options.license,
+        language=options.language,
+        token=options.token,
+    )
+    checkpoint = Path(options.model_name_or_path)
+    if options.dry_run:
+        show(sharing.write_folder(checkpoint, target, options.results), target)
+    else:
+        print(sharing.push(checkpoint, sharing.check_target(target), options.results))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

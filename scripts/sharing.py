@@ -1,0 +1,339 @@
+"""Sharing a checkpoint on the Hugging Face Hub, for push_to_hub.py and for the training scripts.
+
+A training script inherits `HubOptions`, calls `find_target` before it trains and `push` when its results are written:
+
+    target = find_target(options, output_dir)      # None without --push_to_hub; a wrong token is told now
+    ...
+    if target is not None:
+        push(output_dir, target)                   # main process only, after everything else is on disk
+
+What is shared is first written whole to the folder `hub` of the checkpoint; no failure on the way to the Hub touches
+it or the checkpoint.
+"""
+
+import json
+import logging
+import shlex
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, AutoTokenizer
+
+import ordnung
+from ordnung.modeling.standalone import WEIGHTS
+from ordnung.scripts.common import ScriptError, write_text
+from ordnung.scripts.model_card import Subject, eval_result_files, head_of, make_card
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "hub"
+# Pauses before a commit whose connection broke is tried again, in seconds; uploads of weights have their own retries.
+PAUSES = (1, 5)
+PEFT_HEADS = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "Model",
+}
+
+
+@dataclass(kw_only=True)
+class HubOptions:
+    """Options of a training script that can share what it trained."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Share the result on the Hugging Face Hub."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository, user/name; default: the token's user and output_dir's name."}
+    )
+    hub_private: bool = field(default=False, metadata={"help": "Make a new repository that only you can see."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; default: main."})
+    hub_license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, as the Hub names it."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Access token; better HF_TOKEN or `hf auth login`, which leave no trace."}
+    )
+
+
+# How and where a run is shared is not part of the run, and its token is nobody else's business.
+NOT_RECORDED = ("push_to_hub", "hub_model_id", "hub_private", "hub_revision", "hub_license", "hub_token")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint goes on the Hub, and what its card says of it beyond its results."""
+
+    repo_id: str
+    private: bool = False
+    revision: str = "main"
+    commit_message: str = "Model, tokenizer, code and card"
+    license: str = "apache-2.0"
+    language: list[str] | None = None
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def api(self) -> HfApi:
+        return HfApi(token=self.token)
+
+    @property
+    def url(self) -> str:
+        branch = "" if self.revision == "main" else f"/tree/{self.revision}"
+        return f"{constants.ENDPOINT}/{self.repo_id}{branch}"
+
+
+def find_target(options: HubOptions, output_dir: str | Path) -> Target | None:
+    """The target that a training script's options name, checked with the Hub; None without --push_to_hub.
+
+    Raises:
+        ScriptError: as `check_target`; hub options without --push_to_hub.
+    """
+    if not options.push_to_hub:
+        for name in ("hub_model_id", "hub_private", "hub_revision"):
+            if getattr(options, name):
+                raise ScriptError(f"--{name} does nothing without --push_to_hub: add it, or leave both out")
+        return None
+    target = Target(
+        repo_id=options.hub_model_id or Path(output_dir).resolve().name,
+        private=options.hub_private,
+        revision=options.hub_revision or "main",
+        license=options.hub_license,
+        token=options.hub_token,
+    )
+    return check_target(target)
+
+
+def check_target(target: Target) -> Target:
+    """Ask the Hub whether the token may write to the target; nothing is made there.
+
+    Returns:
+        the target with the user's name before a bare repository name.
+    Raises:
+        ScriptError: no token, a wrong one or one that may only read; no way to the Hub; another's namespace; a public
+            repository that was asked to be private; a malformed name.
+    """
+    try:
+        validate_repo_id(target.repo_id)
+        user = target.api.whoami()
+        if "/" not in target.repo_id:
+            target = Target(**{**vars(target), "repo_id": f"{user['name']}/{target.repo_id}"})
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ScriptError(f"the token of {user['name']} may only read: make one that may write and use that")
+        try:
+            private = target.api.model_info(target.repo_id).private
+            target.api.auth_check(target.repo_id, write=True)
+        except RepositoryNotFoundError:
+            namespace = target.repo_id.partition("/")[0]
+            own = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+            if namespace not in own:
+                raise ScriptError(
+                    f"the token is {user['name']}'s, who cannot make a repository for {namespace!r}; there are "
+                    f"{', '.join(own)}"
+                ) from None
+        else:
+            if target.private and not private:
+                raise ScriptError(
+                    f"{target.repo_id} is there already and public: make it private in its settings on the Hub, or "
+                    "name another"
+                )
+    except (HTTPError, OSError, ValueError) as error:  # a ValueError: the name is malformed, or no Hub answered
+        raise ScriptError(f"cannot push to {target.repo_id}: {reason(error)}") from error
+    return target
+
+
+def reason(error: Exception) -> str:
+    """What went wrong on the way to the Hub, and the cure where there is one, on one line."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no access token; run `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on; unset HF_HUB_OFFLINE"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{constants.ENDPOINT} refuses the access token; make a new one, or see which is used by `hf auth whoami`"
+        )
+    if status == 403:
+        return "the access token may not write there; use one that may"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return (
+            f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error}); see the network and HF_ENDPOINT"
+        )
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def push(checkpoint: str | Path, target: Target, results: str | Path | None = None) -> str:
+    """Write the folder to share and upload it in one commit.
+
+    Args:
+        checkpoint: folder with model and tokenizer, or with a PEFT adapter.
+        target: from `find_target` or `check_target`.
+        results: the results file; default: results.json of the checkpoint, if there is one.
+
+    Returns:
+        the address of what was pushed.
+    Raises:
+        ScriptError: as `write_folder`, or the upload failed: the message says how to push again.
+    """
+    folder = write_folder(checkpoint, target, results)
+    try:
+        upload(folder, target)
+    # whatever it is, the model is safe and the user is told how to go on
+    except Exception as error:
+        raise ScriptError(
+            f"{folder} is complete, but it was not uploaded to {target.url}: {reason(error)}\n"
+            f"push it again by: {retry_command(checkpoint, target, results)}"
+        ) from error
+    logger.info(f"pushed to {target.url}")
+    return target.url
+
+
+def retry_command(checkpoint: str | Path, target: Target, results: str | Path | None) -> str:
+    """The command that does the same push again; the token is left out."""
+    options = ["--model_name_or_path", str(checkpoint), "--hub_model_id", target.repo_id]
+    for name, value in (
+        ("results", results), ("revision", target.revision), ("commit_message", target.commit_message),
+        ("license", target.license),
+    ):  # fmt: skip
+        if value is not None and value != getattr(Target, name, None):
+            options += [f"--{name}", str(value)]
+    options += ["--language", *target.language] if target.language else []
+    options += ["--private"] if target.private else []
+    return shlex.join(["python", "scripts/push_to_hub.py", *options])
+
+
+def upload(folder: Path, target: Target):
+    """Upload the folder in one commit, so that nobody ever loads half of it; what is there already is not sent again.
+
+    Weights of an earlier push that are no longer part go with the same commit, other files stay. A commit whose
+    connection broke is tried again: if it had arrived, there is nothing left to do.
+    """
+    api = target.api
+    api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+    if target.revision != "main":
+        api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    for pause in (*PAUSES, None):
+        try:
+            # all anew for each attempt: what the Hub has may be what the last one sent
+            there = api.list_repo_files(target.repo_id, revision=target.revision)
+            operations = [CommitOperationAdd(name, folder / name) for name in names]
+            operations += [
+                CommitOperationDelete(name) for name in there if WEIGHTS.fullmatch(name) and name not in names
+            ]
+            api.create_commit(
+                target.repo_id, operations, commit_message=target.commit_message, revision=target.revision
+            )
+            return
+        except HTTPError as error:
+            broken = not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500
+            if pause is None or not broken:
+                raise
+            logger.warning(f"the upload broke off ({type(error).__name__}: {error}); trying again in {pause} s")
+            time.sleep(pause)
+
+
+def write_folder(checkpoint: str | Path, target: Target, results: str | Path | None = None) -> Path:
+    """Write what is shared to the folder `hub` of the checkpoint, in place of what an earlier call left there.
+
+    It holds the stand-alone model (weights, config, generation config, the code of its family) or the adapter, the
+    tokenizer, the card, evaluation results in the Hub's format, the results file, and run.yaml if there is one.
+
+    Raises:
+        ScriptError: no checkpoint or tokenizer, a results file that cannot be read, an adapter whose base model is
+            not on the Hub.
+    """
+    checkpoint = Path(checkpoint)
+    config_file, adapter_file = checkpoint / "config.json", checkpoint / "adapter_config.json"
+    if not (config_file.is_file() or adapter_file.is_file()):
+        raise ScriptError(f"{checkpoint} holds no config.json: give the folder that a training script wrote")
+    subject = Subject(
+        target.repo_id,
+        revision=target.revision,
+        results=_read_results(checkpoint, results),
+        license=target.license,
+        language=target.language,
+        has_run_file=(checkpoint / "run.yaml").is_file(),
+    )
+    staging, folder = checkpoint / f".tmp-{FOLDER}", checkpoint / FOLDER
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        if adapter_file.is_file():
+            _write_adapter(checkpoint, staging, subject)
+        else:
+            _write_model(checkpoint, staging, subject)
+        make_card(subject).save(staging / "README.md")
+        for name, text in eval_result_files(subject.results).items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            write_text(staging / name, text)
+        if subject.results:
+            write_text(staging / "results.json", json.dumps(subject.results, indent=2) + "\n")
+        if subject.has_run_file:
+            shutil.copy(checkpoint / "run.yaml", staging)
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _read_results(checkpoint: Path, results: str | Path | None) -> dict:
+    path = Path(results) if results is not None else checkpoint / "results.json"
+    if results is None and not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"the results file {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ScriptError(f"the results file {path} must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def _write_model(checkpoint: Path, folder: Path, subject: Subject):
+    """Load the model by the class that its config names, save it for strangers, and note it in the subject."""
+    try:
+        name = (AutoConfig.from_pretrained(checkpoint).architectures or ["none"])[0]
+        model_class = getattr(ordnung, name, None) or getattr(transformers, name, None)
+        if model_class is None:
+            raise ScriptError(f"{checkpoint} holds a model of class {name}, which neither ordnung nor transformers has")
+        subject.head = head_of(name)
+        subject.model, report = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
+        if report["missing_keys"]:
+            raise ScriptError(f"{checkpoint} lacks weights: {', '.join(sorted(report['missing_keys']))}")
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"model or tokenizer of {checkpoint} cannot be loaded: {error}") from error
+    if subject.remote_code:
+        ordnung.save_standalone(subject.model, folder, tokenizer)
+    else:
+        subject.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
+    adapter = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    subject.base_model = adapter.get("base_model_name_or_path")
+    if not subject.base_model or Path(subject.base_model).exists():
+        raise ScriptError(
+            f"{checkpoint} is an adapter for {subject.base_model}, which others do not have: push that model and "
+            "train with its Hub name, or merge the adapter (merge_and_unload) and push the merged model"
+        )
+    subject.head = PEFT_HEADS.get(adapter.get("task_type"), "Model")
+    for path in checkpoint.glob("adapter_*"):
+        shutil.copy(path, folder)
+    try:
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"the tokenizer of {checkpoint} cannot be loaded: {error}") from error

@@ -1,0 +1,172 @@
+"""Evaluation of language models: against one window at a time, against pretrain.py, and through the harness."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from test_finetune import FILLER, TINY
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from ordnung.scripts import corpus, evaluate_lm, lm_harness, pretrain
+from ordnung.scripts.common import ScriptError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny pretrained model, and beside it held_out.jsonl, which its results.json tells the loss of."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(FILLER, size=random.integers(3, 60))) + " é" for _ in range(80)]
+    for name, some in (("train", texts[:60]), ("held_out", texts[60:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    corpus.train_tokenizer(texts, 300, masked=False).save_pretrained(folder / "tokenizer")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = {
+        "model_type": "softmax_lm",
+        "config_overrides": ",".join(f"{name}={value}" for name, value in TINY.items()) + ",max_position_embeddings=64",
+        "train_file": folder / "train.jsonl",
+        "validation_file": folder / "held_out.jsonl",
+        "tokenizer_name": folder / "tokenizer",
+        "block_size": 24,
+        "max_steps": 5,
+        "learning_rate": 1e-2,
+        "output_dir": folder / "model",
+    }
+    assert pretrain.main([*(f"--{name}={value}" for name, value in options.items()), "--use_cpu"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    def run(**options):
+        options = {
+            "model_name_or_path": checkpoint / "model",
+            "text_file": checkpoint / "held_out.jsonl",
+            "output_file": tmp_path / "results.json",
+            "block_size": 24,
+            **options,
+        }
+        argv = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        assert evaluate_lm.main([*argv, "--use_cpu"]) == 0
+        return json.loads((tmp_path / "results.json").read_text())
+
+    return run
+
+
+def test_blocks_are_scored_as_pretraining_does(run, checkpoint):
+    results, trained = run(), json.loads((checkpoint / "model/results.json").read_text())["evaluation"]
+    assert results["loss"] == pytest.approx(trained["eval_loss"], rel=1e-6)
+    assert results["perplexity"] == pytest.approx(trained["eval_perplexity"], rel=1e-6)
+    assert results["bits_per_byte"] == pytest.approx(trained["eval_bits_per_byte"], rel=1e-6)
+    assert results["predicted_tokens"] == results["tokens"] // 24 * 23
+    assert [(bucket["first"], bucket["last"]) for bucket in results["loss_by_position"]] == [(1, 15), (16, 23)]
+    total = sum(bucket["loss"] * bucket["tokens"] for bucket in results["loss_by_position"])
+    assert total / results["predicted_tokens"] == pytest.approx(results["loss"])
+
+
+@pytest.mark.parametrize("stride", [1, 5, 23])
+def test_a_sliding_window_predicts_every_token_once(run, checkpoint, stride):
+    results = run(stride=stride, max_tokens=150, per_device_eval_batch_size=3)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint / "model")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "model")
+    texts = [json.loads(line)["text"] for line in (checkpoint / "held_out.jsonl").read_text().splitlines()]
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]][:150]
+    nll, end = 0.0, 1
+    while end < 150:
+        # the window that first reaches past `end` predicts what it has new
+        last = min(24 if end == 1 else end + stride, 150)
+        first = max(last - 24, 0)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[first:last]])).logits[0].log_softmax(-1)
+        nll -= sum(float(logits[place - 1 - first, ids[place]]) for place in range(end, last))
+        end = last
+    assert results["predicted_tokens"] == 149
+    assert results["loss"] == pytest.approx(nll / 149, rel=1e-5)
+    assert results["perplexity"] == pytest.approx(math.exp(nll / 149), rel=1e-5)
+
+
+def test_windows():
+    tokens = np.arange(11)
+    blocks, firsts = evaluate_lm.windows(tokens, 4, None)
+    assert blocks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and firsts.tolist() == [1, 1]
+    blocks, firsts = evaluate_lm.windows(tokens, 4, 2)
+    assert blocks[:, -1].tolist() == [3, 5, 7, 9, 10] and firsts.tolist() == [1, 2, 2, 2, 3]
+    blocks, firsts = evaluate_lm.windows(tokens, 20, 3)
+    assert blocks.tolist() == [tokens.tolist()] and firsts.tolist() == [1]
+    blocks, firsts = evaluate_lm.windows(tokens, 11, 3)
+    assert len(blocks) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_size": 100_000}, "less than one block of 100000; give more text"),
+        ({"stride": 24}, r"--stride 24 must be below the --block_size \(24\)"),
+        ({"text_file": "nowhere.txt"}, "no such file"),
+        ({"dataset_name": "some/text"}, "one of --text_file and --dataset_name"),
+        ({"text_file": None, "dataset_name": "some/text"}, "some/text cannot be loaded"),
+        ({"model_name_or_path": "nowhere"}, "no tokenizer can be loaded from nowhere"),
+        ({"output_file": "nowhere/results.json"}, "its folder does not exist"),
+        ({"max_tokens": 1}, "--max_tokens must be at least 2"),
+    ],
+)
+def test_bad_input(run, options, message):
+    with pytest.raises(ScriptError, match=message):
+        run(**options)
+
+
+def test_a_split_of_a_data_set(run, checkpoint, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/test.jsonl").write_bytes((checkpoint / "held_out.jsonl").read_bytes())
+    results = run(text_file=None, dataset_name=tmp_path / "texts")
+    assert results["loss"] == run()["loss"]
+    with pytest.raises(ScriptError, match="has no split 'dev', only test"):
+        run(text_file=None, dataset_name=tmp_path / "texts", split="dev")
+
+
+def test_a_model_that_is_not_causal(run, checkpoint, tmp_path):
+    config = AutoConfig.from_pretrained(checkpoint / "model", is_decoder=False)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "masked")
+    AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(tmp_path / "masked")
+    with pytest.raises(ScriptError, match="no causal language model.*is_decoder"):
+        run(model_name_or_path=tmp_path / "masked")
+
+
+class TestHarness:
+    @pytest.fixture
+    def task(self, tmp_path):
+        """A task folder as a user of the harness would write it: which of two words ends the sentence."""
+        rows = [{"question": "the ship and its", "choices": ["captain", "xyzzy"], "answer": 0}] * 6
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {
+            "task": "endings",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}",
+            "metric_list": [{"metric": "acc"}],
+        }
+        (tmp_path / "endings.yaml").write_text(yaml.safe_dump(task))
+        return tmp_path
+
+    @pytest.mark.slow
+    def test_a_local_task(self, checkpoint, task):
+        pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'ordnung[harness]'")
+        argv = ["--model_name_or_path", checkpoint / "model", "--tasks", "endings", "--include_path", task]
+        assert lm_harness.main([*map(str, argv), "--use_cpu", f"--output_file={task / 'out.json'}"]) == 0
+        results = json.loads((task / "out.json").read_text())
+        assert results["results"]["endings"]["acc,none"] == 1.0 and results["versions"]["lm_eval"]
+        with pytest.raises(ScriptError, match="unknown task 'ending'; did you mean 'endings'"):
+            lm_harness.main([*map(str, argv), "--tasks", "ending"])
+
+    def test_without_the_harness(self, checkpoint, task, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+        with pytest.raises(ScriptError, match="lm-evaluation-harness cannot be imported.*pip install"):
+            lm_harness.main(["--model_name_or_path", "any", "--tasks", "endings"])

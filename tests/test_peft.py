@@ -1,0 +1,151 @@
+"""LoRA on every family: what is adapted by default, what trains, and adapters saved, loaded and merged."""
+
+import shutil
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
+from test_finetune import TINY, bert, data, results, run  # noqa: F401  (fixtures)
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ordnung.modeling import registration
+from ordnung.modeling.registration import FAMILIES
+from ordnung.scripts.common import ScriptError
+
+# Every way in which a family's mixers hold projections; a family without an entry is tried as it comes.
+VARIANTS = {
+    "conv_lm": [
+        {"kernel_size": 4},
+        {"kernel_size": 4, "gate": "input_output"},
+        {"kernel_size": 4, "layer_types": ["causal_conv", "full_attention"]},
+    ],
+    "softmax_lm": [{}, {"is_decoder": False, "norm_position": "post"}],
+}
+CASES = [
+    pytest.param(name, more, id=f"{name}-{i}") for name in FAMILIES for i, more in enumerate(VARIANTS.get(name, [{}]))
+]
+
+
+def classifier(model_type, more):
+    config = AutoConfig.for_model(model_type, vocab_size=50, num_labels=3, pad_token_id=0, **TINY, **more)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def adapted(model, **kwargs):
+    return get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4, **kwargs))
+
+
+def projections(model):
+    """Names of all linear layers inside mixers and MLPs, found by what they are."""
+    return {
+        f"{place}.{name}"
+        for place, layer in model.model.layers.named_children()
+        for part in (layer.mixer, layer.mlp)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and any(module is own for own in part.modules())
+    }
+
+
+@pytest.mark.parametrize("model_type, more", CASES)
+class TestEveryFamily:
+    def test_default_targets_are_all_projections(self, model_type, more):
+        model = classifier(model_type, more)
+        expected = projections(model)
+        assert len(expected) >= 2 * model.config.num_hidden_layers + 2
+        names = set(adapted(model).targeted_module_names)
+        assert {name.removeprefix("model.layers.") for name in names} == expected
+
+    def test_each_adapter_gets_gradients_and_nothing_else_trains(self, model_type, more):
+        model = classifier(model_type, more)
+        expected = len(projections(model))
+        model = adapted(model, init_lora_weights=False)  # with B at its usual zero, A would get no gradient
+        ids = torch.randint(1, 50, (3, 12))
+        model(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(parameter.grad.abs().sum() > 0 for parameter in trained.values())
+        assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in trained)
+        adapters = [name for name in trained if ".lora_" in name]
+        assert len(adapters) == 2 * expected
+        (other,) = trained.keys() - set(adapters)
+        assert other.endswith("score.modules_to_save.default.weight")
+
+    def test_merged_saved_and_loaded_it_is_the_same(self, model_type, more, tmp_path):
+        base = classifier(model_type, more).eval()
+        base.save_pretrained(tmp_path / "base")
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        ids = torch.randint(1, 50, (2, 12))
+        plain = base(ids).logits
+        model = adapted(base, init_lora_weights=False).eval()
+        expected = model(ids).logits
+        assert (plain - expected).abs().max() > 1e-3
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+        assert torch.equal(loaded(ids).logits, expected)
+        merged = model.merge_and_unload()
+        assert type(merged) is type(base)
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        merged.save_pretrained(tmp_path / "merged")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_causal_models_too():
+    config = AutoConfig.for_model("conv_lm", vocab_size=50, kernel_size=4, **TINY)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(task_type=TaskType.CAUSAL_LM))
+    assert len(model.targeted_module_names) == 2 * 4  # v_proj, out_proj, up_proj and down_proj of two layers
+
+
+def test_the_targets_are_entered_where_peft_came_first(monkeypatch):
+    targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert set(FAMILIES) <= set(targets)
+    monkeypatch.delitem(targets, "conv_lm")
+    registration.register()
+    assert targets["conv_lm"] == registration.LORA_TARGETS
+
+
+def test_the_program_trains_adapters(run, data, tmp_path):  # noqa: F811
+    out = run("mnli", use_peft=True, lora_rank=4, merge_adapter=True, num_train_epochs=3, learning_rate=1e-2)
+    folder = out / "mnli/seed-0"
+    summary = results(folder)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.id2label[1] == "neutral"
+    rows = AutoTokenizer.from_pretrained(folder)("the ship was warm", "a cold sea", return_tensors="pt")
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    assert summary["trainable_parameters"] == 2 * (2 * (16 + 16) + 2 * (16 + 64)) * 4 + 3 * 16
+    assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
+    assert not isinstance(merged, PeftModel) and merged.config.id2label[2] == "contradiction"
+    inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(model(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-5)
+    # the weights that were not trained are the checkpoint's
+    base = AutoModelForCausalLM.from_pretrained(data / "conv").state_dict()
+    kept = model.get_base_model().state_dict()["model.layers.0.mixer.v_proj.base_layer.weight"]
+    assert torch.equal(kept, base["model.layers.0.mixer.v_proj.weight"])
+
+
+def test_the_best_adapter_is_kept(run):  # noqa: F811
+    options = {"learning_rate": 0.5, "num_train_epochs": 12, "eval_steps": 2, "lr_scheduler_type": "constant"}
+    out = run("sst2", use_peft=True, early_stopping_patience=2, **options)
+    summary = results(out / "sst2/seed-0")
+    assert summary["best"]["step"] < summary["steps"]
+    assert summary["metrics"]["validation"]["loss"] == pytest.approx(summary["best"]["loss"], rel=1e-5)
+
+
+def test_other_models(run, bert, tmp_path):  # noqa: F811
+    options = {"use_peft": True, "model_name_or_path": bert, "max_steps": 2, "ignore_mismatched_sizes": True}
+    run("sst2", **options)  # PEFT has its own targets for BERT
+    run("sst2", "all", lora_target_modules="all-linear", **options)
+    trained = [results(tmp_path / out / "sst2/seed-0")["trainable_parameters"] for out in ("out", "all")]
+    assert trained[0] < trained[1]
+    with pytest.raises(ScriptError, match="lora_target_modules for bert: No modules were targeted .*all-linear"):
+        run("sst2", "none", lora_target_modules="nothing", **options)
+
+
+def test_a_model_that_peft_does_not_know(run, data, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(data / "conv", tmp_path / "conv")
+    targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    monkeypatch.delitem(targets, "conv_lm")
+    with pytest.raises(ScriptError, match="specify `target_modules`.*all-linear"):
+        run("sst2", use_peft=True, model_name_or_path=tmp_path / "conv")

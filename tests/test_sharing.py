@@ -1,0 +1,432 @@
+"""Sharing on the Hub, over HTTP against hub_server: what is pushed, what goes wrong, what others load."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from hub_server import READER, WRITER, File, HubServer, Repository
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
+from safetensors.torch import load as load_tensors
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import modeling_auto
+
+from ordnung.modeling.registration import FAMILIES, heads_of
+from ordnung.scripts import machine, pretrain, push_to_hub, sharing
+from ordnung.scripts.common import ScriptError
+from ordnung.scripts.sharing import Target, check_target, push
+
+ROOT = Path(__file__).parents[1]
+TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+RESULTS = {
+    "data": "nyu-mll/glue sst2",
+    "datasets": ["nyu-mll/glue"],
+    "tokens": 1234,
+    "seed": 0,
+    "eval_results": [
+        {
+            "task_type": "text-classification",
+            "dataset_type": "nyu-mll/glue",
+            "dataset_name": "GLUE SST-2",
+            "dataset_config": "sst2",
+            "dataset_split": "validation",
+            "metric_type": metric,
+            "metric_value": value,
+            "over_seeds": {"mean": 0.5, "standard_deviation": 0.25, "values": [0.25, 0.75]},
+        }
+        for metric, value in (("accuracy", 0.75), ("f1", 0.625))
+    ],
+    "machine": {**machine.machine_info(), "command": "python scripts/train.py --seed 0"},
+}
+STANDARD_FILES = {
+    "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "configuration_conv_lm.py", "configuration_backbone.py", "modeling_conv_lm.py",
+    "backbone.py", "heads.py", "causal_conv.py", "chunks.py",
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running server that huggingface_hub takes for the Hub, with a token that may write."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # retries without their pauses
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server
+
+
+def save_model(folder, tokenizer, model_type="conv_lm", auto="AutoModelForCausalLM", **fields):
+    config = AutoConfig.for_model(
+        model_type, **TINY, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **fields
+    )
+    model = getattr(modeling_auto, auto).from_config(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    """A ConvLM checkpoint with results."""
+    save_model(tmp_path / "run", tokenizer, kernel_size=4)
+    (tmp_path / "run" / "results.json").write_text(json.dumps(RESULTS))
+    return tmp_path / "run"
+
+
+def test_a_push_is_one_complete_commit(hub, checkpoint):
+    (checkpoint / "run.yaml").write_text("seed: 0\n")
+    (checkpoint / "optimizer.pt").write_text("not for others")
+    address = push(checkpoint, check_target(Target("whale", language=["en"])))
+    assert address == f"{hub.url}/ahab/whale"
+    repository = hub.repositories["ahab/whale"]
+    assert repository.messages == ["initial commit", Target.commit_message] and not repository.private
+    files = repository.files()
+    extra = {".gitattributes", "results.json", "run.yaml", ".eval_results/nyu-mll_glue.yaml"}
+    assert set(files) == STANDARD_FILES | extra
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    weights = load_tensors(files["model.safetensors"])
+    assert weights and all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert all((checkpoint / "hub" / name).read_bytes() == files[name] for name in set(files) - {".gitattributes"})
+
+
+def test_the_card_says_what_was_measured(hub, checkpoint):
+    push(checkpoint, Target("ahab/whale", language=["en"]))
+    card = ModelCard(hub.repositories["ahab/whale"].files()["README.md"].decode())
+    data = card.data
+    assert (data.license, data.language, data.library_name) == ("apache-2.0", ["en"], "transformers")
+    assert data.pipeline_tag == "text-generation" and data.datasets == ["nyu-mll/glue"]
+    assert data.metrics == ["accuracy", "f1"] and {"ordnung", "conv_lm", "custom_code"} == set(data.tags)
+    assert data.model_name == "whale"
+    read = [(result.dataset_config, result.metric_type, result.metric_value) for result in data.eval_results]
+    assert read == [("sst2", "accuracy", 0.75), ("sst2", "f1", 0.625)]
+    assert re.search(r"GLUE SST-2 validation \| accuracy \| 0.75 +\| 0.5000 ± 0.2500 over 2 runs", card.text)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert f"{model.num_parameters():,} parameters" in card.text and "learned causal convolution" in card.text.lower()
+    for length in (128, 8192):
+        flops, state = model.flops(length) / 1e9, model.cache_bytes(length) / 1024
+        assert re.search(rf"\| {length:,} +\| {flops:,.3f} +\| .*\| {state:,.1f} ", card.text)
+    assert "more than the last 4 tokens" in card.text and "python scripts/train.py --seed 0" in card.text
+
+
+def test_evaluation_results_in_the_hubs_own_format(hub, checkpoint):
+    push(checkpoint, Target("ahab/whale"))
+    text = hub.repositories["ahab/whale"].files()[".eval_results/nyu-mll_glue.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("nyu-mll/glue", "sst2", 0.75)
+    assert entry.notes == "accuracy, validation" and entry.date == RESULTS["machine"]["date"]
+
+
+def test_local_data_is_no_benchmark_of_the_hub(hub, tmp_path, tokenizer):
+    save_model(tmp_path, tokenizer)
+    entry = {**RESULTS["eval_results"][0], "dataset_type": "text"}
+    (tmp_path / "results.json").write_text(json.dumps({"eval_results": [entry]}))
+    folder = sharing.write_folder(tmp_path, Target("ahab/whale"))
+    assert not (folder / ".eval_results").exists()
+    assert ModelCard.load(folder / "README.md").data.datasets is None
+
+
+def test_pushing_again_changes_nothing(hub, checkpoint):
+    for _ in range(2):
+        push(checkpoint, Target("ahab/whale"))
+    assert len(hub.repositories["ahab/whale"].commits) == 2
+    assert len(hub.seen("PUT /lfs/")) == 1
+
+
+@pytest.mark.parametrize("lost_answers", [0, 1])
+def test_an_existing_repository_keeps_its_files_and_loses_old_weights(lost_answers, hub, checkpoint):
+    hub.faults["/commit/main!"] = lost_answers
+    repository = hub.repositories["ahab/whale"] = Repository(private=True)
+    old = {"notes.txt": b"mine", "model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}"}
+    repository.commit("main", {name: File(content, False) for name, content in old.items()}, "by hand")
+    push(checkpoint, check_target(Target("ahab/whale")))
+    files = repository.files()
+    assert files["notes.txt"] == b"mine" and "model.safetensors" in files
+    assert not {"model-00001-of-00002.safetensors", "model.safetensors.index.json"} & set(files)
+    assert repository.private and repository.messages == ["by hand", Target.commit_message]
+
+
+@pytest.mark.parametrize("part", ["PUT /lfs/", "PUT /lfs/!", "/preupload/", "/commit/main", "/commit/main!"])
+def test_a_dropped_connection_is_taken_up_again(part, hub, checkpoint):
+    hub.faults[part] = 1
+    push(checkpoint, check_target(Target("ahab/whale")))
+    assert hub.faults[part] == 0
+    repository = hub.repositories["ahab/whale"]
+    assert STANDARD_FILES < set(repository.files())
+    assert repository.messages == ["initial commit", Target.commit_message]  # a lost answer makes no second commit
+
+
+def test_a_half_finished_upload_goes_on_with_the_command_that_is_told(hub, checkpoint, capsys):
+    hub.faults["/commit/main"] = 100
+    target = Target("ahab/whale", revision="v1.0", private=True, language=["en", "fr"], commit_message="It's here")
+    hub.faults["/commit/v1.0"] = 100
+    with pytest.raises(ScriptError, match="is complete, but it was not uploaded .* cannot be reached") as caught:
+        push(checkpoint, check_target(target))
+    assert STANDARD_FILES < {path.name for path in (checkpoint / "hub").iterdir()}
+    assert set(hub.repositories["ahab/whale"].files("v1.0")) == {".gitattributes"}
+    hub.faults.clear()
+    command = str(caught.value).partition("push it again by: ")[2]
+    assert push_to_hub.main(shlex.split(command)[2:]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/ahab/whale/tree/v1.0"
+    repository = hub.repositories["ahab/whale"]
+    assert STANDARD_FILES < set(repository.files("v1.0")) and repository.messages[-1] == "It's here"
+    assert ModelCard((checkpoint / "hub" / "README.md").read_text()).data.language == ["en", "fr"]
+    assert len(hub.seen("PUT /lfs/")) == 1 and len(hub.objects) == 1
+
+
+def test_a_revision_leaves_main_alone(hub, checkpoint):
+    address = push(checkpoint, check_target(Target("ahab/whale", revision="small")))
+    assert address == f"{hub.url}/ahab/whale/tree/small"
+    repository = hub.repositories["ahab/whale"]
+    assert set(repository.files("main")) == {".gitattributes"}
+    assert STANDARD_FILES < set(repository.files("small"))
+    assert '"ahab/whale", revision="small"' in repository.files("small")["README.md"].decode()
+
+
+def test_private_is_private(hub, checkpoint):
+    push(checkpoint, check_target(Target("ahab/whale", private=True)))
+    assert hub.repositories["ahab/whale"].private
+    hub.repositories["ahab/open"] = Repository(private=False)
+    hub.repositories["ahab/open"].commit("main", {}, "by hand")
+    with pytest.raises(ScriptError, match="ahab/open is there already and public"):
+        check_target(Target("ahab/open", private=True))
+
+
+def test_what_the_hub_would_refuse_is_told_first(hub, monkeypatch, tmp_path):
+    for target, message in (
+        (Target("whale", token="hf_wrong"), "refuses the access token"),
+        (Target("whale", token=READER), "the token of ahab may only read"),
+        (Target("melville/whale"), "cannot make a repository for 'melville'; there are ahab, pequod"),
+        (Target("a whale!"), "cannot push to a whale!: .*"),
+    ):
+        with pytest.raises(ScriptError, match=message):
+            check_target(target)
+    hub.repositories["melville/whale"] = Repository(private=False)
+    hub.repositories["melville/whale"].commit("main", {}, "by hand")
+    with pytest.raises(ScriptError, match="may not write there"):
+        check_target(Target("melville/whale"))
+    assert check_target(Target("pequod/whale")).repo_id == "pequod/whale"
+    assert not hub.seen("POST")  # nothing was made on the way
+
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ScriptError, match="no access token; run `hf auth login`"):
+        check_target(Target("whale"))
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ScriptError, match="http://127.0.0.1:9 cannot be reached .* HF_ENDPOINT"):
+        check_target(Target("whale"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ScriptError, match="offline mode is on; unset HF_HUB_OFFLINE"):
+        check_target(Target("whale"))
+
+
+def test_a_dry_run_shows_all_and_asks_nobody(hub, checkpoint, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    arguments = ["--model_name_or_path", str(checkpoint), "--hub_model_id", "ahab/whale", "--private", "--dry_run"]
+    assert push_to_hub.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert not hub.requests and f"{hub.url}/ahab/whale (private, if new)" in shown
+    for path in (checkpoint / "hub").iterdir():
+        assert not path.is_file() or re.search(rf"^ +{path.stat().st_size:,}  {re.escape(path.name)}$", shown, re.M)
+    assert shown.endswith((checkpoint / "hub" / "README.md").read_text())
+
+
+def test_what_cannot_be_shared_is_told_in_words(hub, checkpoint, tmp_path, tokenizer):
+    target = Target("ahab/whale")
+    with pytest.raises(ScriptError, match="nowhere holds no config.json"):
+        sharing.write_folder(tmp_path / "nowhere", target)
+    for content, message in (
+        ("{", "cannot be read"),
+        ("[]", "must hold an object, not a list"),
+        ('{"eval_results": [{"metric": 1}]}', "no EvalResult can be made"),
+    ):
+        (checkpoint / "results.json").write_text(content)
+        with pytest.raises(ScriptError, match=message):
+            sharing.write_folder(checkpoint, target)
+        assert not (checkpoint / "hub").exists() and not (checkpoint / ".tmp-hub").exists()
+    (checkpoint / "results.json").unlink()
+    config = json.loads((checkpoint / "config.json").read_text())
+    for name, message in (
+        ("LossyLM", "of class LossyLM, which neither"),
+        ("T5ForConditionalGeneration", "none of the heads"),
+    ):
+        (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+        with pytest.raises(ScriptError, match=message):
+            sharing.write_folder(checkpoint, target)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "tokenizer_config.json").unlink()
+    with pytest.raises(ScriptError, match="tokenizer of .* cannot be loaded"):
+        sharing.write_folder(checkpoint, target)
+
+
+def test_models_of_transformers_need_no_code(hub, tmp_path, tokenizer):
+    save_model(tmp_path, tokenizer, "llama", num_key_value_heads=2, intermediate_size=32)
+    push(tmp_path, Target("ahab/llama"))
+    files = hub.repositories["ahab/llama"].files()
+    assert not [name for name in files if name.endswith(".py")]
+    assert "trust_remote_code" not in files["README.md"].decode()
+
+
+def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub, tmp_path, tokenizer):
+    base = save_model(tmp_path / "base", tokenizer)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    for name, fails in ((str(tmp_path / "base"), True), ("ahab/base", False)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+        if fails:
+            with pytest.raises(ScriptError, match="which others do not have.*merge"):
+                push(tmp_path / "adapter", Target("ahab/adapter"))
+    push(tmp_path / "adapter", Target("ahab/adapter"))
+    files = hub.repositories["ahab/adapter"].files()
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} < set(files)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "ahab/base" and card.data.library_name == "peft"
+    assert "AutoPeftModelForCausalLM.from_pretrained" in card.text
+
+
+# from training
+
+
+@pytest.fixture
+def train(tmp_path):
+    def train(*more):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        (tmp_path / "text.txt").write_text("the whale and the sea, a ship and a captain\n" * 60)
+        overrides = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4"
+        arguments = ["--model_type", "conv_lm", "--config_overrides", overrides, "--block_size", "16", "--use_cpu"]
+        arguments += ["--train_file", str(tmp_path / "text.txt"), "--train_tokenizer_vocab_size", "270"]
+        arguments += ["--max_steps", "2", "--output_dir", str(tmp_path / "whale"), *more]
+        assert pretrain.main(arguments) == 0
+        return tmp_path / "whale"
+
+    return train
+
+
+def test_training_ends_with_a_push(hub, train, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py", "--push_to_hub", "--hub_token", WRITER])
+    out = train("--push_to_hub", "--hub_token", WRITER)
+    repository = hub.repositories["ahab/whale"]
+    files = repository.files()
+    assert STANDARD_FILES | {"results.json", "run.yaml"} < set(files)
+    results = json.loads((out / "results.json").read_text())
+    card = ModelCard(files["README.md"].decode())
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert measured == {
+        "loss": results["evaluation"]["eval_loss"],
+        "perplexity": results["evaluation"]["eval_perplexity"],
+        "bits_per_byte": results["evaluation"]["eval_bits_per_byte"],
+    }
+    assert "data: text.txt" in card.text and "scripts/pretrain.py --push_to_hub --hub_token ..." in card.text
+    for path in out.rglob("*"):  # the token is nowhere
+        assert not path.is_file() or WRITER.encode() not in path.read_bytes()
+    assert not any(WRITER.encode() in content for content in files.values())
+    assert "hub" not in (out / "run.yaml").read_text()
+
+
+def test_a_failed_push_loses_nothing_that_was_trained(hub, train, tmp_path):
+    hub.faults["PUT /lfs/"] = 100
+    with pytest.raises(ScriptError, match="push it again by: python scripts/push_to_hub.py"):
+        train("--push_to_hub", "--hub_private")
+    out = tmp_path / "whale"
+    AutoModelForCausalLM.from_pretrained(out)
+    assert json.loads((out / "results.json").read_text())["steps"] == 2 and (out / "loss_curve.png").exists()
+    hub.faults.clear()
+    arguments = ["--model_name_or_path", str(out), "--hub_model_id", "ahab/whale", "--private"]
+    assert push_to_hub.main(arguments) == 0
+    assert hub.repositories["ahab/whale"].private and STANDARD_FILES < set(hub.repositories["ahab/whale"].files())
+
+
+def test_training_does_not_start_without_a_way_to_push(hub, train, tmp_path, monkeypatch):
+    for arguments, message in (
+        (["--push_to_hub", "--hub_token", "hf_wrong"], "refuses the access token"),
+        (["--hub_model_id", "ahab/whale"], "--hub_model_id does nothing without --push_to_hub"),
+    ):
+        with pytest.raises(ScriptError, match=message):
+            train(*arguments)
+        assert not (tmp_path / "whale").exists()
+    assert not hub.repositories
+
+
+def test_commands_are_shown_without_tokens():
+    line = machine.command_line(["train.py", "--hub_token", "hf_a", "--token=hf_b", "--max_new_tokens", "3"])
+    assert line.endswith("train.py --hub_token ... --token=... --max_new_tokens 3") and "hf_" not in line
+
+
+# what others do with it
+
+# Runs where ordnung cannot be imported: loads every repository from the endpoint, then runs its card's snippet.
+STRANGER = """
+import importlib.abc, json, re, sys, torch, transformers
+from huggingface_hub import ModelCard
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "ordnung":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+expected, reports = torch.load(sys.argv[1]), {}
+for repo, (auto, ids, logits) in expected.items():
+    model = getattr(transformers, auto).from_pretrained(repo, trust_remote_code=True)
+    (snippet,) = re.findall("```python\\n(.*?)```", ModelCard.load(repo).text, re.S)
+    names = {}
+    exec(snippet, names)
+    reports[repo] = [torch.equal(loaded.eval()(ids)[0], logits) for loaded in (model, names["model"])]
+print(json.dumps({"equal": reports, "ordnung": "ordnung" in sys.modules}))
+"""
+
+
+@pytest.mark.slow
+def test_everybody_can_load_every_head_and_run_its_snippet(hub, tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    expected = {}
+    for model_type in FAMILIES:
+        for auto in heads_of(model_type):
+            name = f"{model_type}-{auto}"
+            fields = {"is_decoder": auto != "AutoModelForMaskedLM"}
+            model = save_model(tmp_path / name, tokenizer, model_type, auto, **fields)
+            push(tmp_path / name, Target(f"ahab/{name}", private=True))
+            ids = torch.arange(3, 15).view((1, 2, 6) if auto == "AutoModelForMultipleChoice" else (1, 12))
+            with torch.no_grad():
+                expected[f"ahab/{name}"] = (auto, ids, model(ids)[0])
+    torch.save(expected, tmp_path / "expected.pt")
+    assert len(expected) >= 11
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, tmp_path / "expected.pt"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **environment, "HF_HUB_DISABLE_XET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert not report["ordnung"] and report["equal"] == {name: [True, True] for name in expected}
+
+
+@pytest.mark.slow
+def test_the_command_as_a_user_gives_it(hub, checkpoint, tmp_path):
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/push_to_hub.py", "--model_name_or_path", checkpoint, "--hub_model_id", "w"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment, "HF_HUB_DISABLE_XET": "1"},
+    )
+    assert done.returncode == 0 and done.stdout == f"{hub.url}/ahab/w\n", done.stderr
+    assert STANDARD_FILES < set(hub.repositories["ahab/w"].files())

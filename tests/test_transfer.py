@@ -1,0 +1,134 @@
+"""The evidence of fine-tuning: baselines, and the recipe that pretrains, fine-tunes and compares."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from test_finetune import TINY, data, sentences  # noqa: F401  (fixture)
+
+import ordnung
+from ordnung.scripts import baselines, compare, finetune_glue, finetune_imdb, pretrain, transfer
+from ordnung.scripts.common import ScriptError, parse_options
+from ordnung.scripts.evidence import variant_configs
+
+
+def test_majority(data, tmp_path):  # noqa: F811
+    rows = {"label": [1, 0, 1, 1], "sentence": list("abcd")}
+    assert baselines.fit_majority(rows, finetune_glue.GLUE["sst2"])(rows).tolist() == [1, 1, 1, 1]
+    assert baselines.fit_majority(rows, finetune_glue.GLUE["stsb"])(rows).tolist() == [0.75] * 4
+
+
+def test_tfidf_finds_the_telling_words(data, tmp_path):  # noqa: F811
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'ordnung[evidence]'")
+    argv = ["--task_name", "sst2", "stsb", "mnli", "--dataset_path", str(data), "--output_dir", str(tmp_path)]
+    assert baselines.main(argv) == 0
+    tasks = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    learned, constant = (tasks["sst2"][kind]["metrics"]["validation"]["accuracy"] for kind in ("tfidf", "majority"))
+    assert learned > 0.8 > constant
+    assert tasks["stsb"]["tfidf"]["score"] > 0.2 and tasks["stsb"]["majority"]["score"] == 0
+    assert set(tasks["mnli"]["tfidf"]["metrics"]) == {"validation_matched", "validation_mismatched"}
+
+
+def test_without_scikit_learn(data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
+    with pytest.raises(ScriptError, match="scikit-learn cannot be imported.*ordnung\\[evidence\\]"):
+        baselines.main(["--task_name", "sst2", "--dataset_path", str(data), "--output_dir", str(tmp_path)])
+
+
+@pytest.fixture
+def argv(data, tmp_path, monkeypatch):  # noqa: F811
+    """A recipe of two tiny variants on two tasks; the second baseline is what a constant would have scored."""
+    monkeypatch.setitem(baselines.BASELINES, "tfidf", baselines.fit_majority)
+    monkeypatch.setattr(finetune_glue.run.__globals__["datasets"].config, "HF_DATASETS_CACHE", data / "cache")
+    texts = [text for text, _ in sentences(400, 7)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = {
+        "config_overrides": TINY,
+        "variants": {
+            "conv": {"model_type": "conv_lm", "kernel_size": 4},
+            "softmax": {"model_type": "softmax_lm", "position_embedding_type": "rope"},
+        },
+        "pretrain": {
+            "train_file": str(tmp_path / "train.jsonl"),
+            "train_tokenizer_vocab_size": 300,
+            "block_size": 16,
+            "max_steps": 4,
+            "use_cpu": True,
+        },
+        "task_name": ["sst2", "imdb"],
+        "finetune": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "use_cpu": True},
+        "finetune_by_task": {"imdb": {"max_length": 8}},
+        "seeds": [0, 1],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    argv = ["--config", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "out"]
+    return list(map(str, [*argv, "--glue_path", data, "--imdb_path", data / "imdb"]))
+
+
+def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stops = iter([0, 143])
+    real = finetune_glue.main
+    monkeypatch.setattr(finetune_glue, "main", lambda words: next(stops) or real(words))
+    assert transfer.main(argv) == 143  # stopped in the second variant
+    monkeypatch.setattr(finetune_glue, "main", real)
+    monkeypatch.setattr(pretrain, "main", None)  # both are pretrained
+    assert transfer.main(argv) == 0
+    results = json.loads((out / "results.json").read_text())
+    for name in ("conv", "softmax"):
+        result = results["variants"][name]
+        assert result["pretraining"]["steps"] == 4
+        for task in ("sst2", "imdb"):
+            folder = out / "finetune" / name / task / task
+            runs = [json.loads((folder / f"seed-{seed}/results.json").read_text()) for seed in (0, 1)]
+            score = result["tasks"][task]["score"]
+            assert score["values"] == [run["score"] for run in runs]
+            assert score["mean"] == pytest.approx(np.mean(score["values"]))
+            assert runs[0]["parameters"] == result["tasks"][task]["parameters"]
+    assert results["variants"]["conv"]["tasks"]["imdb"]["truncated"]["test"]["to"] == 8
+    table = (out / "results.md").read_text()
+    below = [
+        f"{name} on {task}"
+        for name in ("conv", "softmax")
+        for task in ("sst2", "imdb")
+        if results["variants"][name]["tasks"][task]["score"]["mean"] <= results["baselines"][task]["majority"]["score"]
+    ]
+    assert f"Not above majority class: {', '.join(below) or 'none'}." in table
+    assert table.count("\n| conv ") == 2 and "TF-IDF + logistic regression" in table
+    # a further seed runs, what is there is kept
+    monkeypatch.setattr(baselines, "main", None)
+    assert transfer.main([*argv, "--seeds", "0", "1", "2"]) == 0
+    with pytest.raises(ScriptError, match="holds runs with pretrain"):
+        transfer.main([*argv, "--pretrain", "max_steps=5"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--finetune", "seeds=3"], "--finetune seeds: it is set for each run"),
+        (["--pretrain", "seed=3"], "--pretrain seed"),
+        (["--finetune", "learning_rat=3"], "unknown option '--learning_rat'; did you mean 'learning_rate'"),
+        (["--task_name", "sst"], "unknown --task_name 'sst'; did you mean 'sst2'"),
+        (["--finetune_by_task", "sst={}"], "unknown --task_name 'sst'"),
+        (["--seeds", "1", "1"], "different numbers"),
+        (["--imdb_path", "nowhere"], "nowhere: there is no such folder"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_trained(argv, tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setattr(pretrain, "main", None)
+    with pytest.raises(ScriptError, match=message):
+        transfer.main([*argv, *wrong])
+
+
+def test_shipped_recipes_are_valid():
+    folder = f"{ordnung.__path__[0]}/scripts/configs"
+    for name in ("transfer_cpu", "transfer_gpu"):
+        options = parse_options(transfer.TransferOptions, ["--config", f"{folder}/{name}.yaml"])
+        models = {config.model_type for config in variant_configs(options.variants, options.config_overrides).values()}
+        assert {"conv_lm", "softmax_lm"} <= models and len(options.seeds) >= 3
+        compare.check_pretrain({**options.pretrain, "train_file": "any.parquet"})
+        for task in options.task_name:
+            kind = finetune_imdb.FinetuneOptions if task == "imdb" else finetune_glue.GlueOptions
+            words = transfer.finetune_arguments(options, task, folder, folder)
+            assert parse_options(kind, words).num_train_epochs >= 1
