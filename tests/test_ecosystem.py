@@ -16,7 +16,14 @@ from transformers.models.auto import modeling_auto
 import ordnung
 from ordnung.modeling.registration import FAMILIES, heads_of
 
-HEADS = [(model_type, auto) for model_type in FAMILIES for auto in heads_of(model_type)]
+# ForMultipleChoice is ForSequenceClassification on inputs of another shape
+HEADS = [
+    (model_type, auto)
+    for model_type in FAMILIES
+    for auto in heads_of(model_type)
+    if auto != "AutoModelForMultipleChoice"
+]
+SMALL_FIELDS = {"linformer_lm": {"projected_size": 8, "local_block_size": 4}}
 MASKED = [head for head in HEADS if head[1] == "AutoModelForMaskedLM"]
 CLASSIFIERS = [(model_type, "AutoModelForSequenceClassification") for model_type in FAMILIES]
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
@@ -38,6 +45,7 @@ def build(tokenizer):
             "eos_token_id": tokenizer.eos_token_id,
             "is_decoder": auto != "AutoModelForMaskedLM",
             "initializer_range": 0.2,  # so that outputs differ from each other
+            **SMALL_FIELDS.get(model_type, {}),
             **fields,
         }
         return getattr(modeling_auto, auto).from_config(AutoConfig.for_model(model_type, **arguments)).eval()
@@ -56,6 +64,12 @@ def outputs(model, batch):
     with torch.no_grad():
         result = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return [value for value in result.to_tuple() if isinstance(value, torch.Tensor)]
+
+
+def of_real_tokens(values, batch):
+    """The outputs without those of padding, which no family promises anything about."""
+    real = batch["attention_mask"] == 1
+    return [value[real] if value.shape[:2] == real.shape else value for value in values]
 
 
 def assert_equal(got, expected, **tolerance):
@@ -86,7 +100,8 @@ def test_device_map_auto_with_layers_on_disk(model_type, auto, build, batch, tmp
         tmp_path, device_map="auto", max_memory={"cpu": int(0.75 * size)}, offload_folder=tmp_path / "offload"
     )
     assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
-    assert_equal(outputs(loaded.eval(), batch), outputs(model, batch))
+    # a mixer may fold two products into one where nothing watches its modules: equal up to rounding
+    assert_equal(outputs(loaded.eval(), batch), outputs(model, batch), rtol=1e-4, atol=1e-5)
 
 
 # graphs, where padding and the other heads come in
@@ -107,7 +122,8 @@ def test_exported_with_padding(model_type, auto, build, batch):
     with torch.no_grad():
         program = torch.export.export(model, (), inputs, strict=False)
     other = {**inputs, "input_ids": inputs["input_ids"].flip(1)}
-    assert_equal(outputs(program.module(), other), outputs(model, other), rtol=1e-4, atol=1e-5)
+    got, expected = (of_real_tokens(outputs(made, other), batch) for made in (program.module(), model))
+    assert_equal(got, expected, rtol=1e-4, atol=1e-5)
 
 
 # int8

@@ -78,7 +78,7 @@ ROWS = {
     ),
     "cubic_prefix_lm-encoder": Row(
         "cubic_prefix_lm",
-        heads=("Model", "ForMaskedLM", *CLASSIFIERS),
+        heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
         config={"is_decoder": False, "position_embedding_type": "rope"},
     ),
     "linformer_lm": Row(
@@ -94,7 +94,7 @@ ROWS = {
     ),
     "linformer_lm-bidirectional": Row(
         "linformer_lm",
-        heads=("Model", "ForMaskedLM", *CLASSIFIERS),
+        heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
         config={"projected_size": 8},
         flags={"has_attentions": False},
         excluded={
