@@ -47,7 +47,7 @@ clean: ## remove the virtual environment and caches; results in out/ stay
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: install Python 3.11 or later, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=/path/to/a/later/python" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "Could not make a virtual environment with $(PYTHON); Debian and Ubuntu need the package python3-venv" >&2; exit 1; }
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "Could not make a virtual environment with $(PYTHON); Debian and Ubuntu need the package python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV) (once, some minutes)"
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $@
