@@ -1,6 +1,5 @@
 """CubicPrefixLM: each next token is predicted by a fully connected pass over all tokens before it."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,13 +30,13 @@ from ordnung.modeling.heads import (
     ForTokenClassification,
 )
 from ordnung.modeling.ops.prefix_attention import (
+    FirstLayer,
     Group,
     all_passes,
     fold_keys,
     fold_values,
     join_scores,
     last_passes,
-    mix,
     plan_passes,
     prefix_ends,
     sees,
@@ -173,7 +172,8 @@ class PrefixAttention(Attention):
 
         Only where the weight is all there is to it: no adapter, quantisation, offloading or other hook.
         """
-        plain = type(linear) is nn.Linear and not linear._forward_pre_hooks and not hasattr(linear, "_hf_hook")
+        hooks = linear._forward_pre_hooks or linear._forward_hooks or hasattr(linear, "_hf_hook")
+        plain = type(linear) is nn.Linear and not hooks
         return plain and reads * (self.config.num_attention_heads - 1) < self.config.hidden_size
 
     def read_flops(self, reads: int, tokens: int) -> int:
@@ -206,41 +206,6 @@ def read_last(layer, hidden_states, chosen, visible, position_embeddings):
 def unless_all(real: torch.Tensor) -> torch.Tensor | None:
     """A mask of tokens, or None where it masks nothing."""
     return None if not is_tracing(real) and bool(real.all()) else real
-
-
-@dataclass(frozen=True)
-class FirstLayer:
-    """What all passes over `T` tokens share: their states before the first layer, and its projections of them."""
-
-    hidden_states: torch.Tensor  # (B, T, D)
-    query: torch.Tensor  # (B, H, T, P), scaled
-    key: torch.Tensor
-    value: torch.Tensor
-    real: torch.Tensor  # (B, T), False for padding
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    dropout: float
-
-    def attend(self, queries: slice, keys: slice, past=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp of `queries` over `keys`, continuing those of all queries over earlier keys."""
-        past = None if past is None else tuple(x[:, :, queries] for x in past)
-        scores = self.query[:, :, queries] @ self.key[:, :, keys].transpose(2, 3)
-        scores = join_scores(scores, self.real[:, None, None, keys], past)
-        return mix(scores, self.value[:, :, keys], past, self.dropout), scores.logsumexp(-1)
-
-    def attend_passes(self, group: Group, past) -> torch.Tensor:
-        """Mixed values (G, T, D) of the tokens in each pass of `group`, continuing `past` over the keys before it."""
-        past = None if past is None else tuple(take(x[:, :, : group.stop], group.rows) for x in past)
-        if group.start == group.stop:
-            mixed = past[0]
-        else:
-            tokens, keys = slice(group.stop), slice(group.start, group.stop)
-            places = torch.arange(group.stop, device=self.real.device)
-            visible = take(self.real, group.rows)[:, None, keys] & sees(group.ends, places, places[keys])
-            # once for all passes of a row
-            scores = take(self.query[:, :, tokens] @ self.key[:, :, keys].transpose(2, 3), group.rows)
-            values = take(self.value[:, :, keys], group.rows)
-            mixed = mix(join_scores(scores, visible[:, None], past), values, past, self.dropout)
-        return mixed.to(self.value.dtype).transpose(1, 2).flatten(2)
 
 
 class CubicPrefixLMPreTrainedModel(BackbonePreTrainedModel):
@@ -351,16 +316,11 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             fresh = first.attend(slice(seen, None), slice(seen))
             old = state["output"], state["total"]
             anchor = tuple(torch.cat(pair, dim=2) for pair in zip(old, fresh))
-        ends = prefix_ends(real, 1)
-        if read.shape[1] == 1 and not is_tracing(read):
-            groups = last_passes(ends)
-        else:
-            groups = self.plan(ends, nn.functional.pad(read, (seen, 0)))
-        states, anchor, at = self.run_passes(first, groups, anchor, seen if anchor else 0, record)
+        parts = self.plan(prefix_ends(real, 1), nn.functional.pad(read, (seen, 0)), single=read.shape[1] == 1)
+        states, anchor = self.run_passes(first, parts, anchor, seen if anchor else 0, record, finish=past is not None)
         if past is not None:
-            output, total = first.attend(slice(None), slice(at, None), anchor) if at < real.shape[1] else anchor
             state = {"hidden_states": hidden_states, "position_ids": position_ids, "query": query}
-            past.layers[0].first = {**state, "output": output, "total": total}
+            past.layers[0].first = {**state, "output": anchor[0], "total": anchor[1]}
         return [x[:, seen:] for x in states]
 
     def predict_with_stride(self, hidden_states, position_ids, real, read, past, record) -> list[torch.Tensor]:
@@ -396,8 +356,8 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         missing = read & (ends[:, seen:] != ends[:, -1:])
         if missing.any():
             first = self.first_layer(all_states, all_ids, real)
-            groups = self.plan(ends, nn.functional.pad(missing, (seen, 0)))
-            others, *_ = self.run_passes(first, groups, None, 0, record)
+            parts = self.plan(ends, nn.functional.pad(missing, (seen, 0)))
+            others, _ = self.run_passes(first, parts, None, 0, record)
             states = [torch.where(missing[..., None], y[:, seen:], x) for x, y in zip(states, others)]
         return states
 
@@ -418,43 +378,61 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             states.append(hidden_states)
         return states if record else states[-1:]
 
-    def plan(self, ends: torch.Tensor, read: torch.Tensor) -> list[Group]:
-        """The groups of passes for the tokens in `read` (B, T)."""
-        if is_tracing(read):
-            return all_passes(ends)
-        return plan_passes(ends, read, max(GROUP_ENDS, 4 * self.stride), self.config.prefix_group_tokens)
+    def plan(self, ends: torch.Tensor, read: torch.Tensor, single: bool = False) -> list[tuple[slice, list[Group]]]:
+        """Groups of passes for the tokens in `read` (B, T), for some rows after the other.
 
-    def run_passes(self, first: FirstLayer, groups: list[Group], anchor, at: int, record: bool):
+        `single` means the last token of every row, with stride 1.
+        """
+        if is_tracing(read):
+            return [(slice(None), all_passes(ends))]
+        (B, T), budget, span = read.shape, self.config.prefix_group_tokens, max(GROUP_ENDS, 4 * self.stride)
+        # as many rows as a group within the budget has passes of: more would share first-layer work with none
+        passes = 1 if single else max(1, int(read.sum()) * span / (self.stride * B * T))
+        size = max(1, int(budget / (T * passes)))
+        parts = [slice(first, min(first + size, B)) for first in range(0, B, size)]
+        if single:
+            return [(rows, last_passes(ends[rows])) for rows in parts]
+        return [(rows, plan_passes(ends[rows], read[rows], span, budget)) for rows in parts]
+
+    def run_passes(self, first: FirstLayer, parts, anchor, at: int, record: bool, finish: bool = False):
         """Computes passes in groups.
 
         Args:
+            parts: from `plan`.
             anchor: output and log-sum-exp of all queries over the keys before `at` in the first layer, or None.
+            finish: whether to return those over all keys.
 
         Returns:
-            the states, the last anchor, and its `at`.
+            the states, and with `finish` the anchor over all keys.
         """
         budget = self.config.prefix_group_tokens
         learns = torch.is_grad_enabled() and not is_tracing(first.real)
+        recompute = partial(checkpoint, use_reentrant=False)
         kept = budget if self.gradient_checkpointing and self.training else 0
-        outputs = []
-        for group in groups:
-            if group.start - at >= SEGMENT or (group is groups[-1] and group.start > at):
-                attend = partial(checkpoint, first.attend, use_reentrant=False) if learns else first.attend
-                anchor, at = attend(slice(None), slice(at, group.start), anchor), group.start
-            kept += group.rows.shape[0] * group.stop
-            if learns and kept > budget:
-                outputs.append(checkpoint(self.run_group, first, group, anchor, at, record, use_reentrant=False))
-            else:
-                outputs.append(self.run_group(first, group, anchor, at, record))
-        if not groups:
-            return [torch.zeros_like(first.hidden_states)] * (len(self.layers) if record else 1), anchor, at
-        rows = torch.cat([g.pick(g.rows[:, None].expand_as(g.reads)) for g in groups])
-        places = torch.cat([g.pick(g.reads) for g in groups])
+        outputs, rows, places, anchors = [], [], [], []
+        for part, groups in parts:
+            shared = first.only(part)
+            done, past = at, None if anchor is None else tuple(x[part] for x in anchor)
+            for group in groups:
+                if group.start - done >= SEGMENT or (group is groups[-1] and group.start > done):
+                    step = shared.attend, slice(None), slice(done, group.start), past
+                    past, done = recompute(*step) if learns else step[0](*step[1:]), group.start
+                kept += group.rows.shape[0] * group.stop
+                step = self.run_group, shared, group, past, done, record
+                outputs.append(recompute(*step) if learns and kept > budget else step[0](*step[1:]))
+                rows.append(group.pick(group.rows[:, None].expand_as(group.reads)) + (part.start or 0))
+                places.append(group.pick(group.reads))
+            if finish:
+                rest = slice(done, None)
+                anchors.append(shared.attend(slice(None), rest, past) if done < first.real.shape[1] else past)
+        anchor = tuple(map(torch.cat, zip(*anchors))) if finish else None
+        if not outputs:
+            return [torch.zeros_like(first.hidden_states)] * (len(self.layers) if record else 1), anchor
         states = []
         for x in map(torch.cat, zip(*outputs)):
-            index = rows.to(x.device), places.to(x.device)  # layers may lie on several devices
+            index = torch.cat(rows).to(x.device), torch.cat(places).to(x.device)  # layers may lie on several devices
             states.append(x.new_zeros(first.hidden_states.shape).index_put(index, x))
-        return states, anchor, at
+        return states, anchor
 
     def run_group(self, first: FirstLayer, group: Group, anchor, at: int, record: bool) -> list[torch.Tensor]:
         """The states (tokens read, D) of all passes in `group`."""
@@ -530,7 +508,7 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             pairs = seq_len * (seq_len + 1) // 2
             return len(self.layers) * ((mixer + mlp) * seq_len + 4 * pairs * D)
         real = torch.ones(1, seq_len, dtype=torch.bool, device="cpu")
-        groups = self.plan(prefix_ends(real, self.stride), real if read is None else read)
+        [(_, groups)] = self.plan(prefix_ends(real, self.stride), real if read is None else read)
         flops, at = 6 * D * D * seq_len, 0
         for group in groups:
             G, T, S = len(group.rows), group.stop, group.reads.shape[1]

@@ -12,7 +12,7 @@ Tokens with the same `end` share one pass: N / s passes instead of N.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +174,49 @@ def mix(
         return (F.dropout(weights, dropout).to(values.dtype) @ values).to(scores.dtype)
     new = F.dropout(weights[..., 1:], dropout).to(values.dtype) @ values
     return torch.addcmul(new.to(scores.dtype), weights[..., :1], past[0])
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """What all passes over `T` tokens share: their states before the first layer, and its projections of them."""
+
+    hidden_states: torch.Tensor  # (B, T, D)
+    query: torch.Tensor  # (B, H, T, P), scaled
+    key: torch.Tensor
+    value: torch.Tensor
+    real: torch.Tensor  # (B, T), False for padding
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    dropout: float
+
+    def only(self, rows: slice) -> "FirstLayer":
+        """That of some rows."""
+        names = ("hidden_states", "query", "key", "value", "real")
+        rope = self.position_embeddings
+        if rope is not None and rope[0].shape[0] > 1:
+            rope = tuple(x[rows] for x in rope)
+        return replace(self, position_embeddings=rope, **{name: getattr(self, name)[rows] for name in names})
+
+    def attend(self, queries: slice, keys: slice, past=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of `queries` over `keys`, continuing those of all queries over earlier keys."""
+        past = None if past is None else tuple(x[:, :, queries] for x in past)
+        scores = self.query[:, :, queries] @ self.key[:, :, keys].transpose(2, 3)
+        scores = join_scores(scores, self.real[:, None, None, keys], past)
+        return mix(scores, self.value[:, :, keys], past, self.dropout), scores.logsumexp(-1)
+
+    def attend_passes(self, group: Group, past) -> torch.Tensor:
+        """Mixed values (G, T, D) of the tokens in each pass of `group`, continuing `past` over the keys before it."""
+        past = None if past is None else tuple(take(x[:, :, : group.stop], group.rows) for x in past)
+        if group.start == group.stop:
+            mixed = past[0]
+        else:
+            tokens, keys = slice(group.stop), slice(group.start, group.stop)
+            places = torch.arange(group.stop, device=self.real.device)
+            visible = take(self.real, group.rows)[:, None, keys] & sees(group.ends, places, places[keys])
+            # once for all passes of a row
+            scores = take(self.query[:, :, tokens] @ self.key[:, :, keys].transpose(2, 3), group.rows)
+            values = take(self.value[:, :, keys], group.rows)
+            mixed = mix(join_scores(scores, visible[:, None], past), values, past, self.dropout)
+        return mixed.to(self.value.dtype).transpose(1, 2).flatten(2)
 
 
 def fold_keys(
