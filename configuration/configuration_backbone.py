@@ -37,6 +37,7 @@ class BackboneConfig(PreTrainedConfig):
         use_cache: return the generation state by default.
         tie_word_embeddings: share the token embedding with the language-modelling head.
         lm_head_bias: bias of the causal language-modelling head.
+        lm_head_transform: put a dense layer, activation and norm before that head, as BERT's for masked tokens has.
         layer_types: one mixer name per layer, e.g. to mix a family's own layers with "full_attention" ones. None
             means the family's own mixer in every layer.
 
@@ -47,6 +48,8 @@ class BackboneConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     # The names that `layer_types` may hold in this family; the first fills a stack whose `layer_types` is not given.
     mixer_types: ClassVar[tuple[str, ...]] = ("full_attention",)
+    # Whether the causal model runs the bidirectional one on each prefix, so that an encoder's weights generate.
+    encoder_generates: ClassVar[bool] = False
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -69,6 +72,7 @@ class BackboneConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False
+    lm_head_transform: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -25,6 +25,7 @@ class CubicPrefixLMConfig(BackboneConfig):
 
     model_type = "cubic_prefix_lm"
     mixer_types: ClassVar[tuple[str, ...]] = ("cubic_prefix",)
+    encoder_generates: ClassVar[bool] = True
 
     position_embedding_type: Literal["none", "learned", "rope"] = "learned"
     prefix_stride: int | None = 1

@@ -176,7 +176,7 @@ class MLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.chunk_size:
             # bounds the widest activation of the model; any length, unlike transformers' apply_chunking_to_forward
-            return torch.cat([self.transform(part) for part in hidden_states.split(self.chunk_size, dim=1)], dim=1)
+            return torch.cat([self.transform(part) for part in hidden_states.split(self.chunk_size, dim=-2)], dim=-2)
         return self.transform(hidden_states)
 
     def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -133,36 +133,43 @@ ENCODER_MODULES = {
     "encoder.layer.*.output.dense": "layers.*.mlp.down_proj",
     "encoder.layer.*.output.LayerNorm": "layers.*.mlp_norm",
 }
-# Their classifiers of sequences and choices read a pooler that the heads here do not have: those do not carry over.
-ENCODER_HEADS = {
-    "ForTokenClassification": {"classifier": "score"},
-    "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
-}
+
+
+def encoder_heads(language_modelling: dict[str, str]) -> dict[str, dict[str, str]]:
+    """`Source.heads` of an encoder; `language_modelling` is that of its language modelling head.
+
+    Classifiers of sequences and choices read a pooler that the heads here do not have: those do not carry over.
+    """
+    return {
+        "ForMaskedLM": language_modelling,
+        "ForCausalLM": language_modelling,
+        "ForTokenClassification": {"classifier": "score"},
+        "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
+    }
+
 
 SOURCES = {
     "bert": Source(
         fields=bert_fields,
         modules=ENCODER_MODULES,
-        heads={
-            **ENCODER_HEADS,
-            "ForMaskedLM": {
-                "cls.predictions.transform.dense": "lm_head.dense",
-                "cls.predictions.transform.LayerNorm": "lm_head.norm",
-                "cls.predictions.decoder": "lm_head.decoder",
-            },
-        },
+        heads=encoder_heads(
+            {
+                "cls.predictions.transform.dense": "lm_transform.dense",
+                "cls.predictions.transform.LayerNorm": "lm_transform.norm",
+                "cls.predictions.decoder": "lm_head",
+            }
+        ),
     ),
     "roberta": Source(
         fields=roberta_fields,
         modules=ENCODER_MODULES,
-        heads={
-            **ENCODER_HEADS,
-            "ForMaskedLM": {
-                "lm_head.dense": "lm_head.dense",
-                "lm_head.layer_norm": "lm_head.norm",
-                "lm_head.decoder": "lm_head.decoder",
-            },
-        },
+        heads=encoder_heads(
+            {
+                "lm_head.dense": "lm_transform.dense",
+                "lm_head.layer_norm": "lm_transform.norm",
+                "lm_head.decoder": "lm_head",
+            }
+        ),
         notes=roberta_notes,
     ),
     "gpt2": Source(
@@ -231,9 +238,10 @@ def convert(
     """A model of this package with the weights of a BERT, RoBERTa or GPT-2 checkpoint.
 
     Embeddings, norms, MLPs, projections and heads are copied where the family has them; sizes, activation, dropout,
-    token ids, labels, tying and dtype are the source's. SoftmaxLM then computes what the source computes. Positions
-    count each row's real tokens, where BERT and GPT-2 without `position_ids` count padding too. GPT-2's token types,
-    which are word embeddings, have no counterpart.
+    token ids, labels, tying and dtype are the source's. SoftmaxLM then computes what the source computes, and
+    CubicPrefixLM predicts at each token what an encoder with its masked-LM head computes at the end of that prefix.
+    Positions count each row's real tokens, where BERT and GPT-2 without `position_ids` count padding too. GPT-2's token
+    types, which are word embeddings, have no counterpart.
 
     With a larger `max_position_embeddings` the learned positions are repeated along the longer table, as Longformer
     starts from RoBERTa's (Beltagy et al. 2020, arXiv 2004.05150, section 5); with a smaller one the first are kept.
@@ -263,7 +271,11 @@ def convert(
         target.generation_config = copy.deepcopy(model.generation_config)
 
     report = ConversionReport(type(model).__name__, type(target).__name__, notes=table.notes(model.config))
-    if config.is_decoder != table.fields(model.config)["is_decoder"]:
+    source_decodes = table.fields(model.config)["is_decoder"]
+    if config.encoder_generates:
+        if source_decodes and config.prefix_stride is not None:
+            report.notes.append("the source attends causally: the model does with prefix_stride=None")
+    elif config.is_decoder != source_decodes:
         report.notes.append(f"the model is {'causal' if config.is_decoder else 'bidirectional'}, the source is not")
     base = "" if head == "Model" else "model."
     modules = {theirs: [base + ours for ours in names.split()] for theirs, names in table.modules.items()}
@@ -319,8 +331,11 @@ def _target(model, table, source_head, model_type, head, overrides) -> tuple[str
     heads = [name for name, auto_class in AUTO_CLASSES.items() if auto_class in auto_classes]
     source = model.config
     fields = {name: getattr(source, name) for name in COMMON_FIELDS} | table.fields(source) | {"dtype": model.dtype}
-    if "ForMaskedLM" not in heads:
+    config_class = CONFIG_MAPPING[model_type]
+    if "ForMaskedLM" not in heads or config_class.encoder_generates:
         fields["is_decoder"] = True
+    if "lm_transform.dense" in table.heads.get(source_head, {}).values():
+        fields |= {"lm_head_transform": True, "lm_head_bias": True}
     if head in LM_HEADS:
         fields["is_decoder"] = head == "ForCausalLM"
     if "num_labels" in overrides:
@@ -333,7 +348,6 @@ def _target(model, table, source_head, model_type, head, overrides) -> tuple[str
     if head not in heads:
         raise ValueError(f"{model_type} has no head {head!r}: give `head`, one of {heads}")
 
-    config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)} | {"num_labels", "attn_implementation"}
     for name in overrides.keys() - known:
         near = difflib.get_close_matches(name, known, n=1)

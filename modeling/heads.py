@@ -52,16 +52,41 @@ class Head(BackbonePreTrainedModel):
         return self.model.cache_bytes(seq_len)
 
 
-class ForCausalLM(Head, GenerationMixin):
-    """Next-token prediction. `labels` (B, N) are the input ids, shifted inside; -100 is ignored."""
+class LMTransform(nn.Module):
+    """Dense, activation and norm before the vocabulary, as in BERT (Devlin et al. 2019)."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.act_fn(self.dense(hidden_states)))
+
+
+class LMHead(Head):
+    """Base of the heads that predict tokens."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
+    def add_lm_head(self, config: BackboneConfig, transform: bool, bias: bool) -> None:
+        self.lm_transform = LMTransform(config) if transform else nn.Identity()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
+
+    def make_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of states (..., D)."""
+        return self.lm_head(self.lm_transform(hidden_states))
+
+
+class ForCausalLM(LMHead, GenerationMixin):
+    """Next-token prediction. `labels` (B, N) are the input ids, shifted inside; -100 is ignored."""
+
     def add_head(self, config):
         if not config.is_decoder:
             raise ValueError(f"{type(self).__name__} needs a causal model: `is_decoder` is False, set it to True.")
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.add_lm_head(config, config.lm_head_transform, config.lm_head_bias)
 
     @can_return_tuple
     def forward(
@@ -91,7 +116,7 @@ class ForCausalLM(Head, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, kept, V)
+        logits = self.make_logits(outputs.last_hidden_state[:, kept])  # (B, kept, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -108,35 +133,13 @@ class ForCausalLM(Head, GenerationMixin):
         return {}
 
 
-class MaskedLMHead(nn.Module):
-    """Dense, activation, norm, then the vocabulary, as in BERT (Devlin et al. 2019)."""
-
-    def __init__(self, config: BackboneConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.norm(self.act_fn(self.dense(hidden_states))))
-
-
-class ForMaskedLM(Head):
+class ForMaskedLM(LMHead):
     """Prediction of masked tokens. `labels` (B, N) hold the true ids where a token is scored and -100 elsewhere."""
-
-    _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
 
     def add_head(self, config):
         if config.is_decoder:
             raise ValueError(f"{type(self).__name__} needs a bidirectional model: set `is_decoder` to False.")
-        self.lm_head = MaskedLMHead(config)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head.decoder = new_embeddings
+        self.add_lm_head(config, transform=True, bias=True)
 
     @can_return_tuple
     def forward(
@@ -157,7 +160,7 @@ class ForMaskedLM(Head):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)  # (B, N, V)
+        logits = self.make_logits(outputs.last_hidden_state)  # (B, N, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_linformer_lm import LinformerLMConfig
@@ -24,6 +24,7 @@ from ordnung.modeling.heads import (
     ForTokenClassification,
 )
 from ordnung.modeling.ops.causal_linformer import CausalLinformer, CausalState, take
+from ordnung.modeling.ops.chunks import WHOLE, pieces
 from ordnung.modeling.ops.linformer import LEARNED, MEANS, project_rows, slot_bias, weight_sums
 
 
@@ -41,6 +42,11 @@ class RealTokens(NamedTuple):
             return None
         order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
         return cls(order, order.argsort(dim=1), mask.sum(1))
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of queries or keys (B, N, H, D / H), cos and sin (B, N, 1, D / H)."""
+    return states * cos + rotate_half(states) * sin
 
 
 class LinformerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -208,6 +214,16 @@ class LinformerMixer(Mixer):
         dropout = self.config.attention_dropout if self.training else 0.0
         return interface(self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs)
 
+    def in_pieces(self, mix, hidden_states, multiple=1):
+        """The mixed states, and the weights or None, by `mix` of places as `pieces` gives them."""
+        places = pieces(hidden_states, multiple)
+        if len(places) == 1 or self.config._attn_implementation == "eager":  # which gives weights
+            return mix(WHOLE)
+        output = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        for place in places:
+            output[place] = mix(place)[0]
+        return output, None
+
     @staticmethod
     def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
         """(B, N), True for the real tokens of this call, or None if all are."""
@@ -240,7 +256,6 @@ class LinformerAttention(LinformerMixer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         tokens, weights = RealTokens.of(attention_mask), self.sequence_weights(sequence_projection)
         e, f = (None, None) if weights is None else (weights[0], weights[-1])
-        query = self.heads(self.q_proj(hidden_states)).transpose(1, 2)  # (B, H, N, D / H)
         rows = self.project(hidden_states, f, tokens) if self.projects_first else None  # (B, M, D)
         value = self.rows_of(self.v_proj, hidden_states, rows, f, tokens)
         if position_embeddings is None:
@@ -248,13 +263,24 @@ class LinformerAttention(LinformerMixer):
                 rows = self.project(hidden_states, e, tokens)
             key = self.rows_of(self.k_proj, hidden_states, rows, e, tokens)
         else:  # keys turn before they are summed
-            turned = self.heads(self.k_proj(hidden_states)).transpose(1, 2)
-            query, turned = apply_rotary_pos_emb(query, turned, *position_embeddings)
-            key = self.project(turned.transpose(1, 2).flatten(2), e, tokens)
+            B = len(hidden_states)
+            position_embeddings = [x.expand(B, -1, -1)[:, :, None] for x in position_embeddings]
+            turned = rotate(self.heads(self.k_proj(hidden_states)), *position_embeddings)
+            key = self.project(turned.flatten(2), e, tokens)
         key, value = (self.heads(x).transpose(1, 2) for x in (key, value))
         bias = self.slot_bias(hidden_states, tokens)
-        output, probabilities = self.attend(query, key, value, bias, **kwargs)
-        return self.out_proj(output.reshape(hidden_states.shape)), probabilities
+
+        def mix(place):
+            part, rows = hidden_states[place], place[0]
+            query = self.heads(self.q_proj(part))  # (B, N, H, D / H)
+            if position_embeddings is not None:
+                query = rotate(query, *(x[place] for x in position_embeddings))
+            biased = None if bias is None else bias[rows, :, place[1]]
+            output, probabilities = self.attend(query.transpose(1, 2), key[rows], value[rows], biased, **kwargs)
+            return self.out_proj(output.reshape(part.shape)), probabilities
+
+        # all else of the layer treats each token by itself
+        return self.in_pieces(mix, hidden_states)
 
     @property
     def projects_first(self) -> bool:
@@ -366,12 +392,20 @@ class CausalLinformerAttention(LinformerMixer):
         tokens = RealTokens.of(attention_mask)
         if tokens is not None:
             hidden_states = take(hidden_states, tokens.order)
-        query, key, value = (self.heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if position_embeddings is not None:
+            position_embeddings = [x.expand(len(hidden_states), -1, -1) for x in position_embeddings]
             if tokens is not None:
-                B = len(hidden_states)
-                position_embeddings = [take(x.expand(B, -1, -1), tokens.order) for x in position_embeddings]
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+                position_embeddings = [take(x, tokens.order) for x in position_embeddings]
+            position_embeddings = [x[:, :, None] for x in position_embeddings]
+
+        def project(place):
+            part = hidden_states[place]
+            query, key, value = (self.heads(p(part)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            if position_embeddings is not None:
+                at = [x[place] for x in position_embeddings]
+                query, key = rotate(query, *at), rotate(key, *at)
+            return query, key, value
+
         operator = CausalLinformer(
             self.config.projection_type,
             self.sequence_weights(sequence_projection),
@@ -382,17 +416,32 @@ class CausalLinformerAttention(LinformerMixer):
         )
         attend = partial(self.attend, **kwargs)
         if past_key_values is None:
-            output, probabilities = operator.forward(query, key, value, attend)
+            carry = None
+
+            def mix(place):
+                nonlocal carry
+                inputs = project(place)
+                if place == WHOLE:
+                    output, probabilities = operator.forward(*inputs, attend)
+                else:
+                    if place[1].start == 0:
+                        carry = operator.before_first(inputs[1])
+                    output, probabilities, carry = operator.go_on(*inputs, carry, attend)
+                return self.out_proj(output.flatten(2)), probabilities
+
+            output, probabilities = self.in_pieces(mix, hidden_states, self.config.local_block_size)
         else:
             layer = self.cache_layer(past_key_values)
             lengths = None if tokens is None else tokens.lengths
+            query, key, value = project(WHOLE)
             output, probabilities, state = operator.step(query, key, value, layer.state, lengths, attend)
             layer.update_state(state, operator, key, value, attention_mask)
+            output = self.out_proj(output.flatten(2))
         if tokens is not None:
             output = take(output, tokens.place)
             if probabilities is not None:
                 probabilities = take(probabilities.transpose(1, 2), tokens.place).transpose(1, 2)
-        return self.out_proj(output.reshape(hidden_states.shape)), probabilities
+        return output, probabilities
 
     def cache_layer(self, past_key_values) -> LinformerCacheLayer:
         layers = past_key_values.layers

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     GPT2Config,
     GPT2LMHeadModel,
     Lfm2Config,
@@ -20,6 +22,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import eager_mask
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from ordnung import (
     ConvLMConfig,
@@ -36,6 +40,16 @@ from ordnung import (
 
 PROJECTED_SIZE = 128  # rows k of every LinformerLM
 FEED_FORWARD_CHUNK = 512  # tokens, where the feed-forward is computed in parts
+
+
+def attend_by_head(module, query, key, value, attention_mask, **kwargs):
+    """Unfused attention, one head after the other: what stores all scores of all heads does not fit in memory."""
+    heads = zip(*(x.split(1, dim=1) for x in (query, key, value)))
+    return torch.cat([eager_attention_forward(module, *head, attention_mask, **kwargs)[0] for head in heads], 2), None
+
+
+AttentionInterface.register("eager_by_head", attend_by_head)
+AttentionMaskInterface.register("eager_by_head", eager_mask)
 
 
 @dataclass(frozen=True)
@@ -265,13 +279,13 @@ VARIANTS: dict[str, Variant] = {
     ),
     **{
         f"softmax_encoder_{kind}": Variant(
-            f"encoder with softmax attention, {kind}",
+            f"encoder with softmax attention, {kind.replace('_', ' ')}",
             SoftmaxLMModel,
             _ours(SoftmaxLMConfig, is_decoder=False, position_embedding_type="none"),
             attn_implementation=kind,
             encoder=True,
         )
-        for kind in ("sdpa", "eager")
+        for kind in ("sdpa", "eager", "eager_by_head")
     },
     **{
         f"linformer_encoder{name}": Variant(

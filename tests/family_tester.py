@@ -136,8 +136,11 @@ class FamilyTester:
         assert whole.requires_grad
         for module in (chunks, causal_conv):
             monkeypatch.setattr(module, "ROWS", 16)
-        with torch.no_grad():
-            self.assert_equal(model(ids, attention_mask=mask).logits, whole.detach(), variant)
+        for feed_forward in (0, 5):
+            for layer in model.model.layers:
+                layer.mlp.chunk_size = feed_forward
+            with torch.no_grad():
+                self.assert_equal(model(ids, attention_mask=mask).logits, whole.detach(), variant)
 
     def test_future_tokens_change_nothing(self, variant):
         model = self.model(variant, dtype=torch.float32)

@@ -119,7 +119,9 @@ def test_model_computes_what_the_original_does(model_type, class_name):
         ("BertForMaskedLM", {"tie_word_embeddings": False}),
         ("BertForMaskedLM", {"hidden_act": "relu", "layer_norm_eps": 1e-3, "type_vocab_size": 1}),
         ("BertModel", {"is_decoder": True}),
+        ("BertLMHeadModel", {"is_decoder": True}),
         ("RobertaForMaskedLM", {"tie_word_embeddings": False, "pad_token_id": 0}),
+        ("RobertaForCausalLM", {"is_decoder": True}),
         ("GPT2LMHeadModel", {"tie_word_embeddings": False, "n_inner": None}),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
         ("GPT2LMHeadModel", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
@@ -200,13 +202,43 @@ def test_direction_can_change():
     model, report = ordnung.convert(source, "softmax_lm", is_decoder=True, output_report=True)
     assert type(model).__name__ == "SoftmaxLMForCausalLM"
     assert report.notes == ["the model is causal, the source is not"]
-    assert sorted(report.left_out)[-1].startswith("cls.predictions")
-    assert report.new == []
+    assert report.new == report.left_out == []
+    assert torch.equal(model.lm_transform.dense.weight, source.cls.predictions.transform.dense.weight)
     model, report = ordnung.convert(make("GPT2LMHeadModel"), "softmax_lm", head="ForMaskedLM", output_report=True)
     assert model.config.is_decoder is False
     assert report.new == [
-        f"lm_head.{name}" for name in ("dense.weight", "dense.bias", "norm.weight", "norm.bias", "decoder.bias")
+        *(f"lm_transform.{name}" for name in ("dense.weight", "dense.bias", "norm.weight", "norm.bias")),
+        "lm_head.bias",
     ]
+
+
+@pytest.mark.parametrize("class_name", ["BertModel", "BertForMaskedLM", "RobertaModel", "RobertaForMaskedLM"])
+def test_encoder_predicts_from_every_prefix(class_name):
+    """CubicPrefixLM: at each token what the encoder, with its head, gives on the tokens up to there."""
+    source = make(class_name)
+    model, report = ordnung.convert(source, "cubic_prefix_lm", output_report=True)
+    assert report.new == report.notes == [] and all("pooler" in name for name in report.left_out)
+    ids, mask = masked_batch()
+    types = torch.randint(2, ids.shape)
+    if class_name.endswith("LM"):
+        assert type(model).__name__ == "CubicPrefixLMForCausalLM"
+        got = model(ids, attention_mask=mask, token_type_ids=types).logits
+    else:
+        got = model(ids, attention_mask=mask, token_type_ids=types, predict_from=mask == 1)[0]
+    for t in range(ids.shape[1]):
+        real = mask[:, t] == 1
+        prefix = ids[:, : t + 1], mask[:, : t + 1]
+        expected = run(source, *prefix, token_type_ids=types[:, : t + 1])[0][:, -1]
+        torch.testing.assert_close(got[real, t], expected[real], rtol=0, atol=1e-10)
+
+
+def test_causal_source_keeps_its_attention_with_one_pass_for_all():
+    source = make("GPT2LMHeadModel")
+    _, report = ordnung.convert(source, "cubic_prefix_lm", output_report=True)
+    assert report.notes == ["the source attends causally: the model does with prefix_stride=None"]
+    model, report = ordnung.convert(source, "cubic_prefix_lm", prefix_stride=None, output_report=True)
+    assert report.new == report.notes == []
+    assert_same(source, model, ["logits"])
 
 
 def test_what_a_conversion_keeps_is_counted():

@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 import ordnung
 from ordnung import LinformerLMConfig, SoftmaxLMConfig
+from ordnung.modeling.ops import chunks
 from ordnung.modeling.ops.linformer import LEARNED, linformer_naive
 from ordnung.modeling.registration import heads_of
 
@@ -139,6 +140,21 @@ class TestBidirectional:
                 one = model(tokens[row : row + 1], attention_mask=mask[row : row + 1]).logits[0, real]
                 torch.testing.assert_close(one, alone, rtol=0, atol=1e-12)
 
+    @pytest.mark.parametrize("position_embedding_type", ["learned", "rope"])
+    def test_pieces_equal_the_whole(self, projection_type, projection_sharing, position_embedding_type, monkeypatch):
+        model = build(
+            projection_type=projection_type,
+            projection_sharing=projection_sharing,
+            position_embedding_type=position_embedding_type,
+        )
+        ids, mask = masked_batch()
+        whole = model(ids, attention_mask=mask).logits.detach()  # with gradients: in one piece
+        for tokens in (8, 40):  # parts of a row, and two rows
+            monkeypatch.setattr(chunks, "ROWS", tokens)
+            with torch.no_grad():
+                pieces = model(ids, attention_mask=mask).logits
+            torch.testing.assert_close(pieces[mask == 1], whole[mask == 1], rtol=0, atol=1e-12)
+
     def test_flops_are_those_counted(self, projection_type, projection_sharing):
         for position_embedding_type in ("none", "rope"):
             model = build(
@@ -209,7 +225,7 @@ def test_every_head_of_a_bidirectional_model(tmp_path):
 
 def test_masked_head_is_tied_and_classification_reads_the_first_real_token():
     model = build()
-    assert model.lm_head.decoder.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     model = build(AutoModelForSequenceClassification)
     ids, mask = masked_batch()
     expected = model.score(model.model(ids, attention_mask=mask)[0][torch.arange(3), [6, 0, 0]])

@@ -82,7 +82,7 @@ class TestBidirectional:
 
     def test_masked_head_is_tied(self):
         model = self.model()
-        assert model.lm_head.decoder.weight is model.model.embed_tokens.weight
+        assert model.lm_head.weight is model.model.embed_tokens.weight
 
     def test_classification_reads_the_first_real_token(self):
         model = self.model(AutoModelForSequenceClassification)

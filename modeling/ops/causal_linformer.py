@@ -98,6 +98,15 @@ class CausalState(NamedTuple):
     count: torch.Tensor  # (B,)
 
 
+class Carry(NamedTuple):
+    """What blocks have to know of those before them, the same number for all rows."""
+
+    key: torch.Tensor  # (B, W C, H, D), the last tokens
+    value: torch.Tensor
+    sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # k_sums, v_sums and mass, of what is older
+    blocks: int
+
+
 def fused_attention(query, key, value, bias):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2), None
 
@@ -144,6 +153,20 @@ class CausalLinformer(NamedTuple):
     def forward(self, query, key, value, attend=fused_attention):
         """All rows, from their beginning: (B, N, H, D) each."""
         return self.from_start(query, key, value, self.empty_state(key), None, attend)[:2]
+
+    def before_first(self, key) -> Carry:
+        """What the first blocks know of those before them, for keys like `key` (B, N, H, D)."""
+        state, past = self.empty_state(key), key.new_zeros(len(key), self.W * self.C, *key.shape[2:])
+        return Carry(past, past, (state.k_sums, state.v_sums, state.mass[:1]), 0)
+
+    def go_on(self, query, key, value, carry: Carry, attend=fused_attention):
+        """`forward` in parts, of N tokens each that are a multiple of C in all but the last; and the next `Carry`."""
+        key, value = torch.cat([carry.key, key], dim=1), torch.cat([carry.value, value], dim=1)
+        blocks, past = -(-query.shape[1] // self.C), self.W * self.C
+        first = torch.full((1,), carry.blocks - self.W, device=query.device)
+        output, weights, sums = self.run(query, key, value, carry.sums, first, None, blocks, 0, attend)
+        last = (x[:, x.shape[1] - past :] for x in (key, value))
+        return output, weights, Carry(*last, sums, carry.blocks + blocks)
 
     def from_start(self, query, key, value, empty, folds, attend):
         # a graph for any length has to be sure of more than one block

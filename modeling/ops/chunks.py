@@ -16,12 +16,27 @@ def pieces_pay(x):
     return x.device.type == "cpu" and x.shape[0] * x.shape[1] > ROWS
 
 
+WHOLE = slice(None), slice(None)
+
+
+def pieces(x, multiple=1):
+    """What to compute of `x` (B, N, D) at a time: some whole sequences, or some tokens of one; slices of both.
+
+    A part of a sequence that is not its last is a multiple of `multiple` tokens. Slices of all are `WHOLE`.
+    """
+    if not pieces_pay(x):
+        return [WHOLE]
+    B, N = x.shape[:2]
+    rows, tokens = max(1, ROWS // N), max(1, ROWS // multiple) * multiple
+    return [(slice(b, b + rows), slice(t, t + tokens)) for b in range(0, B, rows) for t in range(0, N, tokens)]
+
+
 def in_pieces(function, *inputs):
     """`function` of inputs (B, N, D), for one that treats each token by itself and keeps the shape."""
-    if not pieces_pay(inputs[0]):
+    places = pieces(inputs[0])
+    if len(places) == 1:
         return function(*inputs)
     output = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
-    pieces = [x.flatten(0, 1).split(ROWS) for x in (output, *inputs)]
-    for part, *parts in zip(*pieces):
-        part.copy_(function(*parts))
+    for place in places:
+        output[place] = function(*(x[place] for x in inputs))
     return output
