@@ -137,15 +137,17 @@ class PrefixAttention(Attention):
         chosen: torch.Tensor,
         visible: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """The mixed states (G, S, D) of the tokens `chosen` (G, S) alone, from `states` (G, T, D).
 
-        `visible` (G, S, T) says which tokens each of them sees.
+        `visible` (G, S, T) says which tokens each of them sees. `past_key_values` takes the keys and values of all T.
         """
         G, S = chosen.shape
         query = self.q_proj(states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])))
         query = query.view(G, S, -1, self.head_dim).transpose(1, 2)
-        if position_embeddings is None and self.folds(self.k_proj, S):
+        keep = past_key_values is not None
+        if not keep and position_embeddings is None and self.folds(self.k_proj, S):
             scores = fold_keys(query, states, self.k_proj.weight, self.k_proj.bias)
         else:
             key = self.k_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
@@ -157,10 +159,13 @@ class PrefixAttention(Attention):
             scores = query @ key.transpose(2, 3)
         weights = join_scores(scores * self.scaling, visible[:, None]).softmax(-1)
         weights = nn.functional.dropout(weights, self.dropout).to(states.dtype)
-        if self.folds(self.v_proj, S):
+        if not keep and self.folds(self.v_proj, S):
             mixed = fold_values(weights, states, self.v_proj.weight, self.v_proj.bias)
         else:
-            mixed = weights @ self.v_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
+            value = self.v_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
+            mixed = weights @ value
+        if keep:
+            past_key_values.update(key, value, self.layer_idx)
         return self.out_proj(mixed.transpose(1, 2).reshape(G, S, -1))
 
     @property
@@ -198,8 +203,8 @@ def finish_first(layer, hidden_states, mixed):
     return layer.after_mixer(hidden_states, layer.mixer.out_proj(mixed))
 
 
-def read_last(layer, hidden_states, chosen, visible, position_embeddings):
-    mixed = layer.mixer.read(layer.before_mixer(hidden_states), chosen, visible, position_embeddings)
+def read_last(layer, hidden_states, chosen, visible, position_embeddings, past_key_values=None):
+    mixed = layer.mixer.read(layer.before_mixer(hidden_states), chosen, visible, position_embeddings, past_key_values)
     return layer.after_mixer(hidden_states.gather(1, chosen[..., None].expand_as(mixed)), mixed)
 
 
@@ -311,17 +316,29 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         if past is not None:
             key, value = past.update(key, value, 0)
         first = self.first_layer(hidden_states, position_ids, real, query, key, value)
-        anchor = None
+        anchor, at, single = None, 0, read.shape[1] == 1
+        kept = {"hidden_states": hidden_states, "position_ids": position_ids, "query": query}
         if "output" in state:
-            fresh = first.attend(slice(seen, None), slice(seen))
             old = state["output"], state["total"]
-            anchor = tuple(torch.cat(pair, dim=2) for pair in zip(old, fresh))
-        parts = self.plan(prefix_ends(real, 1), nn.functional.pad(read, (seen, 0)), single=read.shape[1] == 1)
-        states, anchor = self.run_passes(first, parts, anchor, seen if anchor else 0, record, finish=past is not None)
+            if single and not first.dropout:
+                output, total = first.add_token(old)
+                past.layers[0].first = {**kept, "output": output, "total": total}
+                return self.run_last(first, (output, total), record)
+            fresh = first.attend(slice(seen, None), slice(seen))
+            anchor, at = tuple(torch.cat(pair, dim=2) for pair in zip(old, fresh)), seen
+        parts = self.plan(prefix_ends(real, 1), nn.functional.pad(read, (seen, 0)), single)
+        states, anchor = self.run_passes(first, parts, anchor, at, record, finish=past is not None)
         if past is not None:
-            state = {"hidden_states": hidden_states, "position_ids": position_ids, "query": query}
-            past.layers[0].first = {**state, "output": anchor[0], "total": anchor[1]}
+            past.layers[0].first = {**kept, "output": anchor[0], "total": anchor[1]}
         return [x[:, seen:] for x in states]
+
+    def run_last(self, first: FirstLayer, attended, record: bool) -> list[torch.Tensor]:
+        """The states (B, 1, D) of the last tokens, from what the first layer's attention gives over all keys."""
+        outputs = []
+        for rows, [group] in self.plan(prefix_ends(first.real, 1), first.real, single=True):
+            past = tuple(x[rows] for x in attended)
+            outputs.append(self.run_group(first.only(rows), group, past, group.start, record))
+        return [torch.cat(x)[:, None] for x in zip(*outputs)]
 
     def predict_with_stride(self, hidden_states, position_ids, real, read, past, record) -> list[torch.Tensor]:
         """Tokens share passes; the state holds keys and values of the last one, and tokens are added to it causally."""
@@ -350,8 +367,7 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             return self.run_causally(hidden_states, position_ids, real, past, record)
         for layer in past.layers:
             layer.forget_pass()
-        mask = self.pass_mask(all_states, real, ends[:, -1])
-        states = self.run_layers(all_states, mask, self.rope(all_states, all_ids), past, False, record)
+        states = self.keep_pass(all_states, all_ids, real, ends[:, -1], past, record, bool(read[:, :-1].any()))
         states = [x[:, seen:] for x in states]
         missing = read & (ends[:, seen:] != ends[:, -1:])
         if missing.any():
@@ -361,13 +377,27 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             states = [torch.where(missing[..., None], y[:, seen:], x) for x, y in zip(states, others)]
         return states
 
-    def run_causally(self, hidden_states, position_ids, real, past, record) -> list[torch.Tensor]:
-        mask = create_causal_mask(self.config, hidden_states, unless_all(real), past)
-        return self.run_layers(hidden_states, mask, self.rope(hidden_states, position_ids), past, True, record)
+    def keep_pass(self, hidden_states, position_ids, real, ends, past, record, every: bool) -> list[torch.Tensor]:
+        """The pass that ends at `ends` (B,), its keys and values kept; unless `every`, read at the last token alone."""
+        mask, rope = self.pass_mask(hidden_states, real, ends), self.rope(hidden_states, position_ids)
+        if every:
+            return self.run_layers(self.layers, hidden_states, mask, rope, past, False, record)
+        states = self.run_layers(self.layers[:-1], hidden_states, mask, rope, past, False, record)
+        B, T = real.shape
+        chosen = torch.full((B, 1), T - 1, device=real.device)
+        last = self.layers[-1](states[-1], chosen, real[:, None], rope, past, run=read_last)  # it sees all before it
+        return [*(states if record else []), nn.functional.pad(last, (0, 0, T - 1, 0))]
 
-    def run_layers(self, hidden_states, mask, rope, past, is_causal, record) -> list[torch.Tensor]:
+    def run_causally(self, hidden_states, position_ids, real, past, record) -> list[torch.Tensor]:
+        real, mask = unless_all(real), None
+        if real is not None or hidden_states.shape[1] > 1 or is_tracing(hidden_states):
+            mask = create_causal_mask(self.config, hidden_states, real, past)
+        rope = self.rope(hidden_states, position_ids)
+        return self.run_layers(self.layers, hidden_states, mask, rope, past, True, record)
+
+    def run_layers(self, layers, hidden_states, mask, rope, past, is_causal, record) -> list[torch.Tensor]:
         states = []
-        for layer in self.layers:
+        for layer in layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -473,9 +503,10 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
     def pass_mask(self, hidden_states, real, ends):
         """The mask for whole layers of passes: which tokens each token of `hidden_states` (G, T, D) sees."""
         places = torch.arange(real.shape[1], device=real.device)
-        if self.stride == 1:  # what lies beyond a pass is padding, as in any batch of an encoder
-            inside = real & (places < ends[:, None])
-            return create_bidirectional_mask(self.config, hidden_states, unless_all(inside))
+        inside = real & (places < ends[:, None])
+        everything = unless_all(inside) is None
+        if everything or self.stride == 1:  # what lies beyond a pass is padding, as in any batch of an encoder
+            return None if everything else create_bidirectional_mask(self.config, hidden_states, inside)
         G, T = hidden_states.shape[:2]
         make = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         return make(  # as `create_bidirectional_mask` does, which runs mask functions other than its own through vmap

@@ -131,9 +131,9 @@ def measure_training(options, layers: int, length: int) -> dict:
 
 
 @torch.no_grad()
-def measure_decoding(options) -> dict:
-    """Seconds a token after a prompt, in turns of `decode_steps` tokens."""
-    length, steps, layers = options.decode_length, options.decode_steps, options.decode_layers
+def measure_decoding(options, length: int) -> dict:
+    """Seconds a token after a prompt of `length` tokens, in turns of `decode_steps` tokens."""
+    steps, layers = options.decode_steps, options.decode_layers
     tokens = torch.randint(VOCAB, (1, length + steps), generator=torch.Generator().manual_seed(options.seed))
     strides = {"stride 1": 1, "stride 8": 8, "causal": None}
     models = {name: build(options, layers, length + steps, prefix_stride=s).eval() for name, s in strides.items()}
@@ -163,14 +163,22 @@ def measure_decoding(options) -> dict:
     }
 
 
-def growth(rows: list[dict], layers: int, name: str, what: str) -> str:
-    """Exponent of N from the first to the last length."""
-    rows = [row for row in rows if row["layers"] == layers]
-    first, last = rows[0], rows[-1]
-    if first["length"] == last["length"]:
+def count(options, layers: int) -> dict[str, dict[str, int]]:
+    """FLOPs of the forward pass at lengths too long to time everything at."""
+    counts = {}
+    for length in options.count_lengths:
+        flops, attention = counted_flops(build(options, layers, length), predict, torch.zeros(1, length, dtype=int))
+        counts[str(length)] = {"flops": flops, "attention_flops": attention}
+    return counts
+
+
+def growth(values: dict[int | str, float]) -> str:
+    """Exponent of N from the first to the last length that there are values for."""
+    lengths = sorted(values, key=int)
+    first, last = lengths[0], lengths[-1]
+    if first == last:
         return "-"
-    ratio = last["competitors"][name][what] / first["competitors"][name][what]
-    return f"{math.log(ratio) / math.log(last['length'] / first['length']):.2f}"
+    return f"{math.log(values[last] / values[first]) / math.log(int(last) / int(first)):.2f}"
 
 
 def markdown(results: dict) -> str:
@@ -194,30 +202,34 @@ def markdown(results: dict) -> str:
                 *(f"{c[name]['saved_bytes'] / 1e6:.1f}" for name in ("naive", "cubic", "recomputed")),
             ]
         )
-    exponents = [
-        [str(layers), *(growth(results["training"], layers, "cubic", what) for what in ("attention_flops", "flops"))]
-        + [growth(results["training"], layers, "cubic", "seconds")]
-        for layers in sorted({row["layers"] for row in results["training"]})
+    exponents = []
+    for layers, counts in results["counted"].items():
+        row = [{n: value[what] for n, value in counts.items()} for what in ("attention_flops", "flops")]
+        two = results["counted"].get("2", counts)
+        middle = {n: value["attention_flops"] - two[n]["attention_flops"] for n, value in counts.items()}
+        timed = [row for row in results["training"] if row["layers"] == int(layers)]
+        seconds = {row["length"]: row["competitors"]["cubic"]["seconds"] for row in timed}
+        exponents.append([layers, *map(growth, row), growth(middle) if all(middle.values()) else "-", growth(seconds)])
+    lengths = sorted(int(n) for n in counts)
+    parts = [
+        markdown_table(header, body),
+        f"Exponent of N in what CubicPrefixLM computes: FLOPs counted from {lengths[0]} to {lengths[-1]} tokens, those of "
+        "attention between the first and the last layer by subtracting what 2 layers have; seconds over the lengths above:",
+        markdown_table(["layers", "attention FLOPs", "all FLOPs", "attention between", "seconds"], exponents),
     ]
-    decoding = results["decoding"]
-    anew = decoding["seconds"]["encoded anew"]
-    return "\n\n".join(
-        [
-            markdown_table(header, body),
-            "Exponent of N from the shortest to the longest, of what CubicPrefixLM computes:",
-            markdown_table(["layers", "attention FLOPs", "all FLOPs", "seconds"], exponents),
+    for decoding in results["decoding"]:
+        anew = decoding["seconds"]["encoded anew"]
+        rows = [[name, f"{s * 1e3:.2f}", f"{anew / s:.2f}×"] for name, s in decoding["seconds"].items()]
+        parts += [
             f"One more token after {decoding['length']}, {decoding['layers']} layers:",
-            markdown_table(
-                ["", "ms", "against encoding anew"],
-                [[name, f"{s * 1e3:.2f}", f"{anew / s:.2f}×"] for name, s in decoding["seconds"].items()],
-            ),
+            markdown_table(["", "ms", "against encoding anew"], rows),
             "Prefill: "
             + "; ".join(
                 f"{n} tokens {v['flops']:,} FLOPs, {v['attention_flops']:,} of attention"
                 for n, v in decoding["prefill"].items()
             ),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,7 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--hidden_size", type=int, default=128)
     add("--num_attention_heads", type=int, default=4)
     add("--repeats", type=int, default=5)
-    add("--decode_length", type=int, default=192)
+    add("--count_lengths", nargs="+", type=int, default=[512, 1024], help="tokens to count FLOPs at")
+    add("--decode_lengths", nargs="+", type=int, default=[192, 512], help="tokens before those decoded")
     add("--decode_layers", type=int, default=3)
     add("--decode_steps", type=int, default=16)
     add("--threads", type=int, default=1)
@@ -246,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine_info(),
         "settings": settings,
         "training": rows,
-        "decoding": measure_decoding(options),
+        "counted": {str(layers): count(options, layers) for layers in options.layers},
+        "decoding": [measure_decoding(options, length) for length in options.decode_lengths],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, results)

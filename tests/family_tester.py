@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 
 import ordnung
 from ordnung.modeling.backbone import linear_flops
-from ordnung.modeling.ops import causal_conv, chunks
+from ordnung.modeling.ops import chunks
 from ordnung.modeling.registration import heads_of
 
 VOCAB = 50
@@ -134,8 +134,7 @@ class FamilyTester:
         ids, mask = masked_batch()
         whole = model(ids, attention_mask=mask).logits  # with gradients: in one piece
         assert whole.requires_grad
-        for module in (chunks, causal_conv):
-            monkeypatch.setattr(module, "ROWS", 16)
+        monkeypatch.setattr(chunks, "ELEMENTS", 16 * model.config.hidden_size)  # 16 tokens
         for feed_forward in (0, 5):
             for layer in model.model.layers:
                 layer.mlp.chunk_size = feed_forward

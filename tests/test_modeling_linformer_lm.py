@@ -150,7 +150,7 @@ class TestBidirectional:
         ids, mask = masked_batch()
         whole = model(ids, attention_mask=mask).logits.detach()  # with gradients: in one piece
         for tokens in (8, 40):  # parts of a row, and two rows
-            monkeypatch.setattr(chunks, "ROWS", tokens)
+            monkeypatch.setattr(chunks, "ELEMENTS", tokens * model.config.hidden_size)
             with torch.no_grad():
                 pieces = model(ids, attention_mask=mask).logits
             torch.testing.assert_close(pieces[mask == 1], whole[mask == 1], rtol=0, atol=1e-12)

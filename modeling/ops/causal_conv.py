@@ -10,7 +10,7 @@ Legend: B batch, N tokens, D channels, H heads (D = H * P), P channels a head, K
 import torch
 import torch.nn.functional as F
 
-from ordnung.modeling.ops.chunks import ROWS, pieces_pay
+from ordnung.modeling.ops.chunks import piece_tokens, pieces_pay
 
 
 def causal_conv_naive(v, kernel, dilation=1, state=None):
@@ -69,10 +69,11 @@ def toeplitz_pieces(v, kernel, dilation, tokens):
     B, M, D = v.shape
     history = (kernel.shape[1] - 1) * dilation
     y = v.new_empty(B, tokens, D)
-    sequences = max(1, ROWS // tokens)
+    size = piece_tokens(v)
+    sequences = max(1, size // tokens)
     for v_part, y_part in zip(v.split(sequences), y.split(sequences)):
         start = M - tokens
-        for part in y_part.split(max(ROWS, history), dim=1):
+        for part in y_part.split(max(size, history), dim=1):
             end, first = start + part.shape[1], max(0, start - history)
             part.copy_(toeplitz_conv(v_part[:, first:end], kernel, dilation)[:, start - first :])
             start = end

@@ -6,14 +6,19 @@ input are fetched from the system, zeroed, and given back, at every step of ever
 
 import torch
 
-ROWS = 1024  # tokens, of all sequences together, in a piece
+ELEMENTS = 1024 * 512  # of states in a piece: tokens, of all sequences together, times width
+
+
+def piece_tokens(x):
+    """Tokens of `x` (B, N, D) in a piece."""
+    return max(1, ELEMENTS // x.shape[2])
 
 
 def pieces_pay(x):
     """Whether to compute `x` (B, N, D) in pieces."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False  # a graph must not depend on the size
-    return x.device.type == "cpu" and x.shape[0] * x.shape[1] > ROWS
+    return x.device.type == "cpu" and x.shape[0] * x.shape[1] > piece_tokens(x)
 
 
 WHOLE = slice(None), slice(None)
@@ -27,7 +32,7 @@ def pieces(x, multiple=1):
     if not pieces_pay(x):
         return [WHOLE]
     B, N = x.shape[:2]
-    rows, tokens = max(1, ROWS // N), max(1, ROWS // multiple) * multiple
+    rows, tokens = max(1, piece_tokens(x) // N), max(1, piece_tokens(x) // multiple) * multiple
     return [(slice(b, b + rows), slice(t, t + tokens)) for b in range(0, B, rows) for t in range(0, N, tokens)]
 
 

@@ -203,6 +203,16 @@ class FirstLayer:
         scores = join_scores(scores, self.real[:, None, None, keys], past)
         return mix(scores, self.value[:, :, keys], past, self.dropout), scores.logsumexp(-1)
 
+    def add_token(self, past) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of all queries over all keys, from those without the last token, as query and key."""
+        key, value = self.key[:, :, -1:], self.value[:, :, -1:]
+        scores = (self.query[:, :, :-1] @ key.transpose(2, 3))[..., 0].to(past[1].dtype)
+        scores = scores.masked_fill(~self.real[:, None, -1:], torch.finfo(scores.dtype).min)
+        total = torch.logaddexp(past[1], scores)
+        output = torch.lerp(past[0], value.to(past[0].dtype), (scores - total).exp()[..., None])
+        new = self.attend(slice(-1, None), slice(None))
+        return torch.cat([output, new[0]], dim=2), torch.cat([total, new[1]], dim=2)
+
     def attend_passes(self, group: Group, past) -> torch.Tensor:
         """Mixed values (G, T, D) of the tokens in each pass of `group`, continuing `past` over the keys before it."""
         past = None if past is None else tuple(take(x[:, :, : group.stop], group.rows) for x in past)
