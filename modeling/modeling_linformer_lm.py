@@ -257,11 +257,12 @@ class LinformerAttention(LinformerMixer):
         tokens, weights = RealTokens.of(attention_mask), self.sequence_weights(sequence_projection)
         e, f = (None, None) if weights is None else (weights[0], weights[-1])
         rows = self.project(hidden_states, f, tokens) if self.projects_first else None  # (B, M, D)
-        value = self.rows_of(self.v_proj, hidden_states, rows, f, tokens)
+        sums = self.weight_sums(hidden_states, f, tokens)
+        value = self.rows_of(self.v_proj, hidden_states, rows, f, tokens, sums)
         if position_embeddings is None:
             if rows is not None and weights is not None and len(weights) == 2:
-                rows = self.project(hidden_states, e, tokens)
-            key = self.rows_of(self.k_proj, hidden_states, rows, e, tokens)
+                rows, sums = self.project(hidden_states, e, tokens), self.weight_sums(hidden_states, e, tokens)
+            key = self.rows_of(self.k_proj, hidden_states, rows, e, tokens, sums)
         else:  # keys turn before they are summed
             B = len(hidden_states)
             position_embeddings = [x.expand(B, -1, -1)[:, :, None] for x in position_embeddings]
@@ -311,17 +312,23 @@ class LinformerAttention(LinformerMixer):
         heads = 1 if weight is None else weight.shape[0]
         return project_rows(states.unflatten(-1, (heads, -1)), kind, weight, k, n, lengths).flatten(2)
 
-    def rows_of(self, linear: nn.Linear, states, rows, weight, tokens: RealTokens | None):
-        """The projected keys or values (B, M, D): `linear` of the projected input `rows`, or the reverse."""
+    def weight_sums(self, states, weight, tokens: RealTokens | None):
+        """What the bias of a linear layer after the projection is multiplied by, (B or 1, M, 1), or None for 1."""
         kind = self.config.projection_type
+        if not self.projects_first or kind in MEANS:
+            return None
+        lengths = None if tokens is None else tokens.lengths
+        return weight_sums(kind, weight, self.span(states.shape[1], tokens), lengths)
+
+    def rows_of(self, linear: nn.Linear, states, rows, weight, tokens: RealTokens | None, sums):
+        """The projected keys or values (B, M, D): `linear` of the projected input `rows`, or the reverse."""
         if rows is None:
             return self.project(linear(states), weight, tokens)
-        if kind in MEANS:
+        if sums is None:
             return linear(rows)
         # called with a row of zeros, for its bias: so whatever has taken the place of the linear layer works
         rows, bias = linear(nn.functional.pad(rows, (0, 0, 0, 1))).split([rows.shape[1], 1], dim=1)
-        lengths = None if tokens is None else tokens.lengths
-        return rows + (weight_sums(kind, weight, self.span(states.shape[1], tokens), lengths) - 1) * bias
+        return rows + (sums - 1) * bias
 
     def slot_bias(self, states, tokens: RealTokens | None):
         kind, k, n = self.shape
@@ -357,11 +364,10 @@ class LinformerAttention(LinformerMixer):
             terms = rows * (n // k) if kind == "conv" else 0
         total = 2 * 2 * N * width**2 + 4 * N * rows * width  # queries and output; attention
         for first in (self.projects_first and not rope, self.projects_first):  # keys and values
-            if first:  # in learned projections a row for the bias, and the sums that multiply it
-                learned = kind in LEARNED
-                total += 2 * width**2 * (rows + learned) + 2 * terms * learned
-            else:
-                total += 2 * width**2 * N
+            # after learned projections a row more, for the bias
+            total += 2 * width**2 * (rows + (kind in LEARNED) if first else N)
+        if self.projects_first and kind in LEARNED:  # the sums that multiply the bias
+            total += 2 * terms * (2 if separate and not rope else 1)
         shared = self.projects_first and not rope and not separate
         return total + 2 * terms * width * (1 if shared else 2)
 

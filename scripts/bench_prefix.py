@@ -213,8 +213,9 @@ def markdown(results: dict) -> str:
     lengths = sorted(int(n) for n in counts)
     parts = [
         markdown_table(header, body),
-        f"Exponent of N in what CubicPrefixLM computes: FLOPs counted from {lengths[0]} to {lengths[-1]} tokens, those of "
-        "attention between the first and the last layer by subtracting what 2 layers have; seconds over the lengths above:",
+        f"Exponent of N in what CubicPrefixLM computes: FLOPs counted from {lengths[0]} to {lengths[-1]} tokens, those "
+        "of attention between the first and the last layer by subtracting what 2 layers have; seconds over the lengths "
+        "above:",
         markdown_table(["layers", "attention FLOPs", "all FLOPs", "attention between", "seconds"], exponents),
     ]
     for decoding in results["decoding"]:

@@ -85,8 +85,10 @@ def project_rows(x, kind, weight, k, n, lengths=None):
     """
     B, N, H, D = x.shape
     if kind == "linear":
-        rows = torch.matmul(weight.narrow(1, 0, N).mT, x.transpose(1, 2))  # (B, H, k, D)
-        return rows.transpose(1, 2)
+        weight = weight.narrow(1, 0, N).mT
+        if H == 1:
+            return torch.matmul(weight, x.squeeze(2)).unsqueeze(2)
+        return torch.matmul(weight, x.transpose(1, 2)).transpose(1, 2)  # of (B, H, k, D)
     tokens = slot_tokens(kind, N, k, n, lengths, x.device)  # (B or 1, M)
     if kind == "adaptive_mean_pool":
         if N <= k:
