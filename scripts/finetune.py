@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from ordnung.scripts import checkpointing, finetune_data, finetune_report, pretrain_setup
+from ordnung.scripts import checkpointing, finetune_data, finetune_report, finetune_sharing, pretrain_setup
 from ordnung.scripts.common import ScriptError, StopSignals, write_json
 from ordnung.scripts.evidence import claim_output_dir
 from ordnung.scripts.finetune_data import Batches, Encoder, Examples
@@ -377,7 +377,9 @@ class Finetuning:
         trained = epochs * len(self.data.train) + rest * self.step_rows
         results = {
             "task": task.name,
+            "model": options.model_name_or_path,
             "seed": self.seed,
+            **finetune_sharing.describe_run(task, options, scores),
             "metrics": scores,
             "score": fmean(mean_score(values) for values in scores.values()),
             "best": self.best,
@@ -420,6 +422,7 @@ def run(tasks: Sequence[Task], options: FinetuneOptions) -> int:
     transformers_logging.disable_progress_bar()
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
+    targets = finetune_sharing.find_targets(options, tasks) if accelerator.is_main_process else {}
     with accelerator.main_process_first():  # the others then read what the first has cached
         tokenizer = finetune_data.prepare_tokenizer(options)
         prepared = [prepare_task(task, options, tokenizer) for task in tasks]
@@ -446,5 +449,6 @@ def run(tasks: Sequence[Task], options: FinetuneOptions) -> int:
     if accelerator.is_main_process:
         results = finetune_report.collect(output_dir, [data.task.name for data in prepared], options)
         finetune_report.publish(results, output_dir)
+        finetune_sharing.push_best(results, options, targets)
     accelerator.end_training()
     return 0

@@ -7,6 +7,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ordnung.scripts.common import MergeKeyValues, ScriptError
 from ordnung.scripts.evidence import check_seeds
+from ordnung.scripts.sharing import NOT_RECORDED, HubOptions
 
 
 def _option(default: Any, help: str, **metadata):
@@ -14,7 +15,7 @@ def _option(default: Any, help: str, **metadata):
 
 
 @dataclass(kw_only=True)
-class FinetuneOptions:
+class FinetuneOptions(HubOptions):
     """Every option, in the order of --help. Names follow transformers' TrainingArguments where it has one."""
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint to fine-tune: folder or Hub name."})
@@ -123,4 +124,4 @@ class FinetuneOptions:
 
 
 # Tasks and seeds may be added to a folder of runs; the others do not change a run's outcome.
-_NOT_RECORDED = ("output_dir", "seeds", "task_name", "report_to", "preprocessing_num_workers")
+_NOT_RECORDED = ("output_dir", "seeds", "task_name", "report_to", "preprocessing_num_workers", *NOT_RECORDED)

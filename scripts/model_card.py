@@ -258,9 +258,9 @@ def _cost(subject: Subject) -> str:
 def _training(subject: Subject) -> str:
     results, lines = subject.results, []
     for name, words in (
-        ("data", "data: {}"), ("objective", "objective: {}"), ("tokens", "tokens: {:,}"), ("steps", "steps: {:,}"),
-        ("seconds", "seconds of training: {:,.0f}"), ("num_processes", "processes: {}"),
-        ("mixed_precision", "mixed precision: {}"), ("seed", "seed: {}"),
+        ("model", "fine-tuned from: {}"), ("data", "data: {}"), ("objective", "objective: {}"),
+        ("tokens", "tokens: {:,}"), ("steps", "steps: {:,}"), ("seconds", "seconds of training: {:,.0f}"),
+        ("num_processes", "processes: {}"), ("mixed_precision", "mixed precision: {}"), ("seed", "seed: {}"),
     ):  # fmt: skip
         if results.get(name) is not None:
             lines.append("- " + words.format(results[name]))
@@ -283,7 +283,7 @@ def _limits(subject: Subject) -> str:
         lines.append(f"- No output depends on more than the last {field_of_view:,} tokens.")
     if getattr(config, "position_embedding_type", None) == "learned":
         lines.append(f"- It takes at most {config.max_position_embeddings:,} tokens.")
-    if subject.results.get("tokens") is not None:
+    if subject.results.get("tokens") is not None and "model" not in subject.results:
         lines.append(f"- It has seen {subject.results['tokens']:,} tokens.")
     lines.append("- It repeats the errors and prejudices of the text that it was trained on.")
     return "\n".join(lines)

@@ -92,8 +92,10 @@ class Target:
         return f"{constants.ENDPOINT}/{self.repo_id}{branch}"
 
 
-def find_target(options: HubOptions, output_dir: str | Path) -> Target | None:
+def find_target(options: HubOptions, output_dir: str | Path, suffix: str = "") -> Target | None:
     """The target that a training script's options name, checked with the Hub; None without --push_to_hub.
+
+    `suffix` is appended to the name of the repository.
 
     Raises:
         ScriptError: as `check_target`; hub options without --push_to_hub.
@@ -104,7 +106,7 @@ def find_target(options: HubOptions, output_dir: str | Path) -> Target | None:
                 raise ScriptError(f"--{name} does nothing without --push_to_hub: add it, or leave both out")
         return None
     target = Target(
-        repo_id=options.hub_model_id or Path(output_dir).resolve().name,
+        repo_id=(options.hub_model_id or Path(output_dir).resolve().name) + suffix,
         private=options.hub_private,
         revision=options.hub_revision or "main",
         license=options.hub_license,

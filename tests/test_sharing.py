@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import peft
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
 from ordnung.modeling.registration import FAMILIES, heads_of
-from ordnung.scripts import machine, pretrain, push_to_hub, sharing
+from ordnung.scripts import finetune_glue, machine, pretrain, push_to_hub, sharing
 from ordnung.scripts.common import ScriptError
 from ordnung.scripts.sharing import Target, check_target, push
 
@@ -360,6 +361,53 @@ def test_training_does_not_start_without_a_way_to_push(hub, train, tmp_path, mon
             train(*arguments)
         assert not (tmp_path / "whale").exists()
     assert not hub.repositories
+
+
+def write_tasks(folder):
+    """SST-2 and RTE of a few rows each."""
+    for task, columns in (("sst2", ["sentence"]), ("rte", ["sentence1", "sentence2"])):
+        (folder / task).mkdir(parents=True)
+        for split, rows in (("train", 24), ("validation", 12)):
+            table = {column: ["a ship and the sea", "the whale"] * (rows // 2) for column in columns}
+            datasets.Dataset.from_dict({**table, "label": [0, 1] * (rows // 2)}).to_json(
+                folder / task / f"{split}.jsonl"
+            )
+    return folder
+
+
+def test_fine_tuning_ends_with_a_push_of_the_best_run_of_each_task(hub, train, tmp_path):
+    source, data = train(), write_tasks(tmp_path / "data")
+    arguments = ["--model_name_or_path", str(source), "--dataset_path", str(data), "--max_steps", "3", "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "tuned"), "--seeds", "0", "1", "--push_to_hub"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert finetune_glue.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "whale-glue"]) == 0
+    assert set(hub.repositories) == {"ahab/whale-glue-sst2", "ahab/whale-glue-rte"}
+    results = json.loads((tmp_path / "tuned" / "results.json").read_text())["tasks"]["sst2"]
+    files = hub.repositories["ahab/whale-glue-sst2"].files()
+    assert STANDARD_FILES - {"generation_config.json"} < set(files)
+    card = ModelCard(files["README.md"].decode())
+    [measured] = card.data.eval_results
+    assert (measured.metric_type, measured.dataset_split) == ("accuracy", "validation")
+    assert measured.metric_value == max(results["score"]["values"])
+    assert "over 2 runs" in card.text and f"fine-tuned from: {source}" in card.text
+    assert card.data.pipeline_tag == "text-classification" and not card.data.datasets
+    # the same command again pushes what is there already, and trains nothing
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert finetune_glue.main([*arguments, "--task_name", "sst2", "--hub_model_id", "other"]) == 0
+    assert set(hub.repositories) >= {"ahab/other"}
+
+
+def test_an_adapter_that_nobody_could_load_is_refused_before_it_is_trained(hub, train, tmp_path):
+    source, data = train(), write_tasks(tmp_path / "data")
+    arguments = ["--model_name_or_path", str(source), "--dataset_path", str(data), "--max_steps", "3", "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "tuned"), "--task_name", "sst2", "--push_to_hub", "--use_peft"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ScriptError, match="a local folder, is of no use to others: add --merge_adapter"):
+        finetune_glue.main(arguments)
+    assert not (tmp_path / "tuned").exists() and not hub.repositories
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert finetune_glue.main([*arguments, "--merge_adapter"]) == 0
+    assert "model.safetensors" in hub.repositories["ahab/tuned"].files()
 
 
 def test_commands_are_shown_without_tokens():
