@@ -65,10 +65,11 @@ def markdown(results: dict) -> str:
         machine["gpu"][0]["name"] if settings["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     )
     shape = settings["shape"]
+    kernel = f", K={shape['kernel_size']}" if "conv_lm" in results["variants"] else ""
     parts = [
         f"{device}, {settings['dtype']}, batch {settings['batch_size']}, width {shape['hidden_size']}, "
-        f"{shape['num_hidden_layers']} layers, {shape['num_attention_heads']} heads, vocabulary {shape['vocab_size']}, "
-        f"K={shape['kernel_size']}; torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"{shape['num_hidden_layers']} layers, {shape['num_attention_heads']} heads, vocabulary {shape['vocab_size']}"
+        f"{kernel}; torch {machine['torch']}, transformers {machine['transformers']}, "
         f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
         f"Times are medians with half the interquartile range; ratios against {results['baseline']}: measured "
         "(predicted from FLOPs), above 1 is faster.",

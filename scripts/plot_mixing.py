@@ -18,7 +18,9 @@ from transformers.modeling_utils import PreTrainedModel
 import ordnung
 from ordnung.modeling.convert import SOURCES
 from ordnung.scripts.common import ScriptError, run_script, write_json
+from ordnung.scripts.evidence import markdown_table
 from ordnung.scripts.generate import check_folder, positive
+from ordnung.scripts.machine import described, machine_info
 
 
 def load(name: str):
@@ -74,7 +76,7 @@ def cumulative_share(weights: torch.Tensor) -> torch.Tensor:
 
 
 def spectrum(shares: list[torch.Tensor], layer_types: list[str], rank: int) -> list[dict]:
-    """For each layer, its type and the share at `rank`: mean over heads, least, and of each head."""
+    """For each layer: its type; the share at `rank`, mean over heads, least and of each head; the curve of the mean."""
     rows = []
     for i, (share, layer_type) in enumerate(zip(shares, layer_types, strict=True)):
         heads = share[:, min(rank, share.shape[1]) - 1]
@@ -85,9 +87,27 @@ def spectrum(shares: list[torch.Tensor], layer_types: list[str], rank: int) -> l
                 "mean": round(heads.mean().item(), 4),
                 "least": round(heads.min().item(), 4),
                 "heads": [round(x, 4) for x in heads.tolist()],
+                "curve": [round(x, 4) for x in share.mean(0).tolist()],
             }
         )
     return rows
+
+
+def markdown(results: dict) -> str:
+    """The figures of a spectrum.json as a table."""
+    header = ["layer", "mean of heads", "least", "each head"]
+    body = [
+        [f"{row['layer']}: {row['layer_type']}", f"{row['mean']:.3f}", f"{row['least']:.3f}"]
+        + [" ".join(f"{head:.2f}" for head in row["heads"])]
+        for row in results["layers"]
+    ]
+    return "\n\n".join(
+        [
+            f"Share of the sum of singular values at rank {results['rank']} of {results['tokens']} tokens, "
+            f"{results['model']}. {described(results['machine'])}",
+            markdown_table(header, body),
+        ]
+    )
 
 
 def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Path):
@@ -121,17 +141,19 @@ def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Pat
     plt.close(figure)
 
 
-def draw_spectrum(shares: list[torch.Tensor], rows: list[dict], rank: int, image: Path):
+def draw_spectrum(results: dict, image: Path):
+    """From the content of a spectrum.json."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows, rank = results["layers"], results["rank"]
     figure, (curves, table) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for share, row in zip(shares, rows, strict=True):
+    for row in rows:
         colour = plt.get_cmap("viridis")(row["layer"] / max(len(rows) - 1, 1))
-        mean = share.mean(0).cpu()
-        curves.plot(range(1, len(mean) + 1), mean, color=colour, label=f"{row['layer']}: {row['layer_type']}")
+        label = f"{row['layer']}: {row['layer_type']}"
+        curves.plot(range(1, len(row["curve"]) + 1), row["curve"], color=colour, label=label)
     curves.axvline(rank, color="grey", linewidth=0.8, linestyle="--")
     curves.set(xlabel="rank", ylabel="share of the sum of singular values, mean of heads", ylim=(0, 1.02))
     curves.grid(alpha=0.3)
@@ -175,12 +197,11 @@ def main(argv: list[str] | None = None):
     rows = spectrum(shares, model.config.layer_types, rank)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     draw_weights(weights, model.config.layer_types, options.output_dir / "mixing.png")
-    draw_spectrum(shares, rows, rank, options.output_dir / "spectrum.png")
-    figures = {"model": options.model_name_or_path, "tokens": tokens, "rank": rank, "layers": rows}
-    write_json(options.output_dir / "spectrum.json", figures)
-    print(f"share of the sum of singular values at rank {rank} of {tokens} tokens, mean of heads (least)")
-    for row in rows:
-        print(f"  layer {row['layer']} {row['layer_type']}: {row['mean']:.3f} ({row['least']:.3f})")
+    results = {"machine": machine_info(), "model": options.model_name_or_path, "tokens": tokens, "rank": rank}
+    results["layers"] = rows
+    write_json(options.output_dir / "spectrum.json", results)
+    draw_spectrum(results, options.output_dir / "spectrum.png")
+    print(markdown(results))
     for name in ("mixing.png", "spectrum.png", "spectrum.json"):
         print(options.output_dir / name)
 

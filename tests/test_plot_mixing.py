@@ -19,6 +19,11 @@ MODELS = {
     "conv": ("conv_lm", {"kernel_size": 5, "dilation": [1, 2, 3]}),
     "conv-free": ("conv_lm", {"kernel_size": 40, "kernel_normalization": "none"}),
     "hybrid": ("conv_lm", HYBRID),
+    "cubic": ("cubic_prefix_lm", {}),
+}
+SLOTS = {
+    "linformer": ("linformer_lm", {"is_decoder": False, "projected_size": 4}),
+    "linformer-causal": ("linformer_lm", {"projected_size": 8, "local_block_size": 4}),
 }
 
 
@@ -48,6 +53,16 @@ def test_weights_times_values_are_what_the_mixer_computes(name):
         torch.testing.assert_close(mixed[mask == 1], output[mask == 1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SLOTS)
+@torch.no_grad()
+def test_weights_of_slots_share_out_one(name):
+    model_type, fields = SLOTS[name]
+    for weights in plot_mixing.mixing_weights(make(model_type, **fields), torch.randint(1, VOCAB, (1, 19))):
+        # k slots; in the causal form after the tokens of two blocks
+        assert weights.shape == (4, 19, {"linformer": 4, "linformer-causal": 16}[name])
+        torch.testing.assert_close(weights.sum(-1), torch.ones(4, 19))
+
+
 def test_a_channel_kernel_is_drawn_as_the_mean_of_its_head():
     model = make("conv_lm", kernel_size=5, kernel_sharing="channel")
     with torch.no_grad():
@@ -70,9 +85,9 @@ def test_shares_of_known_matrices():
     shares = plot_mixing.cumulative_share(torch.stack([identity, constant]))
     torch.testing.assert_close(shares[0], torch.arange(1, 9) / 8.0, check_dtype=False)
     torch.testing.assert_close(shares[1], torch.ones(8), check_dtype=False)
-    assert plot_mixing.spectrum([shares], ["full_attention"], 2) == [
-        {"layer": 0, "layer_type": "full_attention", "mean": 0.625, "least": 0.25, "heads": [0.25, 1.0]}
-    ]
+    [row] = plot_mixing.spectrum([shares], ["full_attention"], 2)
+    assert row.pop("curve") == [round((i / 8 + 1) / 2, 4) for i in range(1, 9)]
+    assert row == {"layer": 0, "layer_type": "full_attention", "mean": 0.625, "least": 0.25, "heads": [0.25, 1.0]}
 
 
 @pytest.fixture
@@ -83,7 +98,7 @@ def checkpoint(tmp_path, tokenizer):
             sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
             model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=30, **sizes))
         else:
-            model_type, fields = MODELS[name]
+            model_type, fields = {**MODELS, **SLOTS}[name]
             model = make(model_type, **{**fields, "vocab_size": len(tokenizer)})
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -92,7 +107,10 @@ def checkpoint(tmp_path, tokenizer):
     return write
 
 
-@pytest.mark.parametrize(("name", "layers", "heads"), [("hybrid", 3, 4), ("bert", 2, 3)])
+@pytest.mark.parametrize(
+    ("name", "layers", "heads"),
+    [("hybrid", 3, 4), ("bert", 2, 3), ("linformer", 3, 4), ("linformer-causal", 3, 4), ("cubic", 3, 4)],
+)
 def test_program_draws_and_writes_figures(name, layers, heads, checkpoint, tmp_path, capsys):
     text = "the whale and the sea, a ship and a captain"
     arguments = ["--model_name_or_path", checkpoint(name), "--text", text, "--max_length", "8"]

@@ -26,6 +26,7 @@ from ordnung.scripts.pretrain_options import PretrainOptions
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2"
 SOFTMAX = ["--model_type", "softmax_lm", "--config_overrides", TINY + ",position_embedding_type=rope"]
 LINFORMER = ["--model_type", "linformer_lm", "--config_overrides", TINY + ",projected_size=8,local_block_size=8"]
+CUBIC = ["--model_type", "cubic_prefix_lm", "--config_overrides", TINY + ",max_position_embeddings=32"]
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
 
 
@@ -137,15 +138,16 @@ def test_evaluation_is_the_mean_over_the_held_out_tokens(run, data):
     assert metrics(out, "eval_bits_per_byte")[2] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["memory", "streaming", "masked", "masked-linformer"])
+@pytest.mark.parametrize("kind", ["memory", "streaming", "linformer", "cubic", "masked", "masked-linformer"])
 def test_a_resumed_run_equals_an_uninterrupted_one(run, data, kind):
     options = {"gradient_accumulation_steps": 2, "max_steps": 9, "save_total_limit": 1, "warmup_steps": 2}
     model = ["--model_type", "conv_lm", "--config_overrides", TINY + ",kernel_size=8,hidden_dropout=0.1"]
     if kind == "streaming":
         options |= {"train_file": data / "documents.jsonl", "validation_file": data / "text.txt", "streaming": True}
+    for name, other in (("masked", SOFTMAX), ("linformer", LINFORMER), ("cubic", CUBIC)):
+        if name in kind:
+            model = [*other[:-1], other[-1] + ",hidden_dropout=0.1,attention_dropout=0.1"]
     if kind.startswith("masked"):
-        model = [*(LINFORMER if "linformer" in kind else SOFTMAX)]
-        model[-1] += ",hidden_dropout=0.1,attention_dropout=0.1"
         # the line of step 6 covers steps on both sides of the checkpoint of step 5
         options |= {"objective": "masked", "logging_steps": 3}
     whole = run("whole", model, **options)
