@@ -91,10 +91,20 @@ class TestEveryFamily:
         torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_causal_models_too():
-    config = AutoConfig.for_model("conv_lm", vocab_size=50, kernel_size=4, **TINY)
-    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(task_type=TaskType.CAUSAL_LM))
-    assert len(model.targeted_module_names) == 2 * 4  # v_proj, out_proj, up_proj and down_proj of two layers
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_causal_models_too(model_type):
+    """Also where a family would rather use a projection's weight than call it, as CubicPrefixLM's last layer does."""
+    config = AutoConfig.for_model(model_type, vocab_size=50, is_decoder=True, **TINY)
+    base = AutoModelForCausalLM.from_config(config)
+    ids, expected = torch.randint(1, 50, (2, 12)), len(projections(base))
+    model = get_peft_model(base, LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, init_lora_weights=False)).eval()
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * expected and all(parameter.grad.abs().sum() > 0 for parameter in trained)
+    merged = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(merged(ids).logits, output.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_targets_are_entered_where_peft_came_first(monkeypatch):
