@@ -165,7 +165,7 @@ class CausalLinformer(NamedTuple):
         blocks, past = -(-query.shape[1] // self.C), self.W * self.C
         first = torch.full((1,), carry.blocks - self.W, device=query.device)
         output, weights, sums = self.run(query, key, value, carry.sums, first, None, blocks, 0, attend)
-        last = (x[:, x.shape[1] - past :] for x in (key, value))
+        last = (last_tokens(None, x, past) for x in (key, value))
         return output, weights, Carry(*last, sums, carry.blocks + blocks)
 
     def from_start(self, query, key, value, empty, folds, attend):
@@ -227,39 +227,47 @@ class CausalLinformer(NamedTuple):
         Returns:
             the output (B, blocks C or the tokens of `query`, H, D); the weights or None; the new sums.
         """
-        N = query.shape[1]
+        N, past = query.shape[1], self.W * self.C
         tokens = SLAB_TOKENS["cpu" if query.device.type == "cpu" else "other"]
         slab = max(1, tokens // (self.C * query.shape[0]))
-        if torch.compiler.is_exporting() or blocks <= slab:
-            slab = blocks  # a graph for any length has no loop over it
+        if torch.compiler.is_exporting() or blocks <= slab:  # a graph for any length has no loop over it
+            query = section(query, 0, blocks * self.C)
+            key, value = (section(x, -shift, (self.W + blocks) * self.C) for x in (key, value))
+            numbers, folded = self.numbers(first, 0, blocks, folds)
+            output, weights, *sums = self.slab(query, key, value, *sums, numbers, folded, attend)
+            return first_tokens(output, N, 1), None if weights is None else first_tokens(weights, N, 2), sums
+
+        # split and not sliced, as the gradient of each slice is as long as the whole
+        if shift:
+            tails = [x.new_zeros(len(x), past, *x.shape[2:]) for x in (key, value)]
+        else:
+            (k_tail, key), (v_tail, value) = (x.split([past, x.shape[1] - past], dim=1) for x in (key, value))
+            tails = [k_tail, v_tail]
         outputs, all_weights = [], []
-        for start in range(0, blocks, slab) if slab is not blocks else (0,):
-            count = min(slab, blocks - start) if slab is not blocks else blocks
-            numbers = first[:, None] + start + torch.arange(count, device=query.device)  # (B or 1, T)
-            folded = numbers >= 0
-            if folds is not None:
-                folded = folded & (numbers < (first + folds)[:, None])
-            begin = start * self.C
-            last = slab is blocks or start + count == blocks
-            inputs = (
-                section(query, begin, count * self.C, last),
-                section(key, begin - shift, (self.W + count) * self.C, last),
-                section(value, begin - shift, (self.W + count) * self.C, last),
-                *sums,
-                numbers,
-                folded,
-                attend,
-            )
-            if torch.is_grad_enabled() and slab is not blocks:
+        for i, parts in enumerate(zip(*(x.split(slab * self.C, dim=1) for x in (query, key, value)))):
+            count = min(slab, blocks - i * slab)
+            parts = [section(x, 0, count * self.C) for x in parts]
+            inputs = (*parts, *tails, *sums, *self.numbers(first, i * slab, count, folds), attend)
+            if torch.is_grad_enabled():
                 # the laid-out keys are (W + 1) C + k rows a block: kept for all slabs they would outweigh the model
-                output, weights, *sums = checkpoint(self.slab, *inputs, use_reentrant=False)
+                output, weights, *sums = checkpoint(self.next_slab, *inputs, use_reentrant=False)
             else:
-                output, weights, *sums = self.slab(*inputs)
+                output, weights, *sums = self.next_slab(*inputs)
+            tails = [last_tokens(tail, part, past) for tail, part in zip(tails, parts[1:])]
             outputs.append(output)
             all_weights.append(weights)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        weights = None if weights is None else first_tokens(torch.cat(all_weights, dim=2), N, 2)
-        return first_tokens(output, N, 1), weights, sums
+        weights = None if all_weights[0] is None else torch.cat(all_weights, dim=2).narrow(2, 0, N)
+        return torch.cat(outputs, dim=1).narrow(1, 0, N), weights, sums
+
+    def numbers(self, first, start, count, folds):
+        """Numbers (B or 1, count) of the first blocks in the windows of blocks from `start` on, and which to fold."""
+        numbers = first[:, None] + start + torch.arange(count, device=first.device)
+        folded = numbers >= 0
+        return numbers, folded if folds is None else folded & (numbers < (first + folds)[:, None])
+
+    def next_slab(self, query, key, value, k_tail, v_tail, *rest):
+        """`slab` with keys and values that begin after the window's older blocks, which are the tails."""
+        return self.slab(query, torch.cat([k_tail, key], dim=1), torch.cat([v_tail, value], dim=1), *rest)
 
     def slab(self, query, key, value, k_sums, v_sums, mass, numbers, folded, attend):
         """`run` for T blocks. key and value are (B, (W + T) C, H, D), numbers and folded (B or 1, T)."""
@@ -356,12 +364,19 @@ def select(condition, new, old):
     return torch.where(condition.reshape(condition.shape + (1,) * (new.ndim - condition.ndim)), new, old)
 
 
-def section(x, begin, size, last):
-    """`size` tokens of x (B, N, ...) from token `begin` on, zeros where there are none; `last`: N is not after them."""
+def section(x, begin, size):
+    """`size` tokens of x (B, N, ...) from token `begin` on, zeros where there are none: before 0, and from N on."""
     left = max(-begin, 0)
-    part = x[:, max(begin, 0) :] if last else x[:, max(begin, 0) : begin + size]
+    part = x[:, max(begin, 0) :]
     right = size - left - part.shape[1]
     return F.pad(part, (0, 0, 0, 0, left, right)) if left or torch.compiler.is_exporting() or right else part
+
+
+def last_tokens(before, x, count):
+    """The last `count` tokens of x (B, N, ...), and of `before` where there are too few."""
+    if x.shape[1] < count:
+        x = torch.cat([before, x], dim=1)
+    return x[:, x.shape[1] - count :]
 
 
 def reshape(x, *shape):
