@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from ordnung.modeling.registration import FAMILIES, heads_of
-from ordnung.scripts import make_cards
+from ordnung.scripts import card_tables, make_cards
 from ordnung.scripts.common import ScriptError
 from ordnung.scripts.model_card import PIPELINE_TAGS, head_of
 
@@ -23,7 +23,7 @@ def project(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "model_cards", tmp_path / "model_cards")
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.setattr(make_cards, "ROOT", tmp_path)
-    monkeypatch.setattr(make_cards, "RESULTS", tmp_path / "model_cards" / "results")
+    monkeypatch.setattr(card_tables, "RESULTS", tmp_path / "model_cards" / "results")
     return tmp_path
 
 

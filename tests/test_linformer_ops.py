@@ -76,7 +76,8 @@ def reference(op, query, key, value):
 
 @pytest.fixture(params=[2048, 16], ids=["one-slab", "slabs"])
 def slab_tokens(request, monkeypatch):
-    monkeypatch.setattr(causal_linformer, "SLAB_TOKENS", dict.fromkeys(causal_linformer.SLAB_TOKENS, request.param))
+    elements = request.param * 2 * 3  # heads and their width, in what follows
+    monkeypatch.setattr(causal_linformer, "SLAB_ELEMENTS", dict.fromkeys(causal_linformer.SLAB_ELEMENTS, elements))
 
 
 @pytest.mark.parametrize("N", [1, 7, 12, 41])  # 41 is beyond the table of 24 positions

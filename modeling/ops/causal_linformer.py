@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Tokens, over the batch, whose keys are laid out at once: few stay in a processor's cache, a GPU wants more work.
-SLAB_TOKENS = {"cpu": 256, "other": 8192}
+# Elements of the keys that are laid out at once, tokens of all rows times width: few stay in a processor's cache, a GPU
+# wants more work.
+SLAB_ELEMENTS = {"cpu": 256 * 768, "other": 8192 * 768}
 
 
 def positive_weights(kind, weight, blocks, block_size, k, n):
@@ -228,8 +229,8 @@ class CausalLinformer(NamedTuple):
             the output (B, blocks C or the tokens of `query`, H, D); the weights or None; the new sums.
         """
         N, past = query.shape[1], self.W * self.C
-        tokens = SLAB_TOKENS["cpu" if query.device.type == "cpu" else "other"]
-        slab = max(1, tokens // (self.C * query.shape[0]))
+        elements = SLAB_ELEMENTS["cpu" if query.device.type == "cpu" else "other"]
+        slab = max(1, elements // (self.C * len(query) * query.shape[2] * query.shape[3]))
         if torch.compiler.is_exporting() or blocks <= slab:  # a graph for any length has no loop over it
             query = section(query, 0, blocks * self.C)
             key, value = (section(x, -shift, (self.W + blocks) * self.C) for x in (key, value))
