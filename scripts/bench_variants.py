@@ -125,8 +125,8 @@ def cubic_flops(config: CubicPrefixLMConfig, new: int, past: int, logits: int) -
     tokens, width = past + new, config.hidden_size
     read = torch.arange(tokens)[None] >= tokens - logits
     flops = model.model.prefix_flops(tokens, read) + 2 * logits * width * config.vocab_size
-    if past:  # the first layer's projections and sums over the past are there; new key, and new query
-        flops += 4 * width * (tokens + past) - 4 * width * tokens**2 - 6 * width**2 * past
+    if past:  # the first layer's projections and sums over the past are there; new query, and scores of the new key
+        flops += 4 * width * tokens + 2 * width * past - 4 * width * tokens**2 - 6 * width**2 * past
     return flops
 
 
