@@ -67,11 +67,13 @@ class PrefixCacheLayer(DynamicLayer):
         self.first: dict[str, torch.Tensor] = {}
 
     def reset(self) -> None:
+        self.forget_pass()
         super().reset()
         self.first = {}
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
+        if self.is_initialized:  # with stride 1 the layers after the first hold nothing
+            super().crop(tokens_to_remove)
         if not self.first or not tokens_to_remove:
             return
         T = self.get_seq_length()
@@ -85,7 +87,8 @@ class PrefixCacheLayer(DynamicLayer):
 
     def forget_pass(self) -> None:
         """Drops the keys and values, for those of another pass."""
-        super().reset()
+        self.keys = self.values = None  # before transformers 5.23 its `reset` keeps zeros
+        self.is_initialized = False
 
     def each(self, function) -> None:
         if self.is_initialized:
