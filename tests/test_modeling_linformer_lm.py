@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 
 import ordnung
 from ordnung import LinformerLMConfig, SoftmaxLMConfig
-from ordnung.modeling.ops import chunks
+from ordnung.modeling.ops import causal_linformer, chunks
 from ordnung.modeling.ops.linformer import LEARNED, linformer_naive
 from ordnung.modeling.registration import heads_of
 
@@ -279,6 +279,36 @@ def test_state_is_small_and_constant():
             LinformerLMConfig(is_decoder=True, vocab_size=100, num_hidden_layers=1, max_position_embeddings=65536)
         )
     assert model.cache_bytes(100) == model.cache_bytes(65536) < 1.6e6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_slabs_of_training_give_the_same_gradients(dropout, monkeypatch):
+    """Several slabs, which are computed twice for the backward pass: with what dropout drew, and also in a graph."""
+    model = build(AutoModelForCausalLM, attention_dropout=dropout).train()
+    ids = torch.randint(1, VOCAB, (2, 60))
+    calls = []
+
+    def gradients(compute):
+        torch.manual_seed(0)
+        model.zero_grad()
+        compute(ids, labels=ids, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def assert_equal(got, expected):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+    if not dropout:  # which other slabs draw otherwise
+        whole = gradients(model)
+    monkeypatch.setattr(causal_linformer, "SLAB_ELEMENTS", dict.fromkeys(causal_linformer.SLAB_ELEMENTS, 16 * 32))
+    recomputed = gradients(model)
+    if not dropout:
+        assert_equal(recomputed, whole)
+        torch._dynamo.reset()
+        assert_equal(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), whole)
+    monkeypatch.setattr(causal_linformer, "checkpoint", lambda f, *args, **_: calls.append(f.__name__) or f(*args))
+    assert_equal(recomputed, gradients(model))
+    assert calls.count("slabs") == 2 and calls.count("next_slab") == 2 * 8  # two layers; 60 tokens, 8 of each row
 
 
 def test_attention_weights_are_those_of_window_and_slots():

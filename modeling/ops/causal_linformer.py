@@ -228,7 +228,7 @@ class CausalLinformer(NamedTuple):
         Returns:
             the output (B, blocks C or the tokens of `query`, H, D); the weights or None; the new sums.
         """
-        N, past = query.shape[1], self.W * self.C
+        N = query.shape[1]
         elements = SLAB_ELEMENTS["cpu" if query.device.type == "cpu" else "other"]
         slab = max(1, elements // (self.C * len(query) * query.shape[2] * query.shape[3]))
         if torch.compiler.is_exporting() or blocks <= slab:  # a graph for any length has no loop over it
@@ -238,6 +238,16 @@ class CausalLinformer(NamedTuple):
             output, weights, *sums = self.slab(query, key, value, *sums, numbers, folded, attend)
             return first_tokens(output, N, 1), None if weights is None else first_tokens(weights, N, 2), sums
 
+        if not torch.is_grad_enabled():
+            return self.slabs(query, key, value, sums, first, folds, blocks, shift, slab, attend)
+        # Once more around the slabs, which are checkpointed one by one: the many small tensors between them are then
+        # kept for one layer at a time, and do not lie scattered among all that the other layers keep.
+        inputs = (query, key, value, sums, first, folds, blocks, shift, slab, attend)
+        return checkpoint(self.slabs, *inputs, use_reentrant=False)
+
+    def slabs(self, query, key, value, sums, first, folds, blocks, shift, slab, attend):
+        """`run` for `slab` blocks at a time."""
+        N, past = query.shape[1], self.W * self.C
         # split and not sliced, as the gradient of each slice is as long as the whole
         if shift:
             tails = [x.new_zeros(len(x), past, *x.shape[2:]) for x in (key, value)]
