@@ -86,6 +86,11 @@ class BackboneConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def attends_causally(self) -> bool:
+        """Whether the states of a token do not depend on later ones."""
+        return self.is_decoder
+
+    @property
     def num_positions(self) -> int:
         """Rows of the learned table that are positions."""
         return self.max_position_embeddings - self.position_offset

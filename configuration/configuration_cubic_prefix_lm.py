@@ -31,6 +31,11 @@ class CubicPrefixLMConfig(BackboneConfig):
     prefix_stride: int | None = 1
     prefix_group_tokens: int = 16384
 
+    @property
+    def attends_causally(self) -> bool:
+        """With `prefix_stride` None; otherwise a prediction comes from a bidirectional pass over its prefix."""
+        return self.is_decoder and self.prefix_stride is None
+
     def validate_prefixes(self):
         if self.prefix_stride is not None and self.prefix_stride < 1:
             raise ValueError(

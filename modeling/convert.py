@@ -271,12 +271,9 @@ def convert(
         target.generation_config = copy.deepcopy(model.generation_config)
 
     report = ConversionReport(type(model).__name__, type(target).__name__, notes=table.notes(model.config))
-    source_decodes = table.fields(model.config)["is_decoder"]
-    if config.encoder_generates:
-        if source_decodes and config.prefix_stride is not None:
-            report.notes.append("the source attends causally: the model does with prefix_stride=None")
-    elif config.is_decoder != source_decodes:
-        report.notes.append(f"the model is {'causal' if config.is_decoder else 'bidirectional'}, the source is not")
+    if config.attends_causally != table.fields(model.config)["is_decoder"]:
+        direction = "causal" if config.attends_causally else "bidirectional"
+        report.notes.append(f"the model's attention is {direction}, the source's is not")
     base = "" if head == "Model" else "model."
     modules = {theirs: [base + ours for ours in names.split()] for theirs, names in table.modules.items()}
     if source_head == head or {source_head, head} <= LM_HEADS:

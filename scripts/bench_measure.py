@@ -24,6 +24,7 @@ from ordnung.scripts.machine import available_memory_bytes
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 WARM_UP_LENGTH = 16  # tokens, of the tiny sample that a probe starts with
 GIB = 2**30
+MEMORY_ERRORS = (MemoryError, RuntimeError)  # where `out_of_memory` has to be asked
 
 
 def make_sample(case: Case, settings: Settings) -> Sample:
@@ -52,7 +53,7 @@ def timed(sample: Sample, argument, device: str) -> float:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out; on the CPU torch has no exception class for it."""
+    """Whether one of `MEMORY_ERRORS` says that memory ran out; on the CPU torch has no exception class for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -116,7 +117,7 @@ def _run_probe(case: Case, settings: Settings) -> dict:
         argument = sample.prepare()
         memory.restart()
         seconds = timed(sample, argument, settings.device)
-    except Exception as error:
+    except MEMORY_ERRORS as error:
         if not out_of_memory(error):
             raise
         cause = str(error).splitlines()[0]
@@ -131,7 +132,7 @@ def _run_probe(case: Case, settings: Settings) -> dict:
 def _probe_process(case: Case, settings: Settings, connection) -> None:
     try:
         outcome = _run_probe(case, settings)
-    except Exception as error:
+    except Exception as error:  # the end of a process: whatever it is, the table shows it and the program fails
         outcome = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
     connection.send(outcome)
 
@@ -183,7 +184,7 @@ def time_in_turns(
             return
         try:
             action(samples[name])
-        except Exception as error:
+        except MEMORY_ERRORS as error:
             if not out_of_memory(error):
                 raise
             dropped[name] = f"memory ran out with all competitors loaded: {str(error).splitlines()[0]}"

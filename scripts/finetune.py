@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ordnung.scripts import checkpointing, finetune_data, finetune_report, finetune_sharing, pretrain_setup
@@ -165,20 +165,11 @@ class Finetuning:
 
     def _prepare_training(self, model: torch.nn.Module):
         options = self.options
-        optimizer = torch.optim.AdamW(
-            pretrain_setup.parameter_groups(model, options.weight_decay),
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-            fused=self.accelerator.device.type == "cuda" or None,
-        )
+        optimizer = pretrain_setup.make_optimizer(model, options, self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         warmup = options.warmup_steps
         warmup = math.ceil(warmup * self.max_steps) if warmup < 1 else int(warmup)
-        try:
-            self.scheduler = get_scheduler(options.lr_scheduler_type, self.optimizer.optimizer, warmup, self.max_steps)
-        except (TypeError, ValueError) as error:
-            raise ScriptError(f"--lr_scheduler_type {options.lr_scheduler_type.value}: {error}") from error
+        self.scheduler = pretrain_setup.make_scheduler(self.optimizer.optimizer, options, warmup, self.max_steps)
 
     def rows(self, step: int) -> np.ndarray:
         """The training rows of a step (from 0): an epoch's last step may have fewer."""

@@ -19,7 +19,6 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from ordnung.scripts import checkpointing, pretrain_setup, sharing
@@ -122,24 +121,15 @@ class Pretraining:
 
     def _prepare_training(self, model: torch.nn.Module):
         options = self.options
-        optimizer = torch.optim.AdamW(
-            pretrain_setup.parameter_groups(model, options.weight_decay),
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-            fused=self.accelerator.device.type == "cuda" or None,
-        )
+        optimizer = pretrain_setup.make_optimizer(model, options, self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        try:
-            self.scheduler = get_scheduler(
-                options.lr_scheduler_type,
-                self.optimizer.optimizer,
-                options.warmup_steps,
-                self.max_steps,
-                scheduler_specific_kwargs=options.lr_scheduler_kwargs,
-            )
-        except (TypeError, ValueError) as error:
-            raise ScriptError(f"--lr_scheduler_type {options.lr_scheduler_type.value}: {error}") from error
+        self.scheduler = pretrain_setup.make_scheduler(
+            self.optimizer.optimizer,
+            options,
+            options.warmup_steps,
+            self.max_steps,
+            scheduler_specific_kwargs=options.lr_scheduler_kwargs,
+        )
 
     def _read_best(self) -> dict | None:
         """The best evaluation so far, if best/ holds its model and it lies before the step to go on from."""

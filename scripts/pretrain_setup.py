@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, get_scheduler
 
 from ordnung.scripts import corpus
 from ordnung.scripts.blocks import MemoryBlocks, StreamedBlocks, pack
@@ -216,6 +216,29 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
             (spared if spare else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: torch.nn.Module, options, device: torch.device) -> torch.optim.AdamW:
+    """AdamW as the options of pretraining or fine-tuning set it."""
+    return torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=device.type == "cuda" or None,
+    )
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, options, warmup_steps: int, max_steps: int, **kwargs):
+    """The learning rate's schedule; `kwargs` are those of `get_scheduler`.
+
+    Raises:
+        ScriptError: a schedule that needs other settings, or does not take those given.
+    """
+    try:
+        return get_scheduler(options.lr_scheduler_type, optimizer, warmup_steps, max_steps, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise ScriptError(f"--lr_scheduler_type {options.lr_scheduler_type.value}: {error}") from error
 
 
 def describe_data(options: PretrainOptions) -> dict:

@@ -201,7 +201,7 @@ def test_direction_can_change():
     source = make("BertForMaskedLM")
     model, report = ordnung.convert(source, "softmax_lm", is_decoder=True, output_report=True)
     assert type(model).__name__ == "SoftmaxLMForCausalLM"
-    assert report.notes == ["the model is causal, the source is not"]
+    assert report.notes == ["the model's attention is causal, the source's is not"]
     assert report.new == report.left_out == []
     assert torch.equal(model.lm_transform.dense.weight, source.cls.predictions.transform.dense.weight)
     model, report = ordnung.convert(make("GPT2LMHeadModel"), "softmax_lm", head="ForMaskedLM", output_report=True)
@@ -235,7 +235,7 @@ def test_encoder_predicts_from_every_prefix(class_name):
 def test_causal_source_keeps_its_attention_with_one_pass_for_all():
     source = make("GPT2LMHeadModel")
     _, report = ordnung.convert(source, "cubic_prefix_lm", output_report=True)
-    assert report.notes == ["the source attends causally: the model does with prefix_stride=None"]
+    assert report.notes == ["the model's attention is bidirectional, the source's is not"]
     model, report = ordnung.convert(source, "cubic_prefix_lm", prefix_stride=None, output_report=True)
     assert report.new == report.notes == []
     assert_same(source, model, ["logits"])
@@ -279,7 +279,7 @@ def test_hybrid_keeps_attention_where_it_has_some():
 def test_encoder_becomes_a_causal_convolution():
     model, report = ordnung.convert(make("BertForMaskedLM"), "conv_lm", output_report=True)
     assert type(model).__name__ == "ConvLMForCausalLM"
-    assert report.notes == ["the model is causal, the source is not"]
+    assert report.notes == ["the model's attention is causal, the source's is not"]
     assert (
         model(torch.randint(1, 50, (1, 9)), token_type_ids=torch.ones(1, 9, dtype=torch.long)).logits.isfinite().all()
     )

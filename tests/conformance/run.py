@@ -72,7 +72,7 @@ def run_in_process(name: str, checkout: str, pytest_args: list[str]) -> dict[str
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(run_row, name, checkout, pytest_args).result()
-        except Exception as error:
+        except Exception as error:  # the end of a process: whatever it is counts as a failed row
             return {"the run": ("failed", f"{type(error).__name__}: {error}")}
 
 
