@@ -8,14 +8,14 @@ The regularisation is chosen on a tenth of the training data. Similarities (stsb
 and by their mean. Needs `pip install "ordnung[evidence]"` (scikit-learn).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from ordnung.scripts.common import ScriptError, parse_options, run_script, write_json
+from ordnung.scripts.common import ScriptError, option, parse_options, required, run_script, write_json
 from ordnung.scripts.evidence import markdown_table
 from ordnung.scripts.finetune_data import load_splits
 from ordnung.scripts.glue_metric import Glue
@@ -28,15 +28,11 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
 @dataclass(kw_only=True)
 class BaselineOptions:
-    output_dir: str = field(metadata={"help": "Folder for results.json."})
-    task_name: list[str] = field(metadata={"help": f"One or more of {', '.join(TASKS)}, or all."})
-    dataset_path: str | None = field(
-        default=None, metadata={"help": "Local folder: a folder for each task, or the files of a single one."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set of the Hub in place of the task's own."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many examples, chosen at random."}
-    )
+    output_dir: str = required("Folder for results.json.")
+    task_name: list[str] = required(f"One or more of {', '.join(TASKS)}, or all.")
+    dataset_path: str | None = option(None, "Local folder: a folder for each task, or the files of a single one.")
+    dataset_name: str | None = option(None, "Data set of the Hub in place of the task's own.")
+    max_train_samples: int | None = option(None, "Train on so many examples, chosen at random.")
 
 
 def fit_majority(train: dict, task: Task):

@@ -10,7 +10,7 @@ round, and change places from round to round. The ratio is the median over round
 import logging
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
 from ordnung.scripts import finetune, finetune_data, pretrain_setup
-from ordnung.scripts.common import StopSignals, parse_options, run_script, write_json
+from ordnung.scripts.common import StopSignals, option, parse_options, required, run_script, write_json
 from ordnung.scripts.finetune_model import build_model
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.machine import machine_info
@@ -29,15 +29,15 @@ from ordnung.scripts.text_tasks import TASKS, choose_tasks
 
 @dataclass(kw_only=True)
 class BenchOptions:
-    model_name_or_path: str = field(metadata={"help": "Checkpoint: folder or Hub name."})
-    task_name: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
-    dataset_path: str | None = field(default=None, metadata={"help": "Local folder; default: the Hub."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of an example."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples in a batch."})
-    steps: int = field(default=50, metadata={"help": "Steps of a round."})
-    rounds: int = field(default=5, metadata={"help": "Rounds; one more before them is not counted."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is an accelerator."})
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    model_name_or_path: str = required("Checkpoint: folder or Hub name.")
+    task_name: str = required(f"One of {', '.join(TASKS)}.")
+    dataset_path: str | None = option(None, "Local folder; default: the Hub.")
+    max_length: int | None = option(None, "Tokens of an example.")
+    per_device_train_batch_size: int = option(32, "Examples in a batch.")
+    steps: int = option(50, "Steps of a round.")
+    rounds: int = option(5, "Rounds; one more before them is not counted.")
+    use_cpu: bool = option(False, "Stay on the CPU even where there is an accelerator.")
+    output_file: str | None = option(None, "JSON file for the results.")
 
 
 def synchronized_time() -> float:

@@ -140,6 +140,18 @@ def _parse_value(text: str) -> Any:
     return text
 
 
+def option(default: Any, help: str, **metadata) -> Any:
+    """A field of an options dataclass, for `parse_options`; `metadata` as `argparse.add_argument` takes it."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def required(help: str, **metadata) -> Any:
+    """As `option`, without a default: the user has to give it."""
+    return dataclasses.field(metadata={"help": help, **metadata})
+
+
 class MergeKeyValues(argparse.Action):
     """Option of `name=value` pairs; given twice (in a YAML file and on the command line), the later pairs are added."""
 

@@ -10,16 +10,26 @@ resumed: the same command goes on where it was stopped, and a variant or seed ca
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ordnung.scripts import corpus, pretrain, pretrain_setup
-from ordnung.scripts.common import MergeKeyValues, ScriptError, parse_options, run_script, write_json, write_text
+from ordnung.scripts.common import (
+    MergeKeyValues,
+    ScriptError,
+    option,
+    parse_options,
+    read_json_lines,
+    required,
+    run_script,
+    write_json,
+    write_text,
+)
 from ordnung.scripts.evidence import (
     check_seeds,
     claim_output_dir,
@@ -42,27 +52,29 @@ DATA_OPTIONS += ("tokenizer_name", "train_tokenizer_vocab_size")
 
 @dataclass
 class CompareOptions:
-    output_dir: str = field(metadata={"help": "Folder for results.json, results.md, positions.png and the runs."})
-    variants: str = field(
-        metadata={"help": "Models by name: model_type and the config fields that differ.", "action": MergeKeyValues}
+    output_dir: str = required("Folder for results.json, results.md, positions.png and the runs.")
+    variants: str = required("Models by name: model_type and the config fields that differ.", action=MergeKeyValues)
+    pretrain: str = required(
+        "Options of pretrain.py for all runs: max_steps=100,block_size=128.", action=MergeKeyValues
     )
-    pretrain: str = field(
-        metadata={
-            "help": "Options of pretrain.py for all runs: max_steps=100,block_size=128.",
-            "action": MergeKeyValues,
-        }
+    config_overrides: str | None = option(None, "Config fields of all variants.", action=MergeKeyValues)
+    seeds: list[int] = option([0, 1, 2], "Each variant trains with each.")
+    baseline: str | None = option(None, "Variant that perplexity is held against.")
+    equal_compute: list[str] | None = option(
+        None, "Variants to train once more, as NAME_equal_compute, for as many FLOPs as the dearest variant takes."
     )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Config fields of all variants.", "action": MergeKeyValues}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each variant trains with each."})
-    baseline: str | None = field(default=None, metadata={"help": "Variant that perplexity is held against."})
 
     def __post_init__(self):
         self.config_overrides = self.config_overrides or {}
         check_seeds(self.seeds)
         if self.baseline is not None and self.baseline not in self.variants:
             raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
+        self.equal_compute = self.equal_compute or []
+        unknown = [name for name in self.equal_compute if name not in self.variants]
+        if unknown:
+            raise ScriptError(f"--equal_compute {unknown[0]} must be one of the variants {', '.join(self.variants)}")
+        if self.equal_compute and "max_steps" not in self.pretrain:
+            raise ScriptError("--equal_compute lengthens max_steps: give it in --pretrain")
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
@@ -123,11 +135,46 @@ def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
     }
 
 
+def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[dict, dict]]:
+    """Table entry and own options of pretrain.py of all that is trained, by name: the variants, then `equal_compute`.
+
+    A step is taken to cost three forward passes of a block, so the ratio of steps is that of forward FLOPs.
+    """
+    runs = {name: (variant, {}) for name, variant in options.variants.items()}
+    if not options.equal_compute:
+        return runs
+    configs = variant_configs(options.variants, options.config_overrides, vocab_size=len(tokenizer))
+    with torch.device("meta"):
+        models = {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
+    block_size = options.pretrain.get("block_size", PretrainOptions.block_size)
+    flops = {name: model.flops(block_size) for name, model in models.items()}
+    for name in options.equal_compute:
+        ratio, given = max(flops.values()) / flops[name], options.pretrain
+        steps = {key: round(ratio * given[key]) for key in ("max_steps", "eval_steps") if given.get(key)}
+        runs[f"{name}_equal_compute"] = (options.variants[name], steps)
+    return runs
+
+
+def check_lengths(folders: list[Path], steps: dict[str, int]):
+    """Raise a ScriptError where a finished run has another length than equal compute takes now."""
+    for folder in folders:
+        if steps and (folder / "results.json").exists():
+            taken = json.loads((folder / "results.json").read_text())["steps"]
+            if taken != steps["max_steps"]:
+                raise ScriptError(
+                    f"{folder} was trained for {taken} steps, and beside these variants equal compute takes "
+                    f"{steps['max_steps']}: delete it"
+                )
+
+
 def collect(folders: list[Path], shared: PretrainOptions, held_out: pretrain_setup.HeldOut) -> dict[str, Any]:
     """The results of one variant from its finished runs, one for each seed."""
     runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
     by_position = []
+    curves = []  # of each run: steps and held-out losses
     for folder in folders:
+        lines = read_json_lines(folder / "metrics.jsonl")
+        curves.append({line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line})
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=shared.trust_remote_code)
         if not shared.use_cpu and torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
@@ -138,11 +185,16 @@ def collect(folders: list[Path], shared: PretrainOptions, held_out: pretrain_set
     }
     return {
         "parameters": runs[0]["parameters"],
+        "steps": runs[0]["steps"],
+        "tokens": runs[0]["tokens"],
         "forward_flops_per_token": model.flops(shared.block_size) / shared.block_size,
         "receptive_field": getattr(model.config, "receptive_field", None),
         **summaries,
         "training_seconds": summarise([run["seconds"] for run in runs]),
         "tokens_per_second": summarise([run["tokens"] / run["seconds"] for run in runs]),
+        "curve": [
+            {"step": step, "eval_loss": summarise([curve[step] for curve in curves])} for step in sorted(curves[0])
+        ],
         "loss_by_position": [
             {"first": first, "last": last, **summarise([float(x[first - 1 : last].mean()) for x in by_position])}
             for first, last in position_buckets(shared.block_size)
@@ -183,6 +235,11 @@ def markdown(results: dict) -> str:
         header.insert(4, f"against {results['baseline']}")
         for line, result in zip(body, variants.values()):
             line.insert(4, spread(result["perplexity_change"], 1, scale=100) + " %")
+    steps = {name: result.get("steps", settings["max_steps"]) for name, result in variants.items()}
+    if len(set(steps.values())) > 1:
+        header.insert(2, "steps")
+        for line in body:
+            line.insert(2, f"{steps[line[0]]:,}")
     buckets = next(iter(variants.values()))["loss_by_position"]
     positions = [
         [name, *(spread(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
@@ -199,38 +256,57 @@ def markdown(results: dict) -> str:
 
 
 def plot(results: dict, image: Path):
-    """Loss by position, with bands of one standard deviation; with a baseline, also each seed's difference from it."""
+    """Loss by position, with bands of one standard deviation; with a baseline, also each seed's difference from it.
+
+    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    baseline = results["baseline"]
-    figure, panels = plt.subplots(1, 2 if baseline else 1, figsize=(13 if baseline else 7, 5), layout="constrained")
-    panels = np.atleast_1d(panels)
-    for name, result in results["variants"].items():
+    variants, baseline = results["variants"], results["baseline"]
+    lengths = {result.get("steps") for result in variants.values()}
+    count = 1 + bool(baseline) + (len(lengths) > 1)
+    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5), layout="constrained", squeeze=False)
+    by_position = panels[0, : 1 + bool(baseline)]
+    for name, result in variants.items():
         buckets = result["loss_by_position"]
         places = range(len(buckets))
         curves = [np.array([bucket["values"] for bucket in buckets])]  # (buckets, seeds)
         if baseline:
-            references = results["variants"][baseline]["loss_by_position"]
+            references = variants[baseline]["loss_by_position"]
             curves.append(curves[0] - np.array([bucket["values"] for bucket in references]))
-        for panel, curve in zip(panels, curves):
+        for panel, curve in zip(by_position, curves):
             mean = curve.mean(1)
             (line,) = panel.plot(places, mean, marker="o", markersize=3, label=name)
             if curve.shape[1] > 1:
                 deviation = curve.std(1, ddof=1)
                 panel.fill_between(places, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
     labels = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
-    for panel in panels:
+    for panel in by_position:
         panel.set_xticks(places, labels, rotation=30)
         panel.set(xlabel="position in the block (tokens before)", ylabel="held-out loss (nats per token)")
-        panel.grid(alpha=0.3)
     if baseline:
-        panels[1].set(title=f"difference from {baseline}, seed by seed", ylabel="nats per token")
-    panels[0].legend(fontsize=8)
+        by_position[1].set(title=f"difference from {baseline}, seed by seed", ylabel="nats per token")
+    if len(lengths) > 1:
+        _plot_course(panels[0, -1], variants)
+    for panel in panels[0]:
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize=8)
     figure.savefig(image, dpi=150)
     plt.close(figure)
+
+
+def _plot_course(panel, variants: dict[str, dict]):
+    """Held-out loss against training FLOPs, a line for each seed and one for their mean."""
+    for i, result in enumerate(variants.values()):
+        flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
+        curve = result["curve"][1:]  # without the loss before training
+        places, losses = [flops * point["step"] for point in curve], [point["eval_loss"] for point in curve]
+        panel.plot(places, [loss["values"] for loss in losses], color=f"C{i}", alpha=0.35, linewidth=1)
+        panel.plot(places, [loss["mean"] for loss in losses], color=f"C{i}", linewidth=2)
+    panel.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,13 +318,15 @@ def main(argv: list[str] | None = None) -> int:
     claim_output_dir(output_dir, settings, options.variants)
     data = prepare_data(output_dir, shared)
     common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data
+    tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])
+    variants = with_equal_compute(options, tokenizer)
 
-    folders = {
-        name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in options.variants
-    }
+    folders = {name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in variants}
+    for name, (_, steps) in variants.items():
+        check_lengths(folders[name], steps)
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for i, seed in enumerate(options.seeds):
-        for name, variant in options.variants.items():
+        for name, (variant, steps) in variants.items():
             folder = folders[name][i]
             if (folder / "results.json").exists():
                 print(f"{folder}: finished, kept")
@@ -256,14 +334,13 @@ def main(argv: list[str] | None = None) -> int:
             overrides = {**options.config_overrides, **variant}
             run = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
             run |= {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "auto"}
-            status = pretrain.main(arguments({**common, **run}))
+            status = pretrain.main(arguments({**common, **steps, **run}))
             if status:
                 return status
 
-    tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])
     documents = corpus.load_files([data["validation_file"]], "validation_file", "text", streaming=False)
     held_out = pretrain_setup.held_out_blocks(shared, documents, tokenizer)
-    variants = {name: collect(folders[name], shared, held_out) for name in options.variants}
+    variants = {name: collect(folders[name], shared, held_out) for name in variants}
     if options.baseline is not None:
         hold_against(variants, options.baseline)
     results = {

@@ -3,7 +3,7 @@
 `python scripts/convert.py --source bert-base-uncased --model_type softmax_lm --output_dir out/softmax-bert`
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -11,25 +11,18 @@ from transformers import AutoTokenizer
 
 import ordnung
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts.common import MergeKeyValues, ScriptError, closest, parse_options, run_script
+from ordnung.scripts.common import MergeKeyValues, ScriptError, closest, option, parse_options, required, run_script
 from ordnung.scripts.generate import check_folder
 
 
 @dataclass
 class ConvertOptions:
-    source: str = field(metadata={"help": "Checkpoint to convert: folder or Hub name."})
-    model_type: str = field(metadata={"help": f"Family to convert into: {', '.join(FAMILIES)}."})
-    output_dir: str = field(metadata={"help": "Folder to write; a new or an empty one."})
-    head: str | None = field(
-        default=None,
-        metadata={"help": "Class to make, such as Model or ForSequenceClassification; default: as before."},
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Config fields to change: projected_size=256.", "action": MergeKeyValues}
-    )
-    plain: bool = field(
-        default=False, metadata={"help": "Leave out the code that lets the folder load without ordnung installed."}
-    )
+    source: str = required("Checkpoint to convert: folder or Hub name.")
+    model_type: str = required(f"Family to convert into: {', '.join(FAMILIES)}.")
+    output_dir: str = required("Folder to write; a new or an empty one.")
+    head: str | None = option(None, "Class to make, such as Model or ForSequenceClassification; default: as before.")
+    config_overrides: str | None = option(None, "Config fields to change: projected_size=256.", action=MergeKeyValues)
+    plain: bool = option(False, "Leave out the code that lets the folder load without ordnung installed.")
 
     def __post_init__(self):
         if self.model_type not in FAMILIES:

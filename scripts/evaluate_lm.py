@@ -11,7 +11,7 @@ every token but the first is predicted once, from at least block_size - stride t
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
 from ordnung.scripts import corpus, finetune_data
-from ordnung.scripts.common import ScriptError, parse_options, run_script, write_json
+from ordnung.scripts.common import ScriptError, option, parse_options, required, run_script, write_json
 from ordnung.scripts.evidence import markdown_table
 from ordnung.scripts.lm_loss import position_buckets, token_losses
 from ordnung.scripts.machine import machine_info
@@ -29,23 +29,23 @@ from ordnung.scripts.machine import machine_info
 
 @dataclass(kw_only=True)
 class EvaluateOptions:
-    model_name_or_path: str = field(metadata={"help": "Checkpoint: folder or Hub name."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: model_name_or_path."})
-    text_file: list[str] | None = field(
-        default=None, metadata={"help": "Files or glob patterns: .txt (a document each), .json, .jsonl or .parquet."}
+    model_name_or_path: str = required("Checkpoint: folder or Hub name.")
+    tokenizer_name: str | None = option(None, "Default: model_name_or_path.")
+    text_file: list[str] | None = option(
+        None, "Files or glob patterns: .txt (a document each), .json, .jsonl or .parquet."
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Or a data set of the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split: str = field(default="test", metadata={"help": "Its split."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds a document's text."})
-    block_size: int | None = field(default=None, metadata={"help": "Tokens in a window; default: the model's length."})
-    stride: int | None = field(default=None, metadata={"help": "Slide the window by so many tokens; default: blocks."})
-    max_tokens: int | None = field(default=None, metadata={"help": "Evaluate on the first so many tokens."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Windows in a batch."})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the weights."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is an accelerator."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    dataset_name: str | None = option(None, "Or a data set of the Hub.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    split: str = option("test", "Its split.")
+    text_column: str = option("text", "Column that holds a document's text.")
+    block_size: int | None = option(None, "Tokens in a window; default: the model's length.")
+    stride: int | None = option(None, "Slide the window by so many tokens; default: blocks.")
+    max_tokens: int | None = option(None, "Evaluate on the first so many tokens.")
+    per_device_eval_batch_size: int = option(8, "Windows in a batch.")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Of the weights.")
+    use_cpu: bool = option(False, "Stay on the CPU even where there is an accelerator.")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    output_file: str | None = option(None, "JSON file for the results.")
 
     def __post_init__(self):
         if (self.text_file is None) == (self.dataset_name is None):

@@ -4,9 +4,9 @@ Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or all. Runs on one p
 on several. See finetune.py for what the output folder receives; the same command goes on where it was stopped.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ordnung.scripts.common import parse_options, run_script
+from ordnung.scripts.common import parse_options, required, run_script
 from ordnung.scripts.finetune import run
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.text_tasks import GLUE, choose_tasks
@@ -14,7 +14,7 @@ from ordnung.scripts.text_tasks import GLUE, choose_tasks
 
 @dataclass(kw_only=True)
 class GlueOptions(FinetuneOptions):
-    task_name: list[str] = field(metadata={"help": f"One or more of {', '.join(GLUE)}, or all."})
+    task_name: list[str] = required(f"One or more of {', '.join(GLUE)}, or all.")
 
 
 def main(argv: list[str] | None = None) -> int:

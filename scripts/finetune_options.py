@@ -1,95 +1,89 @@
 """The options that the fine-tuning programs share."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from transformers.trainer_utils import SchedulerType
 
-from ordnung.scripts.common import MergeKeyValues, ScriptError
+from ordnung.scripts.common import MergeKeyValues, ScriptError, option, required
 from ordnung.scripts.evidence import check_seeds
 from ordnung.scripts.sharing import NOT_RECORDED, HubOptions
-
-
-def _option(default: Any, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(kw_only=True)
 class FinetuneOptions(HubOptions):
     """Every option, in the order of --help. Names follow transformers' TrainingArguments where it has one."""
 
-    model_name_or_path: str = field(metadata={"help": "Checkpoint to fine-tune: folder or Hub name."})
-    output_dir: str = field(metadata={"help": "Folder for results.json, results.md and a folder for each run."})
+    model_name_or_path: str = required("Checkpoint to fine-tune: folder or Hub name.")
+    output_dir: str = required("Folder for results.json, results.md and a folder for each run.")
 
     # model
-    tokenizer_name: str | None = _option(None, "Tokenizer folder or Hub name; default: model_name_or_path.")
-    pad_token: str | None = _option(None, "Token to pad with, for a tokenizer that names none.")
-    config_overrides: str | None = _option(
+    tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: model_name_or_path.")
+    pad_token: str | None = option(None, "Token to pad with, for a tokenizer that names none.")
+    config_overrides: str | None = option(
         None, "Config fields to change: hidden_dropout=0.1,classifier_dropout=0.2.", action=MergeKeyValues
     )
-    ignore_mismatched_sizes: bool = _option(False, "Start a new classifier where the checkpoint's has other labels.")
-    trust_remote_code: bool = _option(False, "Run code that comes with a checkpoint or tokenizer.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    mixed_precision: Literal["no", "bf16"] | None = _option(None, "Default: what `accelerate launch` says, else no.")
-    use_cpu: bool = _option(False, "Train on the CPU even where there is an accelerator.")
+    ignore_mismatched_sizes: bool = option(False, "Start a new classifier where the checkpoint's has other labels.")
+    trust_remote_code: bool = option(False, "Run code that comes with a checkpoint or tokenizer.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    mixed_precision: Literal["no", "bf16"] | None = option(None, "Default: what `accelerate launch` says, else no.")
+    use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     # adapters
-    use_peft: bool = _option(False, "Train LoRA adapters and the classifier; the other weights stay as they are.")
-    lora_rank: int = _option(8, "Rank of the adapters.")
-    lora_alpha: float = _option(16.0, "Adapters are scaled by lora_alpha / lora_rank.")
-    lora_dropout: float = _option(0.0, "Dropout before the adapters.")
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules to adapt, or all-linear; default: every projection of mixers and MLP."},
+    use_peft: bool = option(False, "Train LoRA adapters and the classifier; the other weights stay as they are.")
+    lora_rank: int = option(8, "Rank of the adapters.")
+    lora_alpha: float = option(16.0, "Adapters are scaled by lora_alpha / lora_rank.")
+    lora_dropout: float = option(0.0, "Dropout before the adapters.")
+    lora_target_modules: list[str] | None = option(
+        None, "Modules to adapt, or all-linear; default: every projection of mixers and MLP."
     )
-    merge_adapter: bool = _option(False, "Also write the model with the adapters merged in, to merged/.")
+    merge_adapter: bool = option(False, "Also write the model with the adapters merged in, to merged/.")
 
     # data
-    dataset_name: str | None = _option(None, "Data set of the Hub in place of the task's own.")
-    dataset_path: str | None = _option(
+    dataset_name: str | None = option(None, "Data set of the Hub in place of the task's own.")
+    dataset_path: str | None = option(
         None, "Local folder with the same columns: <split>.parquet, .json, .jsonl, .csv or .tsv."
     )
-    max_length: int | None = _option(None, "Tokens of an example; default: as many as the model takes.")
-    truncation: Literal["head", "tail", "head_tail"] = _option(
+    max_length: int | None = option(None, "Tokens of an example; default: as many as the model takes.")
+    truncation: Literal["head", "tail", "head_tail"] = option(
         "head",
         "What is kept of a longer text: head, tail, or head_tail, a quarter from the head and the rest from the tail.",
     )
-    max_train_samples: int | None = _option(None, "Train on so many examples, chosen at random.")
-    validation_fraction: float | None = _option(
+    max_train_samples: int | None = option(None, "Train on so many examples, chosen at random.")
+    validation_fraction: float | None = option(
         None,
         "Share of the training data that checkpoints are compared on; default: 0 (the validation split) for GLUE, 0.1 "
         "for IMDB, which has a test split only.",
     )
-    preprocessing_num_workers: int | None = _option(None, "Processes that tokenize; default: by size of the data.")
+    preprocessing_num_workers: int | None = option(None, "Processes that tokenize; default: by size of the data.")
 
     # optimisation
-    per_device_train_batch_size: int = _option(32, "Examples in a batch, per process.")
-    per_device_eval_batch_size: int = _option(64, "Examples in an evaluation batch, per process.")
-    gradient_accumulation_steps: int = _option(1, "Batches in an optimizer step.")
-    num_train_epochs: float = _option(3.0, "Passes over the data, if max_steps is not given.")
-    max_steps: int | None = _option(None, "Optimizer steps.")
-    group_by_length: bool = _option(False, "Batches of examples of about the same length: less padding.")
-    learning_rate: float = _option(5e-5, "Peak learning rate of AdamW.")
-    weight_decay: float = _option(0.01, "Not for biases, norms, other 1-D parameters and what the model exempts.")
-    adam_beta1: float = _option(0.9, "AdamW's beta 1.")
-    adam_beta2: float = _option(0.999, "AdamW's beta 2.")
-    adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _option(1.0, "Clip gradients to this norm; 0: no clipping.")
-    lr_scheduler_type: SchedulerType = _option(SchedulerType.LINEAR, "Shape of the decay after the warm-up.")
-    warmup_steps: float = _option(0.06, "Steps of linear warm-up; below 1: share of all steps.")
-    seeds: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "A run with each: the new classifier, data order and dropout. Scores are mean ± deviation."},
+    per_device_train_batch_size: int = option(32, "Examples in a batch, per process.")
+    per_device_eval_batch_size: int = option(64, "Examples in an evaluation batch, per process.")
+    gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.")
+    num_train_epochs: float = option(3.0, "Passes over the data, if max_steps is not given.")
+    max_steps: int | None = option(None, "Optimizer steps.")
+    group_by_length: bool = option(False, "Batches of examples of about the same length: less padding.")
+    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
+    weight_decay: float = option(0.01, "Not for biases, norms, other 1-D parameters and what the model exempts.")
+    adam_beta1: float = option(0.9, "AdamW's beta 1.")
+    adam_beta2: float = option(0.999, "AdamW's beta 2.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: no clipping.")
+    lr_scheduler_type: SchedulerType = option(SchedulerType.LINEAR, "Shape of the decay after the warm-up.")
+    warmup_steps: float = option(0.06, "Steps of linear warm-up; below 1: share of all steps.")
+    seeds: list[int] = option(
+        [0], "A run with each: the new classifier, data order and dropout. Scores are mean ± deviation."
     )
 
     # logging, evaluation, checkpoints
-    logging_steps: int = _option(20, "Steps between two lines of metrics.jsonl.")
-    eval_steps: int | None = _option(None, "Steps between evaluations and checkpoints; default: each epoch.")
-    load_best_model_at_end: bool = _option(False, "Keep the best evaluated model in place of the last one.")
-    early_stopping_patience: int | None = _option(
+    logging_steps: int = option(20, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = option(None, "Steps between evaluations and checkpoints; default: each epoch.")
+    load_best_model_at_end: bool = option(False, "Keep the best evaluated model in place of the last one.")
+    early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a better one; keeps the best model."
     )
-    report_to: list[str] | None = field(default=None, metadata={"help": "Trackers: trackio, tensorboard, wandb, ..."})
+    report_to: list[str] | None = option(None, "Trackers: trackio, tensorboard, wandb, ...")
 
     def __post_init__(self):
         for name, least in (

@@ -6,28 +6,28 @@
 ships are downloaded by it. Needs `pip install "ordnung[harness]"`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
-from ordnung.scripts.common import ScriptError, closest, parse_options, run_script, write_json
+from ordnung.scripts.common import ScriptError, closest, option, parse_options, required, run_script, write_json
 from ordnung.scripts.machine import machine_info
 
 
 @dataclass(kw_only=True)
 class HarnessOptions:
-    model_name_or_path: str = field(metadata={"help": "Checkpoint: folder or Hub name."})
-    tasks: list[str] = field(metadata={"help": "Names of the harness's tasks, or of those in include_path."})
-    include_path: str | None = field(default=None, metadata={"help": "Folder with further task files."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples shown; default: what the task says."})
-    limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many examples of each task."})
-    batch_size: int = field(default=8, metadata={"help": "Requests in a batch."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a request; default: the model's length."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is an accelerator."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    model_name_or_path: str = required("Checkpoint: folder or Hub name.")
+    tasks: list[str] = required("Names of the harness's tasks, or of those in include_path.")
+    include_path: str | None = option(None, "Folder with further task files.")
+    num_fewshot: int | None = option(None, "Examples shown; default: what the task says.")
+    limit: int | None = option(None, "Evaluate on the first so many examples of each task.")
+    batch_size: int = option(8, "Requests in a batch.")
+    max_length: int | None = option(None, "Tokens of a request; default: the model's length.")
+    use_cpu: bool = option(False, "Stay on the CPU even where there is an accelerator.")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    output_file: str | None = option(None, "JSON file for the results.")
 
     def __post_init__(self):
         if self.include_path is not None and not Path(self.include_path).is_dir():

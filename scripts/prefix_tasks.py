@@ -13,71 +13,56 @@ added later.
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ordnung.scripts.common import MergeKeyValues, ScriptError, parse_options, run_script, write_json, write_text
+from ordnung.scripts.common import (
+    ScriptError,
+    option,
+    parse_options,
+    required,
+    run_script,
+    write_json,
+)
 from ordnung.scripts.evidence import (
-    check_seeds,
-    claim_output_dir,
     markdown_table,
     spread,
     summarise,
     variant_configs,
 )
-from ordnung.scripts.machine import machine_info
-from ordnung.scripts.task_training import fit
+from ordnung.scripts.task_training import TrainingOptions, fit, train_all, write_results
 
 # Sequences to measure on are drawn with this seed, those to train on with the run's.
 EVALUATION_SEED = 2**32
 
 
-def _option(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-@dataclass
-class TaskOptions:
-    output_dir: str = field(metadata={"help": "Folder for results.json, results.md, accuracy.png and the runs."})
-    task: str = field(metadata={"help": "What to train on.", "choices": ["pointer", "triplets"]})
-    variants: str = field(
-        metadata={"help": "Models by name: model_type and the config fields that differ.", "action": MergeKeyValues}
-    )
-    config_overrides: str | None = _option(None, "Config fields of all variants.", action=MergeKeyValues)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each variant trains with each."})
-
-    # the tasks
-    symbols: int = _option(16, "pointer: numbers permuted. triplets: given tokens, which the others follow from.")
-    hops: int = _option(7, "pointer: times to apply the permutation.")
-    queries: int = _option(16, "pointer: queries in a sequence.")
-    sequence_length: int = _option(64, "triplets: tokens in a sequence.")
-    eval_sequences: int = _option(256, "Sequences to measure on.")
+@dataclass(kw_only=True)
+class TaskOptions(TrainingOptions):
+    task: str = required("What to train on.", choices=["pointer", "triplets"])
+    symbols: int = option(16, "pointer: numbers permuted. triplets: given tokens, which the others follow from.")
+    hops: int = option(7, "pointer: times to apply the permutation.")
+    queries: int = option(16, "pointer: queries in a sequence.")
+    sequence_length: int = option(64, "triplets: tokens in a sequence.")
+    eval_sequences: int = option(256, "Sequences to measure on.")
 
     # optimisation
-    max_steps: int = _option(2000, "Optimizer steps for which all variants are compared.")
-    equal_compute: bool = _option(True, "Let the cheaper variants go on to the FLOPs of the dearest.")
-    evaluations: int = _option(20, "Times to measure in the course of a run.")
-    batch_size: int = _option(32, "Sequences in a step.")
-    learning_rate: float = _option(1e-3, "AdamW's learning rate, constant after the warm-up.")
-    weight_decay: float = _option(0.0, "AdamW's weight decay, for matrices.")
-    warmup_steps: int = _option(100, "Steps of linear warm-up.")
+    max_steps: int = option(2000, "Optimizer steps for which all variants are compared.")
+    equal_compute: bool = option(True, "Let the cheaper variants go on to the FLOPs of the dearest.")
+    evaluations: int = option(20, "Times to measure in the course of a run.")
 
     def __post_init__(self):
-        for name in ("hops", "queries", "eval_sequences", "max_steps", "evaluations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ScriptError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
+        self.check_positive("hops", "queries", "eval_sequences", "evaluations")
         if self.symbols < 2:
             raise ScriptError(f"--symbols must be at least 2, not {self.symbols}")
         if self.task == "triplets" and self.sequence_length <= self.symbols:
             raise ScriptError(
                 f"--sequence_length {self.sequence_length} must exceed --symbols {self.symbols}, the tokens given"
             )
-        check_seeds(self.seeds)
-        self.config_overrides = self.config_overrides or {}
 
     @property
     def vocab_size(self) -> int:
@@ -272,32 +257,16 @@ def plot(results: dict, image: Path):
 
 def main(argv: list[str] | None = None):
     options = parse_options(TaskOptions, argv, __doc__)
-    output_dir = Path(options.output_dir)
     shared = {"max_position_embeddings": options.tokens, **options.config_overrides}
     configs = variant_configs(options.variants, shared, vocab_size=options.vocab_size)
     flops = {name: step_flops(options, config) for name, config in configs.items()}
-    settings = {
-        name: value for name, value in asdict(options).items() if name not in ("output_dir", "variants", "seeds")
-    }
-    claim_output_dir(output_dir, settings, options.variants)
     dearest = max(flops.values()) if options.equal_compute else 0
     steps = {name: max(options.max_steps, options.max_steps * dearest // cost) for name, cost in flops.items()}
-    runs = {name: [] for name in configs}
-    # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
-    for seed in options.seeds:
-        for name, config in configs.items():
-            path = output_dir / "runs" / f"{name}-seed{seed}.json"
-            runs[name].append(run(options, config, seed, steps[name], path))
-    results = {
-        "machine": machine_info(),
-        "settings": {**settings, "variants": options.variants},
-        "seeds": options.seeds,
-        "variants": {name: collect(options, flops[name], runs[name]) for name in configs},
-    }
-    write_json(output_dir / "results.json", results)
-    write_text(output_dir / "results.md", markdown(results) + "\n")
-    plot(results, output_dir / "accuracy.png")
-    print(f"\n{markdown(results)}\n\nWritten: results.json, results.md and accuracy.png in {output_dir}")
+    results, runs = train_all(
+        options, configs, lambda name, seed, path: run(options, configs[name], seed, steps[name], path)
+    )
+    results["variants"] = {name: collect(options, flops[name], runs[name]) for name in configs}
+    write_results(options.output_dir, results, markdown, plot)
 
 
 if __name__ == "__main__":

@@ -1,89 +1,83 @@
 """The options of pretrain.py."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from transformers.trainer_utils import SchedulerType
 
-from ordnung.scripts.common import MergeKeyValues, ScriptError
+from ordnung.scripts.common import MergeKeyValues, ScriptError, option, required
 from ordnung.scripts.sharing import NOT_RECORDED, HubOptions
-
-
-def _option(default: Any, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
 class PretrainOptions(HubOptions):
     """Every option, in the order of --help. Names follow transformers' TrainingArguments where it has one."""
 
-    output_dir: str = field(metadata={"help": "Folder for checkpoints, the model, metrics.jsonl and results.json."})
-    overwrite_output_dir: bool = _option(False, "Delete what an earlier run left in output_dir and start again.")
+    output_dir: str = required("Folder for checkpoints, the model, metrics.jsonl and results.json.")
+    overwrite_output_dir: bool = option(False, "Delete what an earlier run left in output_dir and start again.")
 
     # model
-    model_type: str | None = _option(None, "A new model of this type, e.g. conv_lm or softmax_lm.")
-    config_name: str | None = _option(None, "A new model with this config: JSON file, folder or Hub name.")
-    model_name_or_path: str | None = _option(None, "Continue from these weights: folder or Hub name.")
-    config_overrides: str | None = _option(
+    model_type: str | None = option(None, "A new model of this type, e.g. conv_lm or softmax_lm.")
+    config_name: str | None = option(None, "A new model with this config: JSON file, folder or Hub name.")
+    model_name_or_path: str | None = option(None, "Continue from these weights: folder or Hub name.")
+    config_overrides: str | None = option(
         None, "Config fields to change: hidden_size=256,num_hidden_layers=4.", action=MergeKeyValues
     )
-    objective: Literal["causal", "masked"] = _option("causal", "Predict the next token, or masked tokens.")
-    mlm_probability: float = _option(0.15, "Share of tokens that the masked objective hides.")
-    trust_remote_code: bool = _option(False, "Run code that comes with a checkpoint or tokenizer.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    torch_compile: bool = _option(False, "Compile the model with torch.compile.")
-    mixed_precision: Literal["no", "bf16"] | None = _option(None, "Default: what `accelerate launch` says, else no.")
-    use_cpu: bool = _option(False, "Train on the CPU even where there is an accelerator.")
+    objective: Literal["causal", "masked"] = option("causal", "Predict the next token, or masked tokens.")
+    mlm_probability: float = option(0.15, "Share of tokens that the masked objective hides.")
+    trust_remote_code: bool = option(False, "Run code that comes with a checkpoint or tokenizer.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    torch_compile: bool = option(False, "Compile the model with torch.compile.")
+    mixed_precision: Literal["no", "bf16"] | None = option(None, "Default: what `accelerate launch` says, else no.")
+    use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     # data
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Files or glob patterns: .txt (a document each), .json, .jsonl or .parquet."}
+    train_file: list[str] | None = option(
+        None, "Files or glob patterns: .txt (a document each), .json, .jsonl or .parquet."
     )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out files, as train_file."})
-    dataset_name: str | None = _option(None, "A data set of the Hub, or a folder `datasets` can load.")
-    dataset_config_name: str | None = _option(None, "Its configuration.")
-    text_column: str = _option("text", "Column that holds a document's text.")
-    streaming: bool = _option(False, "Read and tokenize while training, for data larger than memory.")
-    validation_fraction: float = _option(
+    validation_file: list[str] | None = option(None, "Held-out files, as train_file.")
+    dataset_name: str | None = option(None, "A data set of the Hub, or a folder `datasets` can load.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    text_column: str = option("text", "Column that holds a document's text.")
+    streaming: bool = option(False, "Read and tokenize while training, for data larger than memory.")
+    validation_fraction: float = option(
         0.05, "Share held out of the training data if there is no validation data; 0: no evaluation."
     )
-    max_eval_blocks: int | None = _option(None, "Evaluate on at most this many blocks.")
-    tokenizer_name: str | None = _option(None, "Tokenizer folder or Hub name; default: model_name_or_path.")
-    train_tokenizer_vocab_size: int | None = _option(
+    max_eval_blocks: int | None = option(None, "Evaluate on at most this many blocks.")
+    tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: model_name_or_path.")
+    train_tokenizer_vocab_size: int | None = option(
         None, "Train a byte-level BPE tokenizer of this size on the training data instead."
     )
-    block_size: int = _option(512, "Tokens in a training sequence.")
-    respect_document_boundaries: bool = _option(
+    block_size: int = option(512, "Tokens in a training sequence.")
+    respect_document_boundaries: bool = option(
         False, "No block holds parts of two documents; a document's last block is padded."
     )
 
     # optimisation
-    per_device_train_batch_size: int = _option(8, "Blocks in a batch, per process.")
-    per_device_eval_batch_size: int | None = _option(None, "Default: per_device_train_batch_size.")
-    gradient_accumulation_steps: int = _option(1, "Batches in an optimizer step.")
-    num_train_epochs: float = _option(1.0, "Passes over the data, if max_steps is not given.")
-    max_steps: int | None = _option(None, "Optimizer steps; needed with streaming.")
-    learning_rate: float = _option(1e-3, "Peak learning rate of AdamW.")
-    weight_decay: float = _option(0.1, "Not for biases, norms, other 1-D parameters and what the model exempts.")
-    adam_beta1: float = _option(0.9, "AdamW's beta 1.")
-    adam_beta2: float = _option(0.95, "AdamW's beta 2.")
-    adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _option(1.0, "Clip gradients to this norm; 0: no clipping.")
-    lr_scheduler_type: SchedulerType = _option(SchedulerType.COSINE, "Shape of the decay after the warm-up.")
-    lr_scheduler_kwargs: str | None = _option(
-        None, "Its further settings, e.g. min_lr_rate=0.1.", action=MergeKeyValues
-    )
-    warmup_steps: int = _option(0, "Steps of linear warm-up.")
-    seed: int = _option(0, "Seed of initial weights, data order, masking and dropout.")
+    per_device_train_batch_size: int = option(8, "Blocks in a batch, per process.")
+    per_device_eval_batch_size: int | None = option(None, "Default: per_device_train_batch_size.")
+    gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.")
+    num_train_epochs: float = option(1.0, "Passes over the data, if max_steps is not given.")
+    max_steps: int | None = option(None, "Optimizer steps; needed with streaming.")
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
+    weight_decay: float = option(0.1, "Not for biases, norms, other 1-D parameters and what the model exempts.")
+    adam_beta1: float = option(0.9, "AdamW's beta 1.")
+    adam_beta2: float = option(0.95, "AdamW's beta 2.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: no clipping.")
+    lr_scheduler_type: SchedulerType = option(SchedulerType.COSINE, "Shape of the decay after the warm-up.")
+    lr_scheduler_kwargs: str | None = option(None, "Its further settings, e.g. min_lr_rate=0.1.", action=MergeKeyValues)
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    seed: int = option(0, "Seed of initial weights, data order, masking and dropout.")
 
     # logging, evaluation, checkpoints
-    logging_steps: int = _option(10, "Steps between two lines of metrics.jsonl.")
-    eval_steps: int = _option(100, "Steps between evaluations; one more follows the last step.")
-    save_steps: int = _option(500, "Steps between checkpoints; one more follows the last step.")
-    save_total_limit: int | None = _option(2, "Checkpoints to keep beside the best; the oldest go first.")
-    resume_from_checkpoint: str | None = _option(None, "Checkpoint folder, or auto: the newest in output_dir.")
-    report_to: list[str] | None = field(default=None, metadata={"help": "Trackers: trackio, tensorboard, wandb, ..."})
-    run_name: str | None = _option(None, "The run's name in the trackers; default: output_dir's name.")
+    logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int = option(100, "Steps between evaluations; one more follows the last step.")
+    save_steps: int = option(500, "Steps between checkpoints; one more follows the last step.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep beside the best; the oldest go first.")
+    resume_from_checkpoint: str | None = option(None, "Checkpoint folder, or auto: the newest in output_dir.")
+    report_to: list[str] | None = option(None, "Trackers: trackio, tensorboard, wandb, ...")
+    run_name: str | None = option(None, "The run's name in the trackers; default: output_dir's name.")
 
     def __post_init__(self):
         if sum(value is not None for value in (self.model_type, self.config_name, self.model_name_or_path)) != 1:

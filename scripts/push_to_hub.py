@@ -6,31 +6,27 @@ command goes on with what is missing. `--dry_run` shows what would be uploaded, 
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ordnung.scripts import sharing
-from ordnung.scripts.common import parse_options, run_script
-
-
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
+from ordnung.scripts.common import option, parse_options, required, run_script
 
 
 @dataclass
 class PushOptions:
     """Every option, in the order of --help."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder of a checkpoint with its tokenizer, or of an adapter."})
-    hub_model_id: str = field(metadata={"help": "Repository: user/name, or name for your own."})
-    results: str | None = _option(None, "Results file for the card; default: the checkpoint's results.json, if any.")
-    private: bool = _option(False, "Make a new repository that only you can see.")
-    revision: str = _option(sharing.Target.revision, "Branch to push to; made if need be.")
-    commit_message: str = _option(sharing.Target.commit_message, "What the commit says.")
-    license: str = _option(sharing.Target.license, "Licence of the weights, as the Hub names it.")
-    language: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes of the language trained on."})
-    token: str | None = _option(None, "Access token; better HF_TOKEN or `hf auth login`, which leave no trace.")
-    dry_run: bool = _option(False, "Write the folder and show it; upload nothing.")
+    model_name_or_path: str = required("Folder of a checkpoint with its tokenizer, or of an adapter.")
+    hub_model_id: str = required("Repository: user/name, or name for your own.")
+    results: str | None = option(None, "Results file for the card; default: the checkpoint's results.json, if any.")
+    private: bool = option(False, "Make a new repository that only you can see.")
+    revision: str = option(sharing.Target.revision, "Branch to push to; made if need be.")
+    commit_message: str = option(sharing.Target.commit_message, "What the commit says.")
+    license: str = option(sharing.Target.license, "Licence of the weights, as the Hub names it.")
+    language: list[str] | None = option(None, "ISO 639 codes of the language trained on.")
+    token: str | None = option(None, "Access token; better HF_TOKEN or `hf auth login`, which leave no trace.")
+    dry_run: bool = option(False, "Write the folder and show it; upload nothing.")
 
 
 def show(folder: Path, target: sharing.Target):

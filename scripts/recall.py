@@ -11,24 +11,27 @@ where it was stopped, and a variant or seed can be added later.
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from ordnung.scripts.common import MergeKeyValues, ScriptError, parse_options, run_script, write_json, write_text
+from ordnung.scripts.common import (
+    ScriptError,
+    option,
+    parse_options,
+    run_script,
+    write_json,
+)
 from ordnung.scripts.evidence import (
-    check_seeds,
-    claim_output_dir,
     markdown_table,
     spread,
     summarise,
     variant_configs,
 )
-from ordnung.scripts.machine import machine_info
-from ordnung.scripts.task_training import fit
+from ordnung.scripts.task_training import TrainingOptions, fit, train_all, write_results
 
 # Sequences to measure on are drawn with this seed and the number of pairs, those to train on with the run's seed.
 EVALUATION_SEED = 2**32
@@ -38,44 +41,21 @@ SOLVED = 0.99
 STILL_LEARNING = 0.05
 
 
-def _option(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-@dataclass
-class RecallOptions:
-    output_dir: str = field(metadata={"help": "Folder for results.json, results.md, accuracy.png and the runs."})
-    variants: str = field(
-        metadata={"help": "Models by name: model_type and the config fields that differ.", "action": MergeKeyValues}
+@dataclass(kw_only=True)
+class RecallOptions(TrainingOptions):
+    sequence_length: int = option(64, "Tokens in a sequence.")
+    num_pairs: list[int] = option([2, 4, 8, 16], "Key-value pairs in a sequence; training batches take them in turn.")
+    num_queries: int = option(16, "Queries in a sequence, each for one of its keys.")
+    alphabet_size: int = option(32, "Different keys, and as many different values.")
+    distance_edges: list[int] = option(
+        [1, 11, 21, 31, 41, 51, 64],
+        "Distances from query to key (tokens) where the ranges to report begin, and the end.",
     )
-    config_overrides: str | None = _option(None, "Config fields of all variants.", action=MergeKeyValues)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each variant trains with each."})
-
-    # the task
-    sequence_length: int = _option(64, "Tokens in a sequence.")
-    num_pairs: list[int] = field(
-        default_factory=lambda: [2, 4, 8, 16],
-        metadata={"help": "Key-value pairs in a sequence; training batches take them in turn."},
-    )
-    num_queries: int = _option(16, "Queries in a sequence, each for one of its keys.")
-    alphabet_size: int = _option(32, "Different keys, and as many different values.")
-    distance_edges: list[int] = field(
-        default_factory=lambda: [1, 11, 21, 31, 41, 51, 64],
-        metadata={"help": "Distances from query to key (tokens) where the ranges to report begin, and the end."},
-    )
-    eval_sequences: int = _option(512, "Sequences to measure on, for each number of pairs.")
-
-    # optimisation
-    max_steps: int = _option(2000, "Optimizer steps.")
-    batch_size: int = _option(32, "Sequences in a step.")
-    learning_rate: float = _option(1e-3, "AdamW's learning rate, constant after the warm-up.")
-    weight_decay: float = _option(0.0, "AdamW's weight decay, for matrices.")
-    warmup_steps: int = _option(100, "Steps of linear warm-up.")
+    eval_sequences: int = option(512, "Sequences to measure on, for each number of pairs.")
 
     def __post_init__(self):
-        for name in ("sequence_length", "num_queries", "alphabet_size", "eval_sequences", "max_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ScriptError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
+        self.check_positive("sequence_length", "num_queries", "alphabet_size", "eval_sequences")
         room = self.sequence_length - self.num_queries
         if not 1 <= min(self.num_pairs) <= max(self.num_pairs) <= min(self.alphabet_size, room // 2):
             raise ScriptError(
@@ -84,8 +64,6 @@ class RecallOptions:
             )
         if self.distance_edges != sorted(set(self.distance_edges)) or len(self.distance_edges) < 2:
             raise ScriptError(f"--distance_edges {self.distance_edges} must be two or more rising numbers")
-        check_seeds(self.seeds)
-        self.config_overrides = self.config_overrides or {}
 
     @property
     def vocab_size(self) -> int:
@@ -293,29 +271,15 @@ def plot(results: dict, image: Path):
 
 def main(argv: list[str] | None = None):
     options = parse_options(RecallOptions, argv, __doc__)
-    output_dir = Path(options.output_dir)
     configs = variant_configs(options.variants, options.config_overrides, vocab_size=options.vocab_size)
-    settings = {
-        name: value for name, value in asdict(options).items() if name not in ("output_dir", "variants", "seeds")
-    }
-    claim_output_dir(output_dir, settings, options.variants)
-    runs = {name: [] for name in configs}
-    # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
-    for seed in options.seeds:
-        for name, config in configs.items():
-            runs[name].append(run(options, config, seed, output_dir / "runs" / f"{name}-seed{seed}.json"))
+    shared, runs = train_all(options, configs, lambda name, seed, path: run(options, configs[name], seed, path))
     results = {
-        "machine": machine_info(),
-        "settings": {**settings, "variants": options.variants},
-        "seeds": options.seeds,
+        **shared,
         "chance": 1 / options.alphabet_size,
         "chance_shown": [1 / num_pairs for num_pairs in options.num_pairs],
         "variants": {name: collect(options, configs[name], runs[name]) for name in configs},
     }
-    write_json(output_dir / "results.json", results)
-    write_text(output_dir / "results.md", markdown(results) + "\n")
-    plot(results, output_dir / "accuracy.png")
-    print(f"\n{markdown(results)}\n\nWritten: results.json, results.md and accuracy.png in {output_dir}")
+    write_results(options.output_dir, results, markdown, plot)
 
 
 if __name__ == "__main__":

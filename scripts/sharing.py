@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import ordnung
 from ordnung.modeling.standalone import WEIGHTS
-from ordnung.scripts.common import ScriptError, write_text
+from ordnung.scripts.common import ScriptError, option, write_text
 from ordnung.scripts.model_card import Subject, eval_result_files, head_of, make_card
 
 logger = logging.getLogger(__name__)
@@ -54,16 +54,12 @@ PEFT_HEADS = {
 class HubOptions:
     """Options of a training script that can share what it trained."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Share the result on the Hugging Face Hub."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository, user/name; default: the token's user and output_dir's name."}
-    )
-    hub_private: bool = field(default=False, metadata={"help": "Make a new repository that only you can see."})
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; default: main."})
-    hub_license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, as the Hub names it."})
-    hub_token: str | None = field(
-        default=None, metadata={"help": "Access token; better HF_TOKEN or `hf auth login`, which leave no trace."}
-    )
+    push_to_hub: bool = option(False, "Share the result on the Hugging Face Hub.")
+    hub_model_id: str | None = option(None, "Repository, user/name; default: the token's user and output_dir's name.")
+    hub_private: bool = option(False, "Make a new repository that only you can see.")
+    hub_revision: str | None = option(None, "Branch to push to; default: main.")
+    hub_license: str = option("apache-2.0", "Licence of the weights, as the Hub names it.")
+    hub_token: str | None = option(None, "Access token; better HF_TOKEN or `hf auth login`, which leave no trace.")
 
 
 # How and where a run is shared is not part of the run, and its token is nobody else's business.

@@ -2,17 +2,49 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, get_scheduler, set_seed
 
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common import MergeKeyValues, ScriptError, option, required, write_json, write_text
+from ordnung.scripts.evidence import check_seeds, claim_output_dir
+from ordnung.scripts.machine import machine_info
 from ordnung.scripts.pretrain_setup import parameter_groups
 
 
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """What is trained, and how; a program adds its task."""
+
+    output_dir: str = required("Folder for results.json, results.md, accuracy.png and the runs.")
+    variants: str = required("Models by name: model_type and the config fields that differ.", action=MergeKeyValues)
+    config_overrides: str | None = option(None, "Config fields of all variants.", action=MergeKeyValues)
+    seeds: list[int] = option([0, 1, 2], "Each variant trains with each.")
+
+    # optimisation
+    max_steps: int = option(2000, "Optimizer steps.")
+    batch_size: int = option(32, "Sequences in a step.")
+    learning_rate: float = option(1e-3, "AdamW's learning rate, constant after the warm-up.")
+    weight_decay: float = option(0.0, "AdamW's weight decay, for matrices.")
+    warmup_steps: int = option(100, "Steps of linear warm-up.")
+
+    def __post_init__(self):
+        self.check_positive("max_steps", "batch_size")
+        check_seeds(self.seeds)
+        self.config_overrides = self.config_overrides or {}
+
+    def check_positive(self, *names: str):
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ScriptError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+
 def fit(
-    options,
+    options: TrainingOptions,
     config: PreTrainedConfig,
     seed: int,
     draw: Callable[[int], tuple[np.ndarray, np.ndarray]],
@@ -22,7 +54,6 @@ def fit(
     """Train a new model.
 
     Args:
-        options: has `max_steps`, `learning_rate`, `weight_decay` and `warmup_steps`.
         draw: takes the number of the step and gives tokens (batch, N) and labels of the same shape: at a token what is
             to be answered there, -100 where nothing is.
         after_step: called with the number of steps taken and the model.
@@ -58,3 +89,41 @@ def fit(
         if after_step is not None:
             after_step(step + 1, model)
     return model, losses
+
+
+def train_all(
+    options: TrainingOptions, configs: dict[str, PreTrainedConfig], run: Callable[[str, int, Path], dict]
+) -> tuple[dict[str, Any], dict[str, list[dict]]]:
+    """Train every variant with every seed; runs that have finished are kept.
+
+    Args:
+        configs: the variants by name.
+        run: trains one, given its name, the seed and the file for its results, or reads that file.
+
+    Returns:
+        what the results of every program hold: `machine`, `settings` and `seeds`; the results of the runs by variant,
+        one for each seed.
+    Raises:
+        ScriptError: as `claim_output_dir` and `run`.
+    """
+    output_dir = Path(options.output_dir)
+    settings = {
+        name: value for name, value in asdict(options).items() if name not in ("output_dir", "variants", "seeds")
+    }
+    claim_output_dir(output_dir, settings, options.variants)
+    runs = {name: [] for name in configs}
+    # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
+    for seed in options.seeds:
+        for name in configs:
+            runs[name].append(run(name, seed, output_dir / "runs" / f"{name}-seed{seed}.json"))
+    settings["variants"] = options.variants
+    return {"machine": machine_info(), "settings": settings, "seeds": options.seeds}, runs
+
+
+def write_results(output_dir: str, results: dict, markdown: Callable[[dict], str], plot: Callable[[dict, Path], None]):
+    """Write results.json, results.md and accuracy.png, and print the tables."""
+    folder, text = Path(output_dir), markdown(results)
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.md", text + "\n")
+    plot(results, folder / "accuracy.png")
+    print(f"\n{text}\n\nWritten: results.json, results.md and accuracy.png in {folder}")

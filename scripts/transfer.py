@@ -10,12 +10,21 @@ seed can be added later.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ordnung.scripts import baselines, compare, finetune_glue, finetune_imdb, pretrain
-from ordnung.scripts.common import MergeKeyValues, ScriptError, parse_options, run_script, write_json, write_text
+from ordnung.scripts.common import (
+    MergeKeyValues,
+    ScriptError,
+    option,
+    parse_options,
+    required,
+    run_script,
+    write_json,
+    write_text,
+)
 from ordnung.scripts.evidence import check_seeds, claim_output_dir, markdown_table, spread, variant_configs
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.machine import described, machine_info
@@ -27,34 +36,18 @@ OWN_OPTIONS = ("output_dir", "model_name_or_path", "seeds", "task_name", "datase
 
 @dataclass(kw_only=True)
 class TransferOptions:
-    output_dir: str = field(metadata={"help": "Folder for results.json, results.md and the runs."})
-    variants: str = field(
-        metadata={"help": "Models by name: model_type and the config fields that differ.", "action": MergeKeyValues}
+    output_dir: str = required("Folder for results.json, results.md and the runs.")
+    variants: str = required("Models by name: model_type and the config fields that differ.", action=MergeKeyValues)
+    pretrain: str = required("Options of pretrain.py for all variants: max_steps=100.", action=MergeKeyValues)
+    config_overrides: str | None = option(None, "Config fields of all variants.", action=MergeKeyValues)
+    task_name: list[str] = option(
+        ["sst2", "mrpc", "rte", "cola", "imdb"], f"Tasks to fine-tune on, of {', '.join(TASKS)}."
     )
-    pretrain: str = field(
-        metadata={"help": "Options of pretrain.py for all variants: max_steps=100.", "action": MergeKeyValues}
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Config fields of all variants.", "action": MergeKeyValues}
-    )
-    task_name: list[str] = field(
-        default_factory=lambda: ["sst2", "mrpc", "rte", "cola", "imdb"],
-        metadata={"help": f"Tasks to fine-tune on, of {', '.join(TASKS)}."},
-    )
-    finetune: str | None = field(
-        default=None,
-        metadata={"help": "Options of the fine-tuning programs for all tasks.", "action": MergeKeyValues},
-    )
-    finetune_by_task: str | None = field(
-        default=None, metadata={"help": "Those of single tasks, by task, which win.", "action": MergeKeyValues}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Each variant is fine-tuned with each on each task."}
-    )
-    glue_path: str | None = field(
-        default=None, metadata={"help": "Local folder with a folder for each GLUE task; default: the Hub."}
-    )
-    imdb_path: str | None = field(default=None, metadata={"help": "Local folder of IMDB; default: the Hub."})
+    finetune: str | None = option(None, "Options of the fine-tuning programs for all tasks.", action=MergeKeyValues)
+    finetune_by_task: str | None = option(None, "Those of single tasks, by task, which win.", action=MergeKeyValues)
+    seeds: list[int] = option([0, 1, 2], "Each variant is fine-tuned with each on each task.")
+    glue_path: str | None = option(None, "Local folder with a folder for each GLUE task; default: the Hub.")
+    imdb_path: str | None = option(None, "Local folder of IMDB; default: the Hub.")
 
     def __post_init__(self):
         self.config_overrides, self.finetune = self.config_overrides or {}, self.finetune or {}

@@ -244,6 +244,27 @@ class TestCompareProgram:
         with pytest.raises(ScriptError, match='"max_steps": 3.*, not .*"max_steps": 4'):
             compare.main([*argv, "--pretrain", "max_steps=4"])
 
+    def test_equal_compute(self, argv, tmp_path):
+        variants = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
+        argv += ["--variants", json.dumps(variants), "--seeds", "0", "--pretrain", "eval_steps=1,max_steps=2"]
+        argv += ["--equal_compute", "softmax"]
+        assert compare.main(argv) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())["variants"]
+        cubic, longer = results["cubic"], results["softmax_equal_compute"]
+        assert results["softmax"]["steps"] == cubic["steps"] == 2 < longer["steps"]
+        costs = [result["tokens"] * result["forward_flops_per_token"] for result in (cubic, longer)]
+        assert costs[1] == pytest.approx(costs[0], rel=0.5 / longer["steps"])
+        assert len(longer["curve"]) >= len(cubic["curve"]) == 3
+        assert longer["curve"][-1] == {"step": longer["steps"], "eval_loss": longer["eval_loss"]}
+        table = (tmp_path / "out" / "results.md").read_text()
+        assert "| softmax_equal_compute |" in table and f"| {longer['steps']} " in table
+
+        # a dearer variant makes equal compute longer
+        deeper = {"deeper": {"model_type": "cubic_prefix_lm", "num_hidden_layers": 3}}
+        with pytest.raises(ScriptError, match=f"softmax_equal_compute-seed0 was trained for {longer['steps']} steps"):
+            compare.main([*argv, "--variants", json.dumps(deeper)])
+        assert not (tmp_path / "out" / "runs" / "deeper-seed0").exists()
+
     def test_a_stopped_run_stops_the_comparison(self, argv, tmp_path, monkeypatch):
         ran = []
         monkeypatch.setattr(pretrain, "main", lambda argv: ran.append(argv) or 143)
@@ -259,6 +280,7 @@ class TestCompareProgram:
             (["--pretrain", "max_step=3"], "did you mean 'max_steps'"),
             (["--pretrain", "validation_fraction=0"], "held-out text"),
             (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
+            (["--equal_compute", "conv_lm"], "--equal_compute conv_lm must be one of the variants conv, softmax"),
             (["--variants", "broken={model_type: conv_lm, kernel_size: 0}"], "variant broken: .*must be at least 1"),
             (["--variants", "broken=3"], "variant broken must be a mapping"),
             (["--variants", "a/b={model_type: conv_lm}"], "'a/b' names a folder"),
