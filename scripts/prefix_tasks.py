@@ -3,7 +3,8 @@
     python scripts/prefix_tasks.py --config scripts/configs/tasks_pointer.yaml
 
 `pointer`: a permutation is shown, then at each query the model has to answer with what the permutation gives when it is
-applied `hops` times; causal tokens cannot look up where the values after them point (arXiv 2412.02975). `triplets`:
+applied once, twice, or up to `hops` times; causal tokens cannot look up where the values after them point (arXiv
+2412.02975). `triplets`:
 Triplet-Counting (ENTP, arXiv 2410.01600), where each token counts the pairs among all tokens so far that sum with the
 last one to a multiple of their number. Every variant sees the same sequences for the same number of steps; those that
 cost less than the dearest then go on to the same number of FLOPs. The output folder receives results.json, results.md
@@ -44,7 +45,7 @@ EVALUATION_SEED = 2**32
 class TaskOptions(TrainingOptions):
     task: str = required("What to train on.", choices=["pointer", "triplets"])
     symbols: int = option(16, "pointer: numbers permuted. triplets: given tokens, which the others follow from.")
-    hops: int = option(7, "pointer: times to apply the permutation.")
+    hops: int = option(7, "pointer: most times to apply the permutation; a query asks for any number from 1 on.")
     queries: int = option(16, "pointer: queries in a sequence.")
     sequence_length: int = option(64, "triplets: tokens in a sequence.")
     eval_sequences: int = option(256, "Sequences to measure on.")
@@ -66,7 +67,7 @@ class TaskOptions(TrainingOptions):
 
     @property
     def vocab_size(self) -> int:
-        return 2 * self.symbols if self.task == "pointer" else self.sequence_length
+        return (1 + self.hops) * self.symbols if self.task == "pointer" else self.sequence_length
 
     @property
     def tokens(self) -> int:
@@ -82,20 +83,22 @@ class TaskOptions(TrainingOptions):
 def draw_pointers(
     count: int, symbols: int, hops: int, queries: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences that show a permutation p of 0 to m - 1 and ask for p applied `hops` times.
+    """Sequences that show a permutation p of 0 to m - 1 and ask for p applied several times.
 
-    Token i < m is p(i); then each of `queries` tokens m + x, x drawn at random, has the label p(p(...p(x))).
+    p is one cycle through all m, so that no number of times is a shorter way round. Token i < m is p(i); then each of
+    `queries` tokens k m + x, with k from 1 to `hops` and x drawn at random, has the label p(p(...p(x))), k times.
 
     Returns:
         tokens (count, m + queries) and labels of the same shape, -100 where nothing is asked.
     """
-    pointers = random.random((count, symbols)).argsort(axis=1)
-    asked = random.integers(symbols, size=(count, queries))
-    answers = asked
-    for _ in range(hops):
-        answers = np.take_along_axis(pointers, answers, 1)
+    cycle = random.random((count, symbols)).argsort(axis=1)
+    pointers = np.empty_like(cycle)
+    np.put_along_axis(pointers, cycle, np.roll(cycle, -1, axis=1), 1)
+    places, times = random.integers(symbols, size=(count, queries)), random.integers(1, hops + 1, (count, queries))
+    asked = np.take_along_axis(cycle, places, 1)
+    answers = np.take_along_axis(cycle, (places + times) % symbols, 1)
     return (
-        np.concatenate([pointers, symbols + asked], axis=1),
+        np.concatenate([pointers, times * symbols + asked], axis=1),
         np.concatenate([np.full_like(pointers, -100), answers], axis=1),
     )
 
@@ -133,8 +136,8 @@ def step_flops(options: TaskOptions, config: PreTrainedConfig) -> int:
 
 
 @torch.no_grad()
-def accuracy(options: TaskOptions, model: PreTrainedModel) -> dict[str, float]:
-    """Share of right answers, and of sequences with right answers only."""
+def accuracy(options: TaskOptions, model: PreTrainedModel) -> dict[str, float | list[float]]:
+    """Share of right answers, and of sequences with right answers only; for pointers, also of answers by hops."""
     model.eval()
     tokens, labels = map(torch.from_numpy, options.draw(options.eval_sequences, np.random.default_rng(EVALUATION_SEED)))
     right = []
@@ -143,7 +146,15 @@ def accuracy(options: TaskOptions, model: PreTrainedModel) -> dict[str, float]:
         right.append((logits.argmax(-1) == answers) | (answers == -100))
     right = torch.cat(right)
     scored = labels != -100
-    return {"answers": float(right[scored].float().mean()), "sequences": float(right.all(1).float().mean())}
+    result = {"answers": share(right[scored]), "sequences": share(right.all(1))}
+    if options.task == "pointer":
+        times = tokens // options.symbols
+        result["answers_by_hops"] = [share(right[scored & (times == k)]) for k in range(1, options.hops + 1)]
+    return result
+
+
+def share(right: torch.Tensor) -> float:
+    return float(right.float().mean())
 
 
 def run(options: TaskOptions, config: PreTrainedConfig, seed: int, steps: int, path: Path) -> dict:
@@ -182,13 +193,12 @@ def collect(options: TaskOptions, flops: int, runs: list[dict]) -> dict:
     steps = [point["step"] for point in runs[0]["curve"]]
 
     def at(i: int) -> dict:
-        return {
-            "step": steps[i],
-            "flops": flops * steps[i],
-            **{
-                name: summarise([run["curve"][i][name] for run in runs]) for name in ("answers", "sequences", "seconds")
-            },
-        }
+        points = [run["curve"][i] for run in runs]
+        point = {"step": steps[i], "flops": flops * steps[i]}
+        point |= {name: summarise([p[name] for p in points]) for name in ("answers", "sequences", "seconds")}
+        if "answers_by_hops" in points[0]:
+            point["answers_by_hops"] = [summarise(values) for values in zip(*(p["answers_by_hops"] for p in points))]
+        return point
 
     curve = [at(i) for i in range(len(steps))]
     return {
@@ -203,7 +213,9 @@ def collect(options: TaskOptions, flops: int, runs: list[dict]) -> dict:
 def markdown(results: dict) -> str:
     """The table of a results dictionary."""
     settings, machine = results["settings"], results["machine"]
-    header = ["variant", "parameters", "MFLOPs a step", "steps", "seconds", "answers right", "sequences right"]
+    hops = range(1, settings["hops"] + 1) if settings["task"] == "pointer" else []
+    header = ["variant", "parameters", "MFLOPs a step", "steps", "seconds", "answers right"]
+    header += [f"{k} hops" for k in hops] + ["sequences right"]
     body = [
         [
             name,
@@ -212,6 +224,7 @@ def markdown(results: dict) -> str:
             f"{point['step']:,}",
             spread(point["seconds"], 0),
             spread(point["answers"], 3),
+            *(spread(point["answers_by_hops"][k - 1], 3) for k in hops),
             spread(point["sequences"], 3),
         ]
         for which in ("equal_steps", "equal_compute")
@@ -219,7 +232,8 @@ def markdown(results: dict) -> str:
         for point in [result[which]]
         if which == "equal_steps" or point["step"] != result["equal_steps"]["step"]
     ]
-    task = ", ".join(f"{name} {settings[name]}" for name in ("symbols", "hops", "queries", "sequence_length"))
+    sizes = ("symbols", "hops", "queries") if hops else ("symbols", "sequence_length")
+    task = ", ".join(f"{name} {settings[name]}" for name in sizes)
     return "\n\n".join(
         [
             f"{settings['task']}, {task}: mean ± sample standard deviation over seeds "
