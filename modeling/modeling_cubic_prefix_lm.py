@@ -5,22 +5,21 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
-    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
     create_bidirectional_mask,
     create_causal_mask,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
-from ordnung.modeling.backbone import Attention, BackboneModel, BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.cubic_prefix_attention import PrefixCacheLayer
 from ordnung.modeling.heads import (
     ForCausalLM,
     ForMaskedLM,
@@ -33,9 +32,6 @@ from ordnung.modeling.ops.prefix_attention import (
     FirstLayer,
     Group,
     all_passes,
-    fold_keys,
-    fold_values,
-    join_scores,
     last_passes,
     plan_passes,
     prefix_ends,
@@ -49,153 +45,6 @@ GROUP_ENDS = 16
 SEGMENT = 256
 # Activations that a layer keeps of a token for the backward pass, in units of the width: for the estimate in an error.
 ACTIVATIONS = 17
-
-
-class PrefixCacheLayer(DynamicLayer):
-    """Generation state of one layer: keys and values, and in the first layer what later passes start from.
-
-    `first` holds tensors, batch first: `hidden_states` (B, T, D) that the layer takes and their `position_ids` (B, T).
-    With stride 1 also `query` (B, H, T, P), and what attention of each query over all T keys gives, `output` of that
-    shape and the log-sum-exp `total` (B, H, T); the other layers are empty. With a larger stride `ends` (B,): the keys
-    and values of all layers are those of the pass whose fully connected part ends there.
-    """
-
-    _layer_type = "cubic_prefix"
-
-    def __init__(self, **kwargs):
-        super().__init__()
-        self.first: dict[str, torch.Tensor] = {}
-
-    def reset(self) -> None:
-        self.forget_pass()
-        super().reset()
-        self.first = {}
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.is_initialized:  # with stride 1 the layers after the first hold nothing
-            super().crop(tokens_to_remove)
-        if not self.first or not tokens_to_remove:
-            return
-        T = self.get_seq_length()
-        # sums over keys cannot be taken back: the next call makes them anew, as it does a pass that is cut
-        kept = {name: self.first[name][:, :T] for name in ("hidden_states", "position_ids")}
-        if "query" in self.first:
-            kept["query"] = self.first["query"][:, :, :T]
-        if "ends" in self.first:
-            kept["ends"] = torch.where(self.first["ends"] > T, -1, self.first["ends"])
-        self.first = kept
-
-    def forget_pass(self) -> None:
-        """Drops the keys and values, for those of another pass."""
-        self.keys = self.values = None  # before transformers 5.23 its `reset` keeps zeros
-        self.is_initialized = False
-
-    def each(self, function) -> None:
-        if self.is_initialized:
-            self.keys, self.values = function(self.keys), function(self.values)
-            self.first = {name: function(tensor) for name, tensor in self.first.items()}
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.each(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.each(lambda x: x[indices])
-
-    def offload(self) -> None:
-        self.each(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self.each(lambda x: x.to(self.device, non_blocking=True))
-
-
-# the same layer serves a static cache: passes over all tokens so far have no fixed shape to compile for
-STATIC_LAYER_TYPE_MAPPING["cubic_prefix"] = PrefixCacheLayer
-
-
-class PrefixAttention(Attention):
-    """Fully connected softmax attention over every prefix: encoder-only next-token prediction.
-
-    The distribution of token t + 1 comes from a bidirectional pass over tokens 0 to t, read at t (ENTP, Ewer et al.
-    2024, arXiv 2410.01600). The first layer shares its attention between prefixes and the last computes one row, O(N^2)
-    each; the layers between are O(N^3), the N^2 / 2 rows of MLPs and projections O(N^2 D). Prefill O(N^2), decoding
-    O(N^2) a token, state 5 rows of D a token. With stride s, training O(N^3 / s), decoding O(N^2 / s) on average.
-    """
-
-    layer_type = "cubic_prefix"
-
-    def __init__(self, config: CubicPrefixLMConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.is_causal = False
-
-    @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
-        return create_bidirectional_mask(config, inputs_embeds, attention_mask)
-
-    def read(
-        self,
-        states: torch.Tensor,
-        chosen: torch.Tensor,
-        visible: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        """The mixed states (G, S, D) of the tokens `chosen` (G, S) alone, from `states` (G, T, D).
-
-        `visible` (G, S, T) says which tokens each of them sees. `past_key_values` takes the keys and values of all T.
-        """
-        G, S = chosen.shape
-        query = self.q_proj(states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])))
-        query = query.view(G, S, -1, self.head_dim).transpose(1, 2)
-        keep = past_key_values is not None
-        if not keep and position_embeddings is None and self.folds(self.k_proj, S):
-            scores = fold_keys(query, states, self.k_proj.weight, self.k_proj.bias)
-        else:
-            key = self.k_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
-            if position_embeddings is not None:
-                _, key = apply_rotary_pos_emb(key, key, *position_embeddings)
-                chosen = chosen[..., None].expand(-1, -1, self.head_dim)
-                at = (x.expand(G, -1, -1).gather(1, chosen) for x in position_embeddings)
-                query, _ = apply_rotary_pos_emb(query, query, *at)
-            scores = query @ key.transpose(2, 3)
-        weights = join_scores(scores * self.scaling, visible[:, None]).softmax(-1)
-        weights = nn.functional.dropout(weights, self.dropout).to(states.dtype)
-        if not keep and self.folds(self.v_proj, S):
-            mixed = fold_values(weights, states, self.v_proj.weight, self.v_proj.bias)
-        else:
-            value = self.v_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
-            mixed = weights @ value
-        if keep:
-            past_key_values.update(key, value, self.layer_idx)
-        return self.out_proj(mixed.transpose(1, 2).reshape(G, S, -1))
-
-    @property
-    def dropout(self) -> float:
-        return self.config.attention_dropout if self.training else 0.0
-
-    def folds(self, linear: nn.Module, reads: int) -> bool:
-        """Whether to apply the weight of `linear` to the few reads instead of to all states.
-
-        Only where the weight is all there is to it: no adapter, quantisation, offloading or other hook.
-        """
-        hooks = linear._forward_pre_hooks or linear._forward_hooks or hasattr(linear, "_hf_hook")
-        plain = type(linear) is nn.Linear and not hooks
-        return plain and reads * (self.config.num_attention_heads - 1) < self.config.hidden_size
-
-    def read_flops(self, reads: int, tokens: int) -> int:
-        """FLOPs of `read` for one pass of `tokens` tokens."""
-        D, H = self.config.hidden_size, self.config.num_attention_heads
-        folded = 2 * D * D * reads + 2 * H * D * reads * tokens
-        plain = 2 * D * D * tokens + 2 * D * reads * tokens
-        keys = plain
-        if self.config.position_embedding_type != "rope" and self.folds(self.k_proj, reads):
-            keys = folded + 2 * D * reads  # with the bias
-        return 4 * D * D * reads + keys + (folded if self.folds(self.v_proj, reads) else plain)
-
-
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["cubic_prefix"] = PrefixAttention.make_mask
 
 
 def project_first(layer, hidden_states, position_embeddings):
