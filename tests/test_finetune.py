@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 
 import datasets
-import evaluate
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from scipy import stats
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,7 +38,6 @@ from ordnung.scripts import (
     text_tasks,
 )
 from ordnung.scripts.common import ScriptError
-from ordnung.scripts.glue_metric import Glue
 
 SCRIPTS = Path(ordnung.__file__).parent / "scripts"
 GOOD, BAD = "fine warm bright calm".split(), "dull cold grim harsh".split()
@@ -140,38 +137,6 @@ def assert_same_run(a, b):
         assert metrics(a, name) == metrics(b, name)
     first, second = weights(a), weights(b)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-class TestMetric:
-    def test_scores_equal_their_definitions(self):
-        random = np.random.default_rng(0)
-        for _ in range(5):
-            a, b = random.integers(2, size=(2, 200))
-            (tn, fp), (fn, tp) = [[int(((b == i) & (a == j)).sum()) for j in (0, 1)] for i in (0, 1)]
-            scores = Glue("mrpc", keep_in_memory=True).compute(predictions=a, references=b)
-            assert scores == {"accuracy": (tp + tn) / 200, "f1": pytest.approx(2 * tp / (2 * tp + fp + fn))}
-            expected = (tp * tn - fp * fn) / np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
-            scores = Glue("cola", keep_in_memory=True).compute(predictions=a, references=b)
-            assert scores == {"matthews_correlation": pytest.approx(expected)}
-            x, y = random.normal(size=200).round(1), random.integers(6, size=200)  # with ties
-            scores = Glue("stsb", keep_in_memory=True).compute(predictions=x, references=y)
-            assert scores["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
-            assert scores["spearmanr"] == pytest.approx(stats.spearmanr(x, y).statistic)
-
-    def test_a_constant_prediction_scores_zero(self):
-        assert glue_metric.matthews_correlation(np.ones(4), np.array([0, 1, 1, 0])) == 0
-        assert glue_metric.pearson(np.full(4, 0.1), np.arange(4)) == 0
-        assert glue_metric.f1(np.zeros(3), np.zeros(3)) == 0
-
-    def test_evaluate_loads_it(self, tmp_path):
-        metric = evaluate.load(str(SCRIPTS / "glue_metric.py"), "rte", cache_dir=tmp_path)
-        assert metric.compute(predictions=[1, 0], references=[1, 1]) == {"accuracy": 0.5}
-
-    def test_bad_input(self):
-        with pytest.raises(ValueError, match="unknown task 'ax'.*cola"):
-            Glue("ax")
-        with pytest.raises(ValueError, match="nothing to score"):
-            Glue("rte", keep_in_memory=True).compute(predictions=[], references=[])
 
 
 class TestCutting:
@@ -412,26 +377,26 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, kind):
     assert (whole / name).read_bytes() == (stopped / name).read_bytes()
 
 
-def test_nothing_is_lost_where_the_end_fails(run, monkeypatch, tmp_path):
-    whole = run(output="whole")
-    monkeypatch.setattr(finetune.Finetuning, "_finish", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.fixture
+def failed_at_its_end(run, tmp_path):
+    """The checkpoint that a run left whose training was over when it failed."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(finetune.Finetuning, "_finish", lambda self: 1 / 0)
         run()
-    monkeypatch.undo()
     (checkpoint,) = (tmp_path / "out/sst2/seed-0").glob("checkpoint-*")
+    return checkpoint
+
+
+def test_nothing_is_lost_where_the_end_fails(run, failed_at_its_end, monkeypatch):
+    whole = run(output="whole")
     monkeypatch.setattr(finetune.Finetuning, "train_step", None)  # nothing is trained again
     assert_same_run(run() / "sst2/seed-0", whole / "sst2/seed-0")
-    assert not checkpoint.exists()
+    assert not failed_at_its_end.exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, monkeypatch, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_passed_over(run, failed_at_its_end, caplog):
     whole = run(output="whole")
-    monkeypatch.setattr(finetune.Finetuning, "_finish", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run()
-    monkeypatch.undo()
-    (checkpoint,) = (tmp_path / "out/sst2/seed-0").glob("checkpoint-*")
-    (checkpoint / "optimizer.pt").write_bytes(b"half")
+    (failed_at_its_end / "optimizer.pt").write_bytes(b"half")
     assert_same_run(run() / "sst2/seed-0", whole / "sst2/seed-0")
     assert "optimizer.pt is not what was written" in caplog.text
 

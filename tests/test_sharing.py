@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from hub_server import READER, WRITER, File, HubServer, Repository
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from safetensors.torch import load as load_tensors
+from strangers import REFUSE
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
@@ -419,15 +420,8 @@ def test_commands_are_shown_without_tokens():
 
 # Runs where ordnung cannot be imported: loads every repository from the endpoint, then runs its card's snippet.
 STRANGER = """
-import importlib.abc, json, re, sys, torch, transformers
+import json, re, torch, transformers
 from huggingface_hub import ModelCard
-
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] == "ordnung":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Refuse())
 torch.set_grad_enabled(False)  # attention has other kernels, with other rounding, where gradients are needed
 expected, reports = torch.load(sys.argv[1]), {}
 for repo, (auto, ids, logits) in expected.items():
@@ -457,7 +451,7 @@ def test_everybody_can_load_every_head_and_run_its_snippet(hub, tmp_path, tokeni
     assert len(expected) >= 11
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, tmp_path / "expected.pt"],
+        [sys.executable, "-c", REFUSE + STRANGER, tmp_path / "expected.pt"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
