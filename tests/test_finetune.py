@@ -1,19 +1,15 @@
 """The fine-tuning programs from end to end on tiny data: metrics, data, runs, resuming, equalities, bad input."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from launching import SCRIPTS, launch, launch_sharded
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,7 +35,6 @@ from ordnung.scripts import (
 )
 from ordnung.scripts.common import ScriptError
 
-SCRIPTS = Path(ordnung.__file__).parent / "scripts"
 GOOD, BAD = "fine warm bright calm".split(), "dull cold grim harsh".split()
 FILLER = "the voyage of a ship and its captain on that sea was".split()
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -410,26 +405,36 @@ def test_accumulation_changes_nothing(run):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
+# Fine-tunes where the model is sharded.
+SHARDED = """
+from ordnung.scripts import finetune_glue
+from ordnung.scripts.finetune import Finetuning
+train = Finetuning.train
+Finetuning.train = lambda self: check_sharded(self) or train(self)
+sys.exit(finetune_glue.main())
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(run, data, tmp_path):
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_two_processes_equal_one(run, data, tmp_path, kind):
     """41 rows in steps of 8: the last step leaves the second process without a row of its own."""
     single = run("mrpc", "single", per_device_train_batch_size=8, max_train_samples=41, num_train_epochs=1)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", SCRIPTS / "configs/accelerate_cpu.yaml", "--main_process_port", port]
-    command += [SCRIPTS / "finetune_glue.py", "--model_name_or_path", data / "conv", "--output_dir", tmp_path / "two"]
-    command += ["--dataset_path", data, "--task_name", "mrpc", "--per_device_train_batch_size", 4, "--use_cpu"]
-    command += ["--max_train_samples", 41, "--num_train_epochs", 1, "--learning_rate", 1e-3, "--logging_steps", 1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(data / "cache")}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["--model_name_or_path", data / "conv", "--output_dir", tmp_path / "two", "--dataset_path", data]
+    arguments += ["--task_name", "mrpc", "--per_device_train_batch_size", 4, "--max_train_samples", 41]
+    arguments += ["--num_train_epochs", 1, "--learning_rate", 1e-3, "--logging_steps", 1]
+    cache = {"HF_DATASETS_CACHE": str(data / "cache")}
+    if kind == "whole":
+        printed = launch("accelerate_cpu.yaml", SCRIPTS / "finetune_glue.py", [*arguments, "--use_cpu"], **cache)
+    else:
+        printed = launch_sharded(SHARDED, tmp_path, arguments, **cache)
     two, single = tmp_path / "two/mrpc/seed-0", single / "mrpc/seed-0"
     assert results(two)["num_processes"] == 2
     for name in ("loss", "eval_loss", "eval_f1"):
         assert metrics(two, name) == pytest.approx(metrics(single, name), rel=2e-5)
-    assert done.stdout.count("Written: results.json") == 1  # one process prints the table
+    first, second = weights(two), weights(single)
+    assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-4) for name in second)
+    assert printed.count("Written: results.json") == 1  # one process prints the table
 
 
 def test_trainer_follows_the_same_path(run, data, tmp_path):

@@ -1,42 +1,28 @@
 """The pretraining script on several processes, started by `accelerate launch` with the shipped configs."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from launching import SCRIPTS, launch, launch_sharded
 from transformers import AutoModelForCausalLM
 
-import ordnung
 from ordnung.scripts import corpus, pretrain
 
-SCRIPTS = Path(ordnung.__file__).parent / "scripts"
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
 
-# accelerate shards models on accelerator devices only. This makes it take the CPU for one, so that the shipped FSDP2
-# config runs everywhere: devices, collectives (gloo) and sharding are real.
-FSDP_ON_CPU = """
-import sys
-import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
-torch.accelerator.is_available = lambda *args: True
-PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+# Trains where the model is sharded.
+SHARDED = """
 from ordnung.scripts.common import parse_options
 from ordnung.scripts.pretrain import Pretraining
 from ordnung.scripts.pretrain_options import PretrainOptions
 run = Pretraining(parse_options(PretrainOptions))
-parameters = list(run.model.parameters())
-assert all(isinstance(parameter, DTensor) for parameter in parameters)
-assert sum(p.to_local().numel() for p in parameters) < 0.75 * sum(p.numel() for p in parameters)
+check_sharded(run)
 sys.exit(run.train())
 """
 
@@ -78,16 +64,8 @@ def single(options, tmp_path_factory):
     return run_here(options, tmp_path_factory.mktemp("single") / "out")
 
 
-def launch(config, options, output, script=SCRIPTS / "pretrain.py", **environment):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", SCRIPTS / "configs" / config]
-    command += ["--main_process_port", port, script, *options, f"--output_dir={output}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((output / "results.json").read_text())
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
 
 
 def curve(folder, name):
@@ -106,8 +84,9 @@ def assert_same_curves(folder, single):
 @pytest.mark.slow
 def test_two_cpu_processes_equal_one(options, single, tmp_path):
     out = tmp_path / "out"
-    results = launch("accelerate_cpu.yaml", [*options, "--per_device_train_batch_size=2"], out)
-    assert (results["num_processes"], results["distributed_type"]) == (2, "MULTI_CPU")
+    arguments = [*options, "--per_device_train_batch_size=2", f"--output_dir={out}"]
+    launch("accelerate_cpu.yaml", SCRIPTS / "pretrain.py", arguments)
+    assert (results(out)["num_processes"], results(out)["distributed_type"]) == (2, "MULTI_CPU")
     assert_same_curves(out, single)
     # the checkpoint does not depend on the number of processes: one process goes on from it
     resumed = run_here(options, tmp_path / "resumed", f"--resume_from_checkpoint={out / 'checkpoint-3'}")
@@ -116,27 +95,27 @@ def test_two_cpu_processes_equal_one(options, single, tmp_path):
 
 @pytest.mark.slow
 def test_fsdp2_equals_one_process(options, single, tmp_path):
-    script, out = tmp_path / "fsdp_on_cpu.py", tmp_path / "out"
-    script.write_text(FSDP_ON_CPU)
+    out, resumed = tmp_path / "out", tmp_path / "resumed"
     arguments = [*options, "--per_device_train_batch_size=2"]
-    results = launch("accelerate_fsdp2.yaml", arguments, out, script, ACCELERATE_TORCH_DEVICE="cpu")
-    assert (results["num_processes"], results["distributed_type"]) == (2, "FSDP")
+    launch_sharded(SHARDED, tmp_path, [*arguments, f"--output_dir={out}"])
+    assert (results(out)["num_processes"], results(out)["distributed_type"]) == (2, "FSDP")
     assert_same_curves(out, single)
-    arguments.append(f"--resume_from_checkpoint={out / 'checkpoint-3'}")
-    resumed = tmp_path / "resumed"
-    launch("accelerate_fsdp2.yaml", arguments, resumed, script, ACCELERATE_TORCH_DEVICE="cpu")
+    arguments += [f"--output_dir={resumed}", f"--resume_from_checkpoint={out / 'checkpoint-3'}"]
+    launch_sharded(SHARDED, tmp_path, arguments)
     assert curve(resumed, "loss") == curve(out, "loss")[3:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config, processes", [("accelerate_single.yaml", 1), ("accelerate_multi.yaml", 2)])
 def test_the_other_configs_start(options, tmp_path, config, processes):
-    results = launch(config, [*options, "--max_steps=1", "--per_device_train_batch_size=2"], tmp_path / "out")
-    assert results["num_processes"] == processes and results["steps"] == 1
+    out = tmp_path / "out"
+    arguments = [*options, "--max_steps=1", "--per_device_train_batch_size=2", f"--output_dir={out}"]
+    launch(config, SCRIPTS / "pretrain.py", arguments)
+    assert results(out)["num_processes"] == processes and results(out)["steps"] == 1
 
 
 def test_every_shipped_config_is_tested():
-    tested = Path(__file__).read_text()
+    tested = Path(__file__).read_text() + Path(launching.__file__).read_text()
     for path in (SCRIPTS / "configs").glob("accelerate_*.yaml"):
         assert f'"{path.name}"' in tested
         assert yaml.safe_load(path.read_text())["num_machines"] == 1
