@@ -24,6 +24,7 @@ from ordnung import CubicPrefixLMConfig, CubicPrefixLMForCausalLM
 from ordnung.scripts.common import ScriptError, run_script, write_json
 from ordnung.scripts.evidence import markdown_table
 from ordnung.scripts.machine import machine_info
+from ordnung.scripts.pretrain_setup import recompute_activations
 
 VOCAB = 256
 ENCODER_ROWS = 16
@@ -99,7 +100,7 @@ def counted_flops(model, compute, tokens) -> tuple[int, int]:
 def measure_training(options, layers: int, length: int) -> dict:
     tokens = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(options.seed))
     recomputed = build(options, layers, length)
-    recomputed.gradient_checkpointing_enable()
+    recompute_activations(recomputed)
     competitors = {
         "naive": (build(options, layers, length), predict_naively),
         "cubic": (build(options, layers, length), predict),

@@ -161,6 +161,29 @@ def linformer_claims() -> str:
     return markdown_table(["claim or aim", "measured; speed-ups with the ratio of FLOPs in brackets"], body)
 
 
+def prefix_claims() -> str:
+    """The claim, beside what was measured."""
+    body = []
+    for run, what in (
+        ("pointer", "pointers, answers after the most hops"),
+        ("triplets_short", "Triplet-Counting, sequences of 10 tokens"),
+        ("triplets", "Triplet-Counting, sequences of 64 tokens"),
+    ):
+        for when, how in (("equal_steps", "equal steps"), ("equal_compute", "equal FLOPs")):
+            cells = []
+            for name, result in load(f"cubic_prefix_lm_{run}")["variants"].items():
+                point = result[when]
+                score = point["answers_by_hops"][-1] if run == "pointer" else point["answers"]
+                cells.append(f"{name} {spread(score, 3)}")
+            body.append([f"{what}, {how}", "; ".join(cells)])
+    text = load("cubic_prefix_lm_compare")
+    for name, how in (("cubic", "equal steps"), ("stride_8", "stride 8, equal steps")):
+        body.append([f"perplexity on text against SoftmaxLM, {how}", perplexity_change(text, name, "softmax_rope")])
+    change = perplexity_change(text, "cubic", "softmax_rope_equal_compute")
+    body.append(["perplexity on text against SoftmaxLM, equal FLOPs", change])
+    return markdown_table(["insanely more powerful?", "measured"], body)
+
+
 def benchmark_table(*names: str) -> str:
     return bench_report.markdown(load_benchmark(*names)).strip()
 
@@ -179,6 +202,8 @@ TABLES = {
     "linformer_spectrum": lambda: plot_mixing.markdown(load("linformer_lm_spectrum")),
     "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
     "prefix_pointer": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_pointer")),
+    "prefix_claims": prefix_claims,
+    "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
     "prefix_compare": lambda: compare.markdown(load("cubic_prefix_lm_compare")),
 }
@@ -194,6 +219,7 @@ FIGURES = {
     "linformer_lm_recall": lambda image: recall.plot(load("linformer_lm_recall"), image),
     "linformer_lm_spectrum": lambda image: plot_mixing.draw_spectrum(load("linformer_lm_spectrum"), image),
     "cubic_prefix_lm_pointer": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_pointer"), image),
+    "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
     "cubic_prefix_lm_compare": lambda image: compare.plot(load("cubic_prefix_lm_compare"), image),
 }

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ordnung.scripts import common
+from ordnung.scripts import common, pretrain_setup
 from ordnung.scripts.common import ScriptError
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.text_tasks import Task
@@ -69,8 +69,7 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
         new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
         logger.info(f"new in the model: {', '.join(new) or 'nothing, the checkpoint has its own classifier'}")
     if options.gradient_checkpointing:
-        # the newer name of the two; transformers before 5.23 knows the older alone
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        pretrain_setup.recompute_activations(model)
     if not options.use_peft:
         return model
     if folder is not None:

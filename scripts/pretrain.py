@@ -67,8 +67,7 @@ class Pretraining:
             f"{self.step_blocks} x {options.block_size} tokens"
         )
         if options.gradient_checkpointing:
-            # the newer name of the two; transformers before 5.23 knows the older alone
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            pretrain_setup.recompute_activations(model)
         self._prepare_training(model)
         self.writer = checkpointing.CheckpointWriter(
             self.accelerator, self.output_dir, self.tokenizer, options.save_total_limit

@@ -218,6 +218,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def recompute_activations(model: torch.nn.Module):
+    """Have a transformers model recompute its layers' activations in the backward pass."""
+    # the newer name of the two; transformers before 5.23 knows the older alone
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def make_optimizer(model: torch.nn.Module, options, device: torch.device) -> torch.optim.AdamW:
     """AdamW as the options of pretraining or fine-tuning set it."""
     return torch.optim.AdamW(
