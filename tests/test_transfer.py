@@ -8,6 +8,7 @@ import yaml
 from test_finetune import TINY, data, sentences  # noqa: F401  (fixture)
 
 import ordnung
+from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts import baselines, compare, finetune_glue, finetune_imdb, pretrain, transfer
 from ordnung.scripts.common import ScriptError, parse_options
 from ordnung.scripts.evidence import variant_configs
@@ -126,7 +127,8 @@ def test_shipped_recipes_are_valid():
     for name in ("transfer_cpu", "transfer_gpu"):
         options = parse_options(transfer.TransferOptions, ["--config", f"{folder}/{name}.yaml"])
         models = {config.model_type for config in variant_configs(options.variants, options.config_overrides).values()}
-        assert {"conv_lm", "softmax_lm"} <= models and len(options.seeds) >= 3
+        assert models == set(FAMILIES) if name == "transfer_cpu" else {"conv_lm", "softmax_lm"} <= models
+        assert len(options.seeds) >= 3
         compare.check_pretrain({**options.pretrain, "train_file": "any.parquet"})
         for task in options.task_name:
             kind = finetune_imdb.FinetuneOptions if task == "imdb" else finetune_glue.GlueOptions
