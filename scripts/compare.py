@@ -170,8 +170,7 @@ def check_lengths(folders: list[Path], steps: dict[str, int]):
 def collect(folders: list[Path], shared: PretrainOptions, held_out: pretrain_setup.HeldOut) -> dict[str, Any]:
     """The results of one variant from its finished runs, one for each seed."""
     runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
-    by_position = []
-    curves = []  # of each run: steps and held-out losses
+    by_position, curves = [], []  # of each run: losses by position; held-out losses by step
     for folder in folders:
         lines = read_json_lines(folder / "metrics.jsonl")
         curves.append({line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line})
