@@ -202,6 +202,7 @@ TABLES = {
     "linformer_spectrum": lambda: plot_mixing.markdown(load("linformer_lm_spectrum")),
     "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
     "prefix_pointer": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_pointer")),
+    "prefix_memory": partial(benchmark_table, "cubic_prefix_lm_memory"),
     "prefix_claims": prefix_claims,
     "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
