@@ -1,30 +1,22 @@
 """The generation state of causal LinformerLM."""
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.utils.import_utils import is_tracing
 
+from ordnung.modeling.constant_state import ConstantStateLayer
 from ordnung.modeling.ops.causal_linformer import CausalLinformer, CausalState
 
 
-class LinformerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+class LinformerCacheLayer(ConstantStateLayer):
     """Generation state of the causal mixer: a `CausalState`, of a constant size, with its own count for each row."""
 
     _layer_type = "causal_linformer_attention"
-    is_croppable = True  # see `crop`
-    is_sliding = True  # before 5.23, transformers takes the first layer that is not for the one to size masks by
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.keys = self.values = None  # read of every layer by transformers
         self.state: CausalState | None = None
         # what `crop` goes back to: the state before each step, and what is needed to repeat a part of it
         self.recorded: list[tuple[CausalState | None, CausalLinformer, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        # a tensor: an int would have compiled decoding recompile at every token
-        self.cumulative_length = torch.zeros((), dtype=torch.long)
-
-    def update(self, *args, **kwargs):
-        raise TypeError("A Linformer layer does not keep all keys and values: use `update_state`.")
 
     def update_state(self, state, operator, key, value, real=None) -> None:
         """Takes the state after a step.
@@ -54,17 +46,10 @@ class LinformerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             self.has_previous_state[0] = True
         self.cumulative_length.add_(key.shape[1])
 
-    def get_seq_length(self) -> torch.Tensor:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[torch.Tensor, int]:
-        return self.cumulative_length + query_length, 0
-
     def reset(self) -> None:
         super().reset()
         self.recorded.clear()
         self.change(torch.zeros_like)
-        self.cumulative_length.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens, and the recorded past.
@@ -73,17 +58,10 @@ class LinformerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         to it again.
 
         Raises:
-            ValueError: if `tokens_to_remove` is positive.
-            RuntimeError: if those tokens were not recorded: call `activate_past_recording` before they are added.
+            ValueError, RuntimeError: as `removed`.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"`crop` takes minus the number of tokens to remove, got {tokens_to_remove}.")
-        missing, held = -tokens_to_remove, sum(step[-1].shape[1] for step in self.recorded)
-        if missing > held and self.state is not None:
-            raise RuntimeError(
-                f"Cannot remove {missing} tokens: {held} are recorded. Call `activate_past_recording` before the "
-                "tokens are added."
-            )
+        held = None if self.state is None else sum(step[-1].shape[1] for step in self.recorded)
+        missing = self.removed(tokens_to_remove, held)
         while missing and self.recorded:
             self.state, operator, key, value, real = self.recorded.pop()
             kept = max(0, real.shape[1] - missing)

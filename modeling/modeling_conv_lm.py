@@ -5,13 +5,14 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_conv_lm import ConvLMConfig
 from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, Mixer, linear_flops
+from ordnung.modeling.constant_state import ConstantStateLayer
 from ordnung.modeling.heads import (
     ForCausalLM,
     ForQuestionAnswering,
@@ -23,7 +24,7 @@ from ordnung.modeling.ops.causal_conv import causal_conv
 logger = logging.get_logger(__name__)
 
 
-class CausalConvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+class CausalConvCacheLayer(ConstantStateLayer):
     """Generation state of a convolution: the values of each row's last (K - 1) * dilation real tokens.
 
     `conv_states[0]` is (B, rows, D), oldest first, zeros where a row has had fewer tokens. The token count comes on top
@@ -31,17 +32,6 @@ class CausalConvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """
 
     _layer_type = "causal_conv"
-    is_croppable = True  # see `crop`
-    is_sliding = True  # before 5.23, transformers takes the first layer that is not for the one to size masks by
-
-    def __init__(self, **kwargs):
-        super().__init__()
-        self.keys = self.values = None  # read of every layer by transformers
-        # a tensor: an int would have compiled decoding recompile at every token
-        self.cumulative_length = torch.zeros((), dtype=torch.long)
-
-    def update(self, *args, **kwargs):
-        raise TypeError("A convolution layer has no keys and values: use `update_conv_state`.")
 
     def update_conv_state(self, values, state_idx=0, *, rows, lengths=None) -> None:
         """Appends tokens.
@@ -75,33 +65,17 @@ class CausalConvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.cumulative_length.add_(N)
         self.has_previous_state[0] = True
 
-    def get_seq_length(self) -> torch.Tensor:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[torch.Tensor, int]:
-        return self.cumulative_length + query_length, 0
-
-    def reset(self) -> None:
-        super().reset()
-        self.cumulative_length.zero_()
-
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens, and the recorded past that is no longer needed.
 
         Raises:
-            ValueError: if `tokens_to_remove` is positive.
-            RuntimeError: if those tokens were not recorded: call `activate_past_recording` before they are added.
+            ValueError, RuntimeError: as `removed`.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"`crop` takes minus the number of tokens to remove, got {tokens_to_remove}.")
         if not self.is_conv_states_initialized[0]:
+            self.removed(tokens_to_remove, None)
             return
-        rows, end = self.conv_kernel_size[0], self.conv_states[0].shape[1] + tokens_to_remove
-        if end < rows:
-            raise RuntimeError(
-                f"Cannot remove {-tokens_to_remove} tokens: {self.conv_states[0].shape[1] - rows} are recorded. Call "
-                "`activate_past_recording` before the tokens are added."
-            )
+        rows, held = self.conv_kernel_size[0], self.conv_states[0].shape[1]
+        end = held - self.removed(tokens_to_remove, held - rows)
         self.conv_states[0] = self.conv_states[0][:, end - rows : end]
         self.cumulative_length.add_(tokens_to_remove)
 
