@@ -215,7 +215,7 @@ def markdown(results: dict) -> str:
     settings, machine = results["settings"], results["machine"]
     hops = range(1, settings["hops"] + 1) if settings["task"] == "pointer" else []
     header = ["variant", "parameters", "MFLOPs a step", "steps", "seconds", "answers right"]
-    header += [f"{k} hops" for k in hops] + ["sequences right"]
+    header += [f"{k} hop" + "s" * (k > 1) for k in hops] + ["sequences right"]
     body = [
         [
             name,
