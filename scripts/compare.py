@@ -235,7 +235,8 @@ def markdown(results: dict) -> str:
         for line, result in zip(body, variants.values()):
             line.insert(4, spread(result["perplexity_change"], 1, scale=100) + " %")
     steps = {name: result.get("steps", settings["max_steps"]) for name, result in variants.items()}
-    if len(set(steps.values())) > 1:
+    lengths = set(steps.values())
+    if len(lengths) > 1:
         header.insert(2, "steps")
         for line in body:
             line.insert(2, f"{steps[line[0]]:,}")
@@ -245,7 +246,7 @@ def markdown(results: dict) -> str:
     ]
     return "\n\n".join(
         [
-            f"Held-out text after {settings['max_steps']} steps, mean ± sample standard deviation over seeds "
+            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, mean ± sample standard deviation over seeds "
             f"{', '.join(map(str, results['seeds']))}. {described(results['machine'])}",
             markdown_table(header, body),
             "Loss (nats per token) by position in the block:",
