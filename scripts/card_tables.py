@@ -208,7 +208,7 @@ def headline_claims() -> str:
     tasks, text = load("cubic_prefix_lm_pointer")["variants"], load("cubic_prefix_lm_compare")
     for when, how in (("equal_steps", "steps"), ("equal_compute", "FLOPs")):
         cubic, softmax = (tasks[name][when]["answers_by_hops"][-1] for name in ("cubic", "softmax"))
-        result = f"{spread(cubic, 3)} of answers right, {spread(softmax, 3)}"
+        result = f"{spread(cubic, 3)} of answers right; attention {spread(softmax, 3)}"
         body.append(["CubicPrefixLM, insanely more powerful: pointers", f"attention, equal {how}", result])
     for name, how in (("softmax_rope", "steps"), ("softmax_rope_equal_compute", "FLOPs")):
         change = perplexity_change(text, "cubic", name)

@@ -246,8 +246,8 @@ def markdown(results: dict) -> str:
     ]
     return "\n\n".join(
         [
-            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, mean ± sample standard deviation over seeds "
-            f"{', '.join(map(str, results['seeds']))}. {described(results['machine'])}",
+            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, mean ± sample standard deviation "
+            f"over seeds {', '.join(map(str, results['seeds']))}. {described(results['machine'])}",
             markdown_table(header, body),
             "Loss (nats per token) by position in the block:",
             markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
