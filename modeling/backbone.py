@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import configuration_utils
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -46,6 +47,9 @@ class Mixer(nn.Module):
         super().__init_subclass__(**kwargs)
         if cls.layer_type is not None:
             MIXERS[cls.layer_type] = cls
+            # A Trainer that resumes reads config.json as a base config, which takes no other layer types than these.
+            allowed = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+            configuration_utils.ALLOWED_ATTN_LAYER_TYPES = tuple(dict.fromkeys((*allowed, cls.layer_type)))
 
     def __init__(self, config: BackboneConfig, layer_idx: int):
         super().__init__()

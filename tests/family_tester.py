@@ -513,6 +513,38 @@ class FamilyTester:
             moved = max(moved, (a - before).abs().max().item())
         assert moved > 1e-3
 
+    @pytest.mark.parametrize("is_decoder", [True, False])
+    def test_trainer_resumes_where_it_stopped(self, is_decoder, tmp_path):
+        """With accumulated gradients and recomputed activations, to the bit."""
+        is_decoder = is_decoder or "AutoModelForMaskedLM" not in heads_of(self.model_type)  # ConvLM is causal
+        start = self.model(
+            head="AutoModelForSequenceClassification", dtype=torch.float32, is_decoder=is_decoder, hidden_dropout=0.1
+        )
+        rows = torch.randint(1, VOCAB, (16, 12))
+        examples = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 2} for row in rows]
+
+        def train(name, **stop):
+            arguments = TrainingArguments(
+                output_dir=str(tmp_path / name),
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                gradient_checkpointing=True,
+                max_steps=4,
+                save_steps=2,
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+            )
+            model = copy.deepcopy(start)
+            Trainer(model=model, args=arguments, train_dataset=examples).train(**stop)
+            return model
+
+        whole = train("whole")
+        resumed = train("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        for before, a, b in zip(start.parameters(), whole.parameters(), resumed.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert not torch.equal(before, a)
+
     # bad input
 
     def test_wrong_input_is_refused_in_words(self):
