@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-TOKEN_OPTIONS = ("--hub_token", "--token")  # results files and cards are for others to see
+TOKEN_OPTIONS = ("--hub-token", "--token")  # results files and cards are for others to see
 
 
 def _field(path: str, key: str) -> str | None:
@@ -40,12 +40,16 @@ def available_memory_bytes() -> int | None:
 
 def command_line(argv: list[str]) -> str:
     """The command as a shell takes it, access tokens left out."""
-    shown = []
-    for previous, argument in zip(["", *argv], argv):
+    shown, secret = [], False
+    for argument in argv:
         option, equals, _ = argument.partition("=")
-        if option in TOKEN_OPTIONS and equals:
+        names_token = option.replace("_", "-") in TOKEN_OPTIONS  # options are taken with either
+        if secret:
+            argument = "..."
+        elif names_token and equals:
             argument = f"{option}=..."
-        shown.append("..." if previous in TOKEN_OPTIONS else argument)
+        shown.append(argument)
+        secret = names_token and not equals and not secret
     return shlex.join([Path(sys.executable).name, *shown])
 
 

@@ -414,6 +414,8 @@ def test_an_adapter_that_nobody_could_load_is_refused_before_it_is_trained(hub, 
 def test_commands_are_shown_without_tokens():
     line = machine.command_line(["train.py", "--hub_token", "hf_a", "--token=hf_b", "--max_new_tokens", "3"])
     assert line.endswith("train.py --hub_token ... --token=... --max_new_tokens 3") and "hf_" not in line
+    line = machine.command_line(["train.py", "--hub-token", "hf_a", "--hub-token=hf_b", "--seed", "3"])
+    assert line.endswith("train.py --hub-token ... --hub-token=... --seed 3") and "hf_" not in line
 
 
 # what others do with it
