@@ -12,7 +12,7 @@ from ordnung.scripts.text_tasks import Task
 
 
 def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """What a card says of a run: `datasets`, their names on the Hub, and `eval_results`, as EvalResult takes them.
+    """What a card says of a run: `datasets` and `base_model`, names on the Hub, and `eval_results`, for EvalResult.
 
     Args:
         scores: split -> name -> value.
@@ -25,6 +25,7 @@ def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[st
         named, dataset = [name], {"dataset_type": name, "dataset_name": task.name, "dataset_config": task.config_name}
     return {
         "datasets": named,
+        "base_model": None if Path(options.model_name_or_path).exists() else options.model_name_or_path,
         "eval_results": [
             {
                 "task_type": "text-classification",
@@ -64,7 +65,7 @@ def find_targets(options: FinetuneOptions, tasks: list[Task]) -> dict[str, shari
 
 
 def push_best(results: dict[str, Any], options: FinetuneOptions, targets: dict[str, sharing.Target]) -> None:
-    """Push each task's best run; its card shows beside its scores those of all seeds.
+    """Push each task's best run; its card shows beside its scores those of all seeds. A failure does not stop the rest.
 
     Args:
         results: those of all runs, as `finetune_report.collect` gives them.
@@ -72,7 +73,7 @@ def push_best(results: dict[str, Any], options: FinetuneOptions, targets: dict[s
     Raises:
         ScriptError: as `sharing.push`; all models and results are on disk by then.
     """
-    output_dir = Path(options.output_dir)
+    output_dir, failures = Path(options.output_dir), []
     for name, target in targets.items():
         summary = results["tasks"][name]
         values = summary["score"]["values"]
@@ -84,5 +85,10 @@ def push_best(results: dict[str, Any], options: FinetuneOptions, targets: dict[s
         if options.merge_adapter:
             folder = folder / "merged"
         write_json(folder / "shared_results.json", run)
-        sharing.push(folder, target, folder / "shared_results.json")
-        print(f"{name}: {folder} pushed to {target.url}")
+        try:
+            sharing.push(folder, target, folder / "shared_results.json")
+            print(f"{name}: {folder} pushed to {target.url}")
+        except ScriptError as error:
+            failures.append(f"{name}: {error}")
+    if failures:
+        raise ScriptError("\n".join(failures))

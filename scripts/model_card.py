@@ -5,6 +5,7 @@ A results file is the JSON that a training script leaves beside its model. Of it
 - `eval_results`: a list of keyword arguments of `huggingface_hub.EvalResult`. An entry may hold `over_seeds` besides:
   mean, standard deviation and values over several runs, as `evidence.summarise` gives them;
 - `datasets`: Hub names of the data trained on; `data`: where it comes from, in words;
+- `base_model`: Hub name of the model that was fine-tuned;
 - `tokens`, `steps`, `seconds`, `seed`, `num_processes`, `mixed_precision`: the run;
 - `machine`: what `machine.machine_info` says.
 """
@@ -37,6 +38,7 @@ PIPELINE_TAGS = {
 EXAMPLE = '"The whale"'
 EXAMPLES = {"text-generation": '"The whale", max_new_tokens=40', "fill-mask": 'f"The {tokenizer.mask_token}"'}
 COST_LENGTHS = (128, 512, 2048, 8192)
+HELD_OUT = "held-out text"  # the name of the split that pretraining sets apart
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Subject:
         revision: branch that the snippet loads.
         model: the model; None for an adapter, whose base model is not at hand.
         base_model: Hub name of the model that an adapter belongs to.
+        labels: of an adapter for classification, number to name; a model's are in its config.
         results: content of the results file.
         license: the Hub's name of the weights' licence.
         language: ISO 639 codes of the language trained on.
@@ -60,6 +63,7 @@ class Subject:
     revision: str = "main"
     model: PreTrainedModel | None = None
     base_model: str | None = None
+    labels: dict[int, str] | None = None
     results: dict[str, Any] = field(default_factory=dict)
     license: str = "apache-2.0"
     language: list[str] | None = None
@@ -80,8 +84,10 @@ def head_of(class_name: str) -> str:
     Raises:
         ScriptError: it ends in none.
     """
+    if class_name.endswith("LMHeadModel"):  # as GPT-2's
+        return "ForCausalLM"
     for head in PIPELINE_TAGS:
-        if class_name.endswith(head):
+        if class_name.endswith(head) and not class_name.endswith("HeadsModel"):
             return head
     raise ScriptError(f"{class_name} has none of the heads that can be shared: {', '.join(PIPELINE_TAGS)}")
 
@@ -106,11 +112,13 @@ def eval_results(results: dict[str, Any]) -> list[EvalResult]:
 def eval_result_files(results: dict[str, Any]) -> dict[str, str]:
     """Files for the Hub's `.eval_results` folder, name to YAML: one a data set of the Hub, one value a task.
 
-    The format has one number a task, so of several metrics the first is taken and named in the notes.
+    The format has one number a task, so of several metrics the first is taken and named in the notes. What was held
+    out of the training text is no benchmark.
     """
     tasks: dict[tuple[str, str], EvalResult] = {}
     for result in eval_results(results):
-        if result.dataset_type.count("/") == 1:  # a name of the Hub, not "text" or "json" for a local file
+        # a name of the Hub, not "text" or "json" for a local file
+        if result.dataset_type.count("/") == 1 and result.dataset_split != HELD_OUT:
             tasks.setdefault((result.dataset_type, result.dataset_config or "default"), result)
     entries: dict[str, list[EvalResultEntry]] = {}
     for (dataset, task), result in tasks.items():
@@ -145,7 +153,7 @@ def make_card(subject: Subject) -> ModelCard:
         language=subject.language,
         library_name="transformers" if subject.model is not None else "peft",
         pipeline_tag=PIPELINE_TAGS[subject.head],
-        base_model=subject.base_model,
+        base_model=subject.base_model or subject.results.get("base_model"),
         datasets=subject.results.get("datasets") or None,
         metrics=list(dict.fromkeys(result.metric_type for result in measured)) or None,
         tags=tags,
@@ -182,6 +190,9 @@ def _use(subject: Subject) -> str:
         arguments += ", trust_remote_code=True"
     if subject.model is None:
         auto = AUTO_CLASSES[subject.head].replace("Auto", "AutoPeft")
+        if subject.labels and subject.head in ("ForSequenceClassification", "ForTokenClassification"):
+            numbers = {name: number for number, name in subject.labels.items()}
+            arguments += f", num_labels={len(numbers)}, id2label={subject.labels}, label2id={numbers}"
         return f"```python\nfrom peft import {auto}\n\nmodel = {auto}.from_pretrained({arguments})\n```"
     auto, tag = AUTO_CLASSES[subject.head], PIPELINE_TAGS[subject.head]
     code = [
@@ -237,15 +248,18 @@ def _results(subject: Subject) -> str:
     return markdown_table(header + (["mean ± standard deviation of runs like it"] if several else []), body)
 
 
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens that an ordnung model has positions for; None without a table of positions."""
+    return config.num_positions if getattr(config, "position_embedding_type", None) == "learned" else None
+
+
 def _cost(subject: Subject) -> str:
     model = subject.model
     if model is None or not hasattr(model, "flops"):
         return ""
-    longest = float("inf")
-    if model.config.position_embedding_type == "learned":
-        longest = model.config.max_position_embeddings
+    longest = longest_text(model.config) or float("inf")
     generates, body = model.can_generate(), []
-    for length in (length for length in COST_LENGTHS if length <= longest):
+    for length in [length for length in COST_LENGTHS if length <= longest] or [longest]:
         flops = model.flops(length)
         row = [f"{length:,}", f"{flops / 1e9:,.3f}", f"{flops / length / 1e6:,.3f}"]
         body.append(row + ([f"{model.cache_bytes(length) / 1024:,.1f}"] if generates else []))
@@ -281,8 +295,8 @@ def _limits(subject: Subject) -> str:
     field_of_view = getattr(config, "receptive_field", None)
     if field_of_view is not None:
         lines.append(f"- No output depends on more than the last {field_of_view:,} tokens.")
-    if getattr(config, "position_embedding_type", None) == "learned":
-        lines.append(f"- It takes at most {config.max_position_embeddings:,} tokens.")
+    if longest_text(config):
+        lines.append(f"- It takes at most {longest_text(config):,} tokens.")
     if subject.results.get("tokens") is not None and "model" not in subject.results:
         lines.append(f"- It has seen {subject.results['tokens']:,} tokens.")
     lines.append("- It repeats the errors and prejudices of the text that it was trained on.")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, get_schedul
 from ordnung.scripts import corpus
 from ordnung.scripts.blocks import MemoryBlocks, StreamedBlocks, pack
 from ordnung.scripts.common import ScriptError, build_config
+from ordnung.scripts.model_card import HELD_OUT
 from ordnung.scripts.pretrain_options import PretrainOptions
 
 
@@ -263,7 +264,7 @@ def describe_evaluation(options: PretrainOptions, evaluation: dict[str, float] |
         "dataset_type": data["datasets"][0] if data["datasets"] else "text",
         "dataset_name": data["data"],
         "dataset_config": options.dataset_config_name,
-        "dataset_split": "held-out text",
+        "dataset_split": HELD_OUT,
     }
     names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_bits_per_byte": "bits_per_byte"}
     return [

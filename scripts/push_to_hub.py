@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     checkpoint = Path(options.model_name_or_path)
     if options.dry_run:
+        target = sharing.with_namespace(target, "your-name")
         show(sharing.write_folder(checkpoint, target, options.results), target)
     else:
         print(sharing.push(checkpoint, sharing.check_target(target), options.results))

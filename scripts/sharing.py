@@ -15,8 +15,9 @@ import json
 import logging
 import shlex
 import shutil
+import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import transformers
@@ -27,8 +28,10 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 import ordnung
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "hub"
 # Pauses before a commit whose connection broke is tried again, in seconds; uploads of weights have their own retries.
 PAUSES = (1, 5)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 PEFT_HEADS = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_CLS": "ForSequenceClassification",
@@ -111,6 +115,19 @@ def find_target(options: HubOptions, output_dir: str | Path, suffix: str = "") -
     return check_target(target)
 
 
+def with_namespace(target: Target, name: str) -> Target:
+    """The target with a user's name before a bare repository name.
+
+    Raises:
+        ScriptError: a malformed name.
+    """
+    try:
+        validate_repo_id(target.repo_id)
+    except ValueError as error:
+        raise ScriptError(f"cannot push to {target.repo_id}: {reason(error)}") from error
+    return target if "/" in target.repo_id else replace(target, repo_id=f"{name}/{target.repo_id}")
+
+
 def check_target(target: Target) -> Target:
     """Ask the Hub whether the token may write to the target; nothing is made there.
 
@@ -121,10 +138,9 @@ def check_target(target: Target) -> Target:
             repository that was asked to be private; a malformed name.
     """
     try:
-        validate_repo_id(target.repo_id)
+        with_namespace(target, "any")  # a malformed name needs no network to be told
         user = target.api.whoami()
-        if "/" not in target.repo_id:
-            target = Target(**{**vars(target), "repo_id": f"{user['name']}/{target.repo_id}"})
+        target = with_namespace(target, user["name"])
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ScriptError(f"the token of {user['name']} may only read: make one that may write and use that")
         try:
@@ -144,7 +160,7 @@ def check_target(target: Target) -> Target:
                     f"{target.repo_id} is there already and public: make it private in its settings on the Hub, or "
                     "name another"
                 )
-    except (HTTPError, OSError, ValueError) as error:  # a ValueError: the name is malformed, or no Hub answered
+    except (HTTPError, OSError, ValueError) as error:  # a ValueError: what answered is no Hub
         raise ScriptError(f"cannot push to {target.repo_id}: {reason(error)}") from error
     return target
 
@@ -212,22 +228,20 @@ def retry_command(checkpoint: str | Path, target: Target, results: str | Path | 
 def upload(folder: Path, target: Target):
     """Upload the folder in one commit, so that nobody ever loads half of it; what is there already is not sent again.
 
-    Weights of an earlier push that are no longer part go with the same commit, other files stay. A commit whose
-    connection broke is tried again: if it had arrived, there is nothing left to do.
+    What an earlier push left that is not true of this model goes with the same commit, other files stay. What a broken
+    connection ended is tried again: if it had arrived, there is nothing left to do.
     """
     api = target.api
-    api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
-    if target.revision != "main":
-        api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for pause in (*PAUSES, None):
         try:
+            api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+            if target.revision != "main":
+                api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
             # all anew for each attempt: what the Hub has may be what the last one sent
-            there = api.list_repo_files(target.repo_id, revision=target.revision)
+            old = outdated_files(api, target)
             operations = [CommitOperationAdd(name, folder / name) for name in names]
-            operations += [
-                CommitOperationDelete(name) for name in there if WEIGHTS.fullmatch(name) and name not in names
-            ]
+            operations += [CommitOperationDelete(name) for name in sorted(old.difference(names))]
             api.create_commit(
                 target.repo_id, operations, commit_message=target.commit_message, revision=target.revision
             )
@@ -238,6 +252,25 @@ def upload(folder: Path, target: Target):
                 raise
             logger.warning(f"the upload broke off ({type(error).__name__}: {error}); trying again in {pause} s")
             time.sleep(pause)
+
+
+def outdated_files(api: HfApi, target: Target) -> set[str]:
+    """What earlier pushes left in the repository: weights, adapter, results, options, and the scores of these results.
+
+    A results file that no training script wrote is not taken for one of these.
+    """
+    there = set(api.list_repo_files(target.repo_id, revision=target.revision))
+    old = {name for name in there if WEIGHTS.fullmatch(name) or name in ADAPTER}
+    if "results.json" in there:
+        with tempfile.TemporaryDirectory() as folder:
+            path = api.hf_hub_download(target.repo_id, "results.json", revision=target.revision, local_dir=folder)
+            try:
+                results = json.loads(Path(path).read_text(encoding="utf-8"))
+                if "machine" in results:
+                    old |= there & {"results.json", "run.yaml", *eval_result_files(results)}
+            except (ScriptError, ValueError, TypeError):
+                logger.debug(f"results.json of {target.repo_id} is none of a training script")
+    return old
 
 
 def write_folder(checkpoint: str | Path, target: Target, results: str | Path | None = None) -> Path:
@@ -311,7 +344,8 @@ def _write_model(checkpoint: Path, folder: Path, subject: Subject):
         if report["missing_keys"]:
             raise ScriptError(f"{checkpoint} lacks weights: {', '.join(sorted(report['missing_keys']))}")
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
+    # a RuntimeError: weights of other sizes
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ScriptError(f"model or tokenizer of {checkpoint} cannot be loaded: {error}") from error
     if subject.remote_code:
         ordnung.save_standalone(subject.model, folder, tokenizer)
@@ -329,6 +363,10 @@ def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
             "train with its Hub name, or merge the adapter (merge_and_unload) and push the merged model"
         )
     subject.head = PEFT_HEADS.get(adapter.get("task_type"), "Model")
+    if (checkpoint / "config.json").is_file():
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        # JSON has made strings of the numbers
+        subject.labels = {int(number): name for number, name in config.get("id2label", {}).items()}
     for path in checkpoint.glob("adapter_*"):
         shutil.copy(path, folder)
     try:

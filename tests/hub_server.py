@@ -310,7 +310,7 @@ def create_branch(self, line, repo, branch):
         return self.answer(409, {"error": "Reference already exists"})
     start = repository.resolve(self.json().get("startingPoint", "main"))
     repository.branches[branch] = start
-    self.answer(201, {})
+    self.answer(201, {}, line=line)
 
 
 @route("POST", rf"{API}/preupload/(?P<revision>[^/]+)")
