@@ -137,9 +137,12 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             real = torch.ones(B, seen + N, dtype=torch.bool, device=hidden_states.device)
         else:
             real = attention_mask != 0
+        read = predict_from & real[:, seen:]
+        if self.is_sharded:
+            read = torch.ones_like(read)
         new = (hidden_states, position_ids.expand(B, N))
         predict = self.predict_with_stride_one if self.stride == 1 else self.predict_with_stride
-        states = predict(*new, real, predict_from & real[:, seen:], past_key_values, record)
+        states = predict(*new, real, read, past_key_values, record)
         states = [hidden_states, *states[:-1], self.norm(states[-1])]
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
@@ -151,6 +154,14 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
     def stride(self) -> int | None:
         """The stride that matters: a single layer gives its last token what causal attention gives."""
         return None if len(self.layers) == 1 else self.config.prefix_stride
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 gathers the weights at each call of a layer.
+
+        All processes then have to call the layers equally often: the plan of passes may depend on shapes alone.
+        """
+        return hasattr(self.layers[0], "unshard")
 
     # Each of the following returns the states (B, N, D) after every layer, or after the last one only.
 
@@ -201,6 +212,12 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             if self.stride is None or (not is_tracing(real) and T < self.stride):
                 return self.run_causally(hidden_states, position_ids, real, None, record)
             self.check_length(T)
+            if self.is_sharded and not real.all():
+                raise ValueError(
+                    f"Sharded by FSDP, a model with `prefix_stride` ({self.stride}) takes no padding: processes would "
+                    "need different numbers of passes, and wait for each other. Pack the text into full rows, or "
+                    "train without sharding."
+                )
             first = self.first_layer(hidden_states, position_ids, real)
             return self.run_passes(first, self.plan(ends, read), None, 0, record)[0]
         state = self.first_state(past)

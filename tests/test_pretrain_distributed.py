@@ -27,8 +27,16 @@ sys.exit(run.train())
 """
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
+# model type -> config fields
+MODELS = {
+    "conv_lm": "kernel_size=8",
+    "linformer_lm": "is_decoder=true,projected_size=4,local_block_size=8",
+    "cubic_prefix_lm": "prefix_group_tokens=64",
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def options(request, tmp_path_factory):
     """Options of one run with 8 blocks a step, whatever the number of processes; documents are of many lengths."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
@@ -36,8 +44,8 @@ def options(tmp_path_factory):
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpus.train_tokenizer(texts, 300, masked=False).save_pretrained(folder / "tokenizer")
     run = {
-        "model_type": "conv_lm",
-        "config_overrides": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,kernel_size=8",
+        "model_type": request.param,
+        "config_overrides": f"hidden_size=16,num_hidden_layers=2,num_attention_heads=2,{MODELS[request.param]}",
         "train_file": folder / "documents.jsonl",
         "tokenizer_name": folder / "tokenizer",
         "respect_document_boundaries": True,
@@ -106,6 +114,19 @@ def test_fsdp2_equals_one_process(options, single, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", ["cubic_prefix_lm"], indirect=True)
+def test_fsdp2_with_a_stride_takes_full_rows_only(options, tmp_path):
+    """With documents apart, processes would need different numbers of passes, and wait for each other for ever."""
+    arguments = [*options, "--per_device_train_batch_size=2", "--max_steps=1", "--config_overrides=prefix_stride=4"]
+    with pytest.raises(AssertionError, match="takes no padding"):
+        launch_sharded(SHARDED, tmp_path, [*arguments, f"--output_dir={tmp_path / 'refused'}"])
+    arguments += ["--respect_document_boundaries=False", f"--output_dir={tmp_path / 'out'}"]
+    launch_sharded(SHARDED, tmp_path, arguments)
+    assert results(tmp_path / "out")["steps"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["conv_lm"], indirect=True)
 @pytest.mark.parametrize("config, processes", [("accelerate_single.yaml", 1), ("accelerate_multi.yaml", 2)])
 def test_the_other_configs_start(options, tmp_path, config, processes):
     out = tmp_path / "out"
@@ -121,6 +142,7 @@ def test_every_shipped_config_is_tested():
         assert yaml.safe_load(path.read_text())["num_machines"] == 1
 
 
+@pytest.mark.parametrize("options", ["conv_lm"], indirect=True)
 def test_fsdp_on_the_cpu_is_refused_in_words(options, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(pretrain.ScriptError, match="FSDP needs an accelerator device.*accelerate_cpu.yaml"):
