@@ -283,7 +283,7 @@ class Batches:
     multiple: int = 1  # lengths are rounded up to it
 
     def __call__(self, examples: Examples, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, token_type_ids where the model takes them, all (rows, longest), and labels."""
+        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest), and labels."""
         lengths = examples.lengths[rows]
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
         places = np.arange(longest) - (longest - lengths[:, None]) * (self.tokenizer.padding_side == "left")
@@ -292,7 +292,8 @@ class Batches:
         ids = np.full(real.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         ids[real] = examples.ids[flat]
         batch = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
-        if "token_type_ids" in self.names:
+        # GPT-2's forward takes types and its tokenizer gives none: the saved model would be used without them
+        if "token_type_ids" in self.names and "token_type_ids" in self.tokenizer.model_input_names:
             batch["token_type_ids"] = np.full(real.shape, self.tokenizer.pad_token_type_id, dtype=np.int64)
             batch["token_type_ids"][real] = examples.types[flat]
         if examples.labels is not None:
