@@ -283,7 +283,7 @@ class Batches:
     multiple: int = 1  # lengths are rounded up to it
 
     def __call__(self, examples: Examples, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest), and labels."""
+        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest); labels."""
         lengths = examples.lengths[rows]
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
         places = np.arange(longest) - (longest - lengths[:, None]) * (self.tokenizer.padding_side == "left")

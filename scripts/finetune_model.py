@@ -49,7 +49,8 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
     """The model in float32, as it was saved to `folder`, or with a new classifier (and new adapters).
 
     Raises:
-        ScriptError: weights that cannot be loaded; a model whose projections PEFT does not know.
+        ScriptError: weights that cannot be loaded; a model whose projections PEFT does not know; a new parameter that
+            adapters cannot train.
     """
     source = options.model_name_or_path if folder is None or options.use_peft else folder
     try:
@@ -65,8 +66,8 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
         if "for this kind of AutoModel" in str(error):
             raise ScriptError(f"{config.model_type} has no model for sequence classification") from error
         raise ScriptError(f"the model cannot be made from {source}: {error}") from error
+    new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if folder is None:
-        new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
         logger.info(f"new in the model: {', '.join(new) or 'nothing, the checkpoint has its own classifier'}")
     if options.gradient_checkpointing:
         pretrain_setup.recompute_activations(model)
@@ -74,16 +75,40 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
         return model
     if folder is not None:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    modules = new_modules(model, new)
     try:
-        return get_peft_model(model, lora_config(options))
+        return get_peft_model(model, lora_config(options, modules))
     except ValueError as error:
         raise ScriptError(
             f"--lora_target_modules for {config.model_type}: {error}; name its linear layers, or all-linear"
         ) from error
 
 
-def lora_config(options: FinetuneOptions) -> LoraConfig:
-    """LoRA on the named modules, or on those that PEFT knows for the model type (see `modeling/registration.py`)."""
+def new_modules(model: torch.nn.Module, keys: list[str]) -> list[str]:
+    """The modules of a model whose parameters `keys` are new, less those that PEFT takes for the classifier.
+
+    Raises:
+        ScriptError: a parameter beside other modules, which would all be trained and saved with it.
+    """
+    found = set()
+    for key in keys:
+        name = key.rpartition(".")[0]
+        if {"classifier", "score"} & set(name.split(".")):
+            continue
+        if any(True for _ in model.get_submodule(name).children()):
+            raise ScriptError(
+                f"--use_peft: {key} is new in the model, and adapters cannot train it: leave --use_peft out"
+            )
+        found.add(name)
+    return sorted(found)
+
+
+def lora_config(options: FinetuneOptions, new: list[str]) -> LoraConfig:
+    """LoRA on the named modules, or on those that PEFT knows for the model type (see `modeling/registration.py`).
+
+    Args:
+        new: modules that are not in the checkpoint: they are trained whole and saved with the adapters.
+    """
     targets = options.lora_target_modules
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -91,6 +116,7 @@ def lora_config(options: FinetuneOptions) -> LoraConfig:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        modules_to_save=new,
     )
 
 

@@ -30,7 +30,9 @@ class FinetuneOptions(HubOptions):
     use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     # adapters
-    use_peft: bool = option(False, "Train LoRA adapters and the classifier; the other weights stay as they are.")
+    use_peft: bool = option(
+        False, "Train LoRA adapters and what is new, as the classifier; the other weights stay as they are."
+    )
     lora_rank: int = option(8, "Rank of the adapters.")
     lora_alpha: float = option(16.0, "Adapters are scaled by lora_alpha / lora_rank.")
     lora_dropout: float = option(0.0, "Dropout before the adapters.")

@@ -1,35 +1,36 @@
 """Fine-tuning of transformers' own models: what they are trained with is what their users get."""
 
+import json
+
 import datasets
 import pytest
 import torch
-from test_finetune import data, results, run  # noqa: F401  (fixtures)
+from peft import AutoPeftModelForSequenceClassification
+from test_finetune import bert, data, results, run  # noqa: F401  (fixtures)
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
-
-def logits_of(folder, rows, model=None):
-    """What a user of the folder gets: (n, labels) scores of pairs, one at a time, with the folder's own tokenizer."""
-    model = model or AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    pairs = zip(rows["sentence1"], rows["sentence2"])
-    with torch.no_grad():
-        return torch.cat([model.eval()(**tokenizer(*pair, return_tensors="pt")).logits for pair in pairs])
+from ordnung.scripts import finetune_model
+from ordnung.scripts.common import ScriptError
 
 
-def reported_and_found(out, data, model=None):  # noqa: F811
-    """The scores that results.json of mrpc reports, and the same of the saved model."""
+def assert_reported_scores_hold(run_folder, data, folder=None, auto=AutoModelForSequenceClassification):  # noqa: F811
+    """A run on mrpc reports the scores that its saved model has with its own tokenizer, a pair at a time."""
+    folder = folder or run_folder
+    model, tokenizer = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     rows = datasets.Dataset.from_parquet(str(data / "mrpc/validation.parquet"))
-    logits, labels = logits_of(out / "mrpc/seed-0", rows, model), torch.tensor(rows["label"][:])
-    found = {"loss": torch.nn.functional.cross_entropy(logits, labels).item()}
-    found["accuracy"] = (logits.argmax(-1) == labels).float().mean().item()
-    reported = results(out / "mrpc/seed-0")["metrics"]["validation"]
-    return {name: reported[name] for name in found}, pytest.approx(found, rel=1e-4)
+    pairs, labels = zip(rows["sentence1"], rows["sentence2"]), torch.tensor(rows["label"][:])
+    with torch.no_grad():
+        logits = torch.cat([model(**tokenizer(*pair, return_tensors="pt")).logits for pair in pairs])
+    reported = results(run_folder)["metrics"]["validation"]
+    assert reported["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert reported["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
 
 
 @pytest.fixture
@@ -50,5 +51,28 @@ def gpt2(data, tmp_path):  # noqa: F811
 
 def test_token_types_come_from_the_tokenizer(run, data, gpt2):  # noqa: F811
     out = run("mrpc", model_name_or_path=gpt2, num_train_epochs=1)
-    reported, found = reported_and_found(out, data)
-    assert reported == found
+    assert_reported_scores_hold(out / "mrpc/seed-0", data)
+
+
+def test_adapters_bring_all_that_is_new(run, data, bert, tmp_path):  # noqa: F811
+    """BertForMaskedLM saves no pooler: the classifier reads one that is drawn anew."""
+    BertForMaskedLM.from_pretrained(bert, num_labels=2).save_pretrained(tmp_path / "masked")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "masked")
+    options = {"use_peft": True, "model_name_or_path": tmp_path / "masked", "learning_rate": 0.1, "eval_steps": 1}
+    folder = run("mrpc", early_stopping_patience=2, merge_adapter=True, **options) / "mrpc/seed-0"
+    summary = results(folder)
+    assert summary["best"]["step"] < summary["steps"]
+    assert summary["metrics"]["validation"]["loss"] == pytest.approx(summary["best"]["loss"], rel=1e-5)
+    assert_reported_scores_hold(folder, data, auto=AutoPeftModelForSequenceClassification)
+    assert_reported_scores_hold(folder, data, folder / "merged")
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    assert set(adapter["modules_to_save"]) == {"bert.pooler.dense", "classifier", "score"}
+
+
+def test_a_new_parameter_that_adapters_cannot_train(bert):  # noqa: F811
+    model = BertForMaskedLM.from_pretrained(bert)
+    names = ["bert.pooler.dense.weight", "classifier.dense.weight", "score.weight"]
+    model.bert.pooler = torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2)})
+    assert finetune_model.new_modules(model, names) == ["bert.pooler.dense"]
+    with pytest.raises(ScriptError, match="bert.cls_token is new in the model, .* leave --use_peft out"):
+        finetune_model.new_modules(model, [*names, "bert.cls_token"])
