@@ -350,7 +350,8 @@ class Finetuning:
         options, task = self.options, self.data.task
         if options.load_best_model_at_end and self.best["step"] != self.step:
             self.accelerator.free_memory()
-            self.model = self.accelerator.prepare(build_model(options, self.data.config, self.folder / "best"))
+            # with a new optimizer, as FSDP2 prepares no model without one
+            self._prepare_training(build_model(options, self.data.config, self.folder / "best"))
         scores = {name: self.evaluate(examples) for name, examples in self.data.scored.items()}
         for split, examples in self.data.tests.items():
             logits = self.predict(examples)

@@ -405,10 +405,12 @@ def test_accumulation_changes_nothing(run):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
-# Fine-tunes where the model is sharded.
+# Fine-tunes where the model is sharded. Each evaluation seems worse than those before, so that the first is the best.
 SHARDED = """
-from ordnung.scripts import finetune_glue
+from ordnung.scripts import finetune, finetune_glue
 from ordnung.scripts.finetune import Finetuning
+scores = iter(range(0, -100, -1))
+finetune.mean_score = lambda _: next(scores)
 train = Finetuning.train
 Finetuning.train = lambda self: check_sharded(self) or train(self)
 sys.exit(finetune_glue.main())
@@ -417,19 +419,27 @@ sys.exit(finetune_glue.main())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
-def test_two_processes_equal_one(run, data, tmp_path, kind):
-    """41 rows in steps of 8: the last step leaves the second process without a row of its own."""
-    single = run("mrpc", "single", per_device_train_batch_size=8, max_train_samples=41, num_train_epochs=1)
+def test_two_processes_equal_one(run, data, tmp_path, monkeypatch, kind):
+    """41 rows in steps of 8: the last step leaves the second process without a row of its own.
+
+    The sharded run also goes back to its best model.
+    """
+    best = {"load_best_model_at_end": True, "eval_steps": 3} if kind == "sharded" else {}
+    if best:
+        scores = iter(range(0, -100, -1))
+        monkeypatch.setattr(finetune, "mean_score", lambda _: next(scores))
+    single = run("mrpc", "single", per_device_train_batch_size=8, max_train_samples=41, num_train_epochs=1, **best)
     arguments = ["--model_name_or_path", data / "conv", "--output_dir", tmp_path / "two", "--dataset_path", data]
     arguments += ["--task_name", "mrpc", "--per_device_train_batch_size", 4, "--max_train_samples", 41]
     arguments += ["--num_train_epochs", 1, "--learning_rate", 1e-3, "--logging_steps", 1]
     cache = {"HF_DATASETS_CACHE": str(data / "cache")}
+    arguments += [part for name, value in best.items() for part in (f"--{name}", value)]
     if kind == "whole":
         printed = launch("accelerate_cpu.yaml", SCRIPTS / "finetune_glue.py", [*arguments, "--use_cpu"], **cache)
     else:
         printed = launch_sharded(SHARDED, tmp_path, arguments, **cache)
     two, single = tmp_path / "two/mrpc/seed-0", single / "mrpc/seed-0"
-    assert results(two)["num_processes"] == 2
+    assert results(two)["num_processes"] == 2 and results(two)["best"]["step"] == (3 if best else 6)
     for name in ("loss", "eval_loss", "eval_f1"):
         assert metrics(two, name) == pytest.approx(metrics(single, name), rel=2e-5)
     first, second = weights(two), weights(single)
