@@ -118,14 +118,19 @@ def evaluate(model: torch.nn.Module, tokens: np.ndarray, block_size: int, stride
 
 
 def encode(documents: list[str], tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
-    """The documents' tokens one after the other, at most `max_tokens`, and the tokens per UTF-8 byte of the text."""
-    parts, count, size = [], 0, 0
+    """The documents' tokens one after the other, at most `max_tokens`, and the tokens per UTF-8 byte of their text."""
+    parts, count, size = [], 0, 0.0
     for ids, length in corpus.tokenize(documents, tokenizer):
-        parts.append(ids)
-        count, size = count + len(ids), size + length
-        if max_tokens is not None and count >= max_tokens:
+        kept = ids if max_tokens is None else ids[: max_tokens - count]
+        if len(kept) < len(ids):
+            # the share of the text that is kept; not its size itself, as a tokenizer may change the text
+            part, whole = (len(tokenizer.decode(some).encode()) for some in (kept, ids[:-1]))
+            length *= part / max(whole, 1)
+        parts.append(kept)
+        count, size = count + len(kept), size + length
+        if count == max_tokens:
             break
-    return np.concatenate([np.zeros(0, dtype=np.int32), *parts])[:max_tokens], count / max(size, 1)
+    return np.concatenate([np.zeros(0, dtype=np.int32), *parts]), count / max(size, 1)
 
 
 def load_model(options: EvaluateOptions) -> torch.nn.Module:

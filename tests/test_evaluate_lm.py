@@ -89,6 +89,23 @@ def test_a_sliding_window_predicts_every_token_once(run, checkpoint, stride):
     assert results["perplexity"] == pytest.approx(math.exp(nll / 149), rel=1e-5)
 
 
+@pytest.mark.parametrize("max_tokens", [100, 101, 112])
+def test_bytes_are_those_of_the_tokens(run, checkpoint, tmp_path, max_tokens):
+    """Bits per byte of the first tokens of a document whose second half has other characters."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "model")
+    first, text = "the ship was on that sea", "a captain and the voyage " * 3 + "и" * 300
+    ids = tokenizer(text)["input_ids"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in (first, text)))
+    results = run(text_file=tmp_path / "texts.jsonl", max_tokens=max_tokens)
+    before = len(tokenizer(first)["input_ids"]) + 1
+    # in this tokenizer's tokens a character stands for a byte
+    size = len(first) + sum(map(len, tokenizer.convert_ids_to_tokens(ids[: max_tokens - before])))
+    assert before < max_tokens < len(ids) and results["tokens"] == max_tokens
+    expected = results["loss"] / math.log(2) * max_tokens / size
+    # a cut inside a character counts two bytes too many
+    assert results["bits_per_byte"] == pytest.approx(expected, rel=2 / size)
+
+
 def test_windows():
     tokens = np.arange(11)
     blocks, firsts = evaluate_lm.windows(tokens, 4, None)
@@ -117,6 +134,11 @@ def test_windows():
 def test_bad_input(run, options, message):
     with pytest.raises(ScriptError, match=message):
         run(**options)
+
+
+def test_windows_are_as_long_as_the_model(run):
+    results = run(block_size=None)
+    assert results["block_size"] == 64 and results["predicted_tokens"] == results["tokens"] // 64 * 63
 
 
 def test_a_split_of_a_data_set(run, checkpoint, tmp_path):
