@@ -39,14 +39,16 @@ def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Data
         source, found = _load_folder(Path(options.dataset_path), task)
     else:
         source = options.dataset_name or task.dataset
-        # A data set of the user's own has the columns of one task and need not name a configuration after it.
-        config = None if options.dataset_name else task.config_name
+        config = task.config_name
         try:
+            # a data set of the user's own may hold one task alone, and then has no configuration of its name
+            if options.dataset_name and config not in datasets.get_dataset_config_names(source):
+                config = None
             found = datasets.load_dataset(source, config)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
             raise ScriptError(
-                f"{source} cannot be loaded: {error.__cause__ or error}; without a network, give a local folder by "
-                "--dataset_path"
+                f"{source} cannot be loaded for {task.name}: {reason}; name a local folder by --dataset_path"
             ) from error
     missing = [split for split in needed if split not in found]
     if missing:

@@ -1,0 +1,33 @@
+"""Options of the fine-tuning programs, and what becomes of the results, on the tiny data of test_finetune.py."""
+
+import json
+import shutil
+
+import pytest
+from test_finetune import data, results, run  # noqa: F401  (fixtures)
+
+from ordnung.scripts.common import ScriptError
+
+
+@pytest.fixture
+def mirror(data, tmp_path):  # noqa: F811
+    """A data set with a configuration for each of two tasks, as glue has on the Hub."""
+    entries = []
+    for task in ("sst2", "rte"):
+        shutil.copytree(data / task, tmp_path / "mirror" / task)
+        files = [{"split": split, "path": f"{task}/{split}.parquet"} for split in ("train", "validation", "test")]
+        entries.append({"config_name": task, "data_files": files})
+    (tmp_path / "mirror/README.md").write_text(f"---\n{json.dumps({'configs': entries})}\n---\n")
+    return tmp_path / "mirror"
+
+
+def test_a_data_set_of_several_tasks(run, mirror):  # noqa: F811
+    options = {"dataset_path": None, "max_steps": 2}
+    out = run("sst2", dataset_name=mirror, **options)
+    same = run("sst2", "same", max_steps=2)
+    assert results(out / "sst2/seed-0")["metrics"] == results(same / "sst2/seed-0")["metrics"]
+    with pytest.raises(ScriptError, match=r"cannot be loaded for cola: Config name is missing.*\['sst2', 'rte'\]"):
+        run("cola", "cola", dataset_name=mirror, **options)
+    # one task alone needs no configuration of its name
+    out = run("sst2", "alone", dataset_name=mirror / "sst2", **options)
+    assert results(out / "sst2/seed-0")["metrics"] == results(same / "sst2/seed-0")["metrics"]
