@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     tokens, tokens_per_byte = encode(documents, tokenizer, options.max_tokens)
     model = load_model(options)
-    block_size = options.block_size or finetune_data.model_length(model.config, tokenizer)
+    block_size = options.block_size or finetune_data.model_length(model, tokenizer)
     start = time.perf_counter()
     scores = evaluate(model, tokens, block_size, options.stride, options.per_device_eval_batch_size)
     results = {

@@ -33,7 +33,7 @@ from ordnung.scripts import checkpointing, finetune_data, finetune_report, finet
 from ordnung.scripts.common import ScriptError, StopSignals, write_json
 from ordnung.scripts.evidence import claim_output_dir
 from ordnung.scripts.finetune_data import Batches, Encoder, Examples
-from ordnung.scripts.finetune_model import bare, build_config, build_model
+from ordnung.scripts.finetune_model import bare, build_config, build_model, empty_model
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.glue_metric import Glue
 from ordnung.scripts.machine import machine_info
@@ -66,10 +66,9 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     """
     splits = finetune_data.load_splits(task, options)
     config = build_config(task, options, tokenizer)
-    max_length = options.max_length or finetune_data.model_length(config, tokenizer)
-    positions = finetune_data.positions(config)
-    if positions is not None and positions < max_length and getattr(config, "position_embedding_type", "") != "none":
-        raise ScriptError(f"--max_length {max_length} is above the model's max_position_embeddings ({positions})")
+    model = empty_model(options, config)
+    max_length = options.max_length or finetune_data.model_length(model, tokenizer)
+    finetune_data.check_length(model, max_length, "max_length")
     encoder = Encoder(tokenizer, task.columns, max_length, options.truncation)
     examples = {
         name: finetune_data.encode(split, encoder, options.preprocessing_num_workers) for name, split in splits.items()

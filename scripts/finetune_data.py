@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 from tokenizers import processors
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ordnung.scripts import corpus
 from ordnung.scripts.common import ScriptError
@@ -151,18 +151,37 @@ def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def positions(config) -> int | None:
-    """The positions that a model has, or None. Converted models keep rows of their table that are none."""
-    return getattr(config, "num_positions", None) or getattr(config, "max_position_embeddings", None)
+def positions(model: torch.nn.Module) -> int | None:
+    """The positions that a transformers model has, or None. Rows of its table may be none."""
+    number = getattr(model.config, "num_positions", None) or getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the row after that of the padding token
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            number = min(number, module.num_embeddings - module.padding_idx - 1)
+    return number if number > 0 else None
 
 
-def model_length(config, tokenizer: PreTrainedTokenizerBase) -> int:
+def model_length(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """The most tokens that model and tokenizer are made for."""
-    lengths = [tokenizer.model_max_length, positions(config) or math.inf]
+    lengths = [tokenizer.model_max_length, positions(model) or math.inf]
     shortest = min(lengths)
     if shortest > 1e6:  # a tokenizer without a limit names a huge one
         raise ScriptError("neither the model nor its tokenizer says how long a text may be: give --max_length")
     return int(shortest)
+
+
+def check_length(model: torch.nn.Module, length: int, option: str):
+    """Raise a ScriptError where a model has fewer positions than `length`, the value of `option`."""
+    number = positions(model)
+    if number is not None and number < length and getattr(model.config, "position_embedding_type", "") != "none":
+        raise ScriptError(f"--{option} {length} is above the model's max_position_embeddings ({number})")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig):
+    """Raise a ScriptError where a tokenizer has more tokens than the model."""
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ScriptError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {size}")
 
 
 def kept_positions(segments: np.ndarray, max_length: int, truncation: str) -> np.ndarray:

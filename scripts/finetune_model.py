@@ -2,13 +2,14 @@
 
 import copy
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ordnung.scripts import common, pretrain_setup
+from ordnung.scripts import common, finetune_data, pretrain_setup
 from ordnung.scripts.common import ScriptError
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.text_tasks import Task
@@ -29,8 +30,7 @@ def build_config(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
         {"pad_token_id": tokenizer.pad_token_id},
         trust_remote_code=options.trust_remote_code,
     )
-    if len(tokenizer) > config.vocab_size:
-        raise ScriptError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}")
+    finetune_data.check_vocabulary(tokenizer, config)
     labels = list(task.labels) or ["similarity"]
     classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if classifier and config.num_labels != len(labels) and not options.ignore_mismatched_sizes:
@@ -45,6 +45,29 @@ def build_config(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     return config
 
 
+def empty_model(options: FinetuneOptions, config: PreTrainedConfig) -> torch.nn.Module:
+    """The model without its weights, on the meta device: what a config does not tell can be asked of it.
+
+    Raises:
+        ScriptError: there is no such classifier.
+    """
+    with torch.device("meta"), _explained(config, options.model_name_or_path):
+        return AutoModelForSequenceClassification.from_config(
+            copy.deepcopy(config), trust_remote_code=options.trust_remote_code
+        )
+
+
+@contextmanager
+def _explained(config: PreTrainedConfig, source: str | Path):
+    """Turns the errors of making a model into ScriptErrors."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if "for this kind of AutoModel" in str(error):
+            raise ScriptError(f"{config.model_type} has no model for sequence classification") from error
+        raise ScriptError(f"the model cannot be made from {source}: {error}") from error
+
+
 def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path | None = None) -> torch.nn.Module:
     """The model in float32, as it was saved to `folder`, or with a new classifier (and new adapters).
 
@@ -53,7 +76,7 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
             adapters cannot train.
     """
     source = options.model_name_or_path if folder is None or options.use_peft else folder
-    try:
+    with _explained(config, source):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source,
             config=copy.deepcopy(config),
@@ -62,10 +85,6 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        if "for this kind of AutoModel" in str(error):
-            raise ScriptError(f"{config.model_type} has no model for sequence classification") from error
-        raise ScriptError(f"the model cannot be made from {source}: {error}") from error
     new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if folder is None:
         logger.info(f"new in the model: {', '.join(new) or 'nothing, the checkpoint has its own classifier'}")

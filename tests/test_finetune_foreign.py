@@ -13,10 +13,15 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MPNetConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    XLNetConfig,
 )
 
-from ordnung.scripts import finetune_model
+from ordnung.scripts import finetune_data, finetune_model
 from ordnung.scripts.common import ScriptError
 
 
@@ -52,6 +57,33 @@ def gpt2(data, tmp_path):  # noqa: F811
 def test_token_types_come_from_the_tokenizer(run, data, gpt2):  # noqa: F811
     out = run("mrpc", model_name_or_path=gpt2, num_train_epochs=1)
     assert_reported_scores_hold(out / "mrpc/seed-0", data)
+
+
+@pytest.fixture
+def roberta(data, tmp_path):  # noqa: F811
+    """A tiny RoBERTa of 20 rows, 18 of them positions; its tokenizer does not say how long a text may be."""
+    kept = AutoTokenizer.from_pretrained(data / "conv")
+    kept.save_pretrained(tmp_path / "roberta")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    special = {f"{name}_token_id": getattr(kept, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = RobertaConfig(vocab_size=len(kept), max_position_embeddings=20, **sizes, **special)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    return tmp_path / "roberta"
+
+
+def test_rows_that_are_no_positions(run, roberta):  # noqa: F811
+    folder = run("mrpc", model_name_or_path=roberta, max_steps=2) / "mrpc/seed-0"
+    cut = results(folder)["truncated"]["train"]
+    assert cut["to"] == 20 - 1 - AutoTokenizer.from_pretrained(roberta).pad_token_id == 18 and cut["cut"] > 0
+    with pytest.raises(ScriptError, match=r"--max_length 19 is above the model's max_position_embeddings \(18\)"):
+        run("mrpc", "longer", model_name_or_path=roberta, max_length=19)
+
+
+@pytest.mark.parametrize("model, number", [(XLNetConfig(), None), (OPTConfig(), 2048), (MPNetConfig(), 510)])
+def test_positions(model, number):
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(model)
+    assert finetune_data.positions(model) == number
 
 
 def test_adapters_bring_all_that_is_new(run, data, bert, tmp_path):  # noqa: F811
