@@ -167,7 +167,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     tokens, tokens_per_byte = encode(documents, tokenizer, options.max_tokens)
     model = load_model(options)
+    finetune_data.check_vocabulary(tokenizer, model.config)
     block_size = options.block_size or finetune_data.model_length(model, tokenizer)
+    finetune_data.check_length(model, block_size, "block_size", extrapolate=True)
     start = time.perf_counter()
     scores = evaluate(model, tokens, block_size, options.stride, options.per_device_eval_batch_size)
     results = {

@@ -170,10 +170,20 @@ def model_length(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
     return int(shortest)
 
 
-def check_length(model: torch.nn.Module, length: int, option: str):
-    """Raise a ScriptError where a model has fewer positions than `length`, the value of `option`."""
-    number = positions(model)
-    if number is not None and number < length and getattr(model.config, "position_embedding_type", "") != "none":
+def check_length(model: torch.nn.Module, length: int, option: str, extrapolate: bool = False):
+    """Raise a ScriptError where a model has fewer positions than `length`, the value of `option`.
+
+    Args:
+        extrapolate: let rotary positions go beyond those that the model is made for.
+    """
+    number, config = positions(model), model.config
+    kind = getattr(config, "position_embedding_type", None)
+    kind = kind or ("rope" if getattr(config, "rope_parameters", None) else "learned")
+    free = kind == "none" or (kind == "rope" and extrapolate)
+    # Linformer has weights for so many positions, however these are embedded
+    if "linformer_attention" in (getattr(config, "layer_types", None) or ()):
+        free = free and config.projection_type == "adaptive_mean_pool"
+    if number is not None and number < length and not free:
         raise ScriptError(f"--{option} {length} is above the model's max_position_embeddings ({number})")
 
 

@@ -141,6 +141,28 @@ def test_windows_are_as_long_as_the_model(run):
     assert results["block_size"] == 64 and results["predicted_tokens"] == results["tokens"] // 64 * 63
 
 
+def remade(checkpoint, folder, **fields):
+    """The checkpoint's model made anew with other config fields, and its tokenizer."""
+    config = AutoConfig.from_pretrained(checkpoint / "model", **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(folder)
+    return folder
+
+
+def test_more_tokens_than_positions(run, checkpoint, tmp_path):
+    learned = remade(checkpoint, tmp_path / "learned", position_embedding_type="learned")
+    with pytest.raises(ScriptError, match=r"--block_size 96 is above the model's max_position_embeddings \(64\)"):
+        run(model_name_or_path=learned, block_size=96)
+    assert run(block_size=96)["block_size"] == 96  # rotary positions go on
+
+
+def test_more_tokens_than_the_vocabulary(run, checkpoint, tmp_path):
+    texts = [json.loads(line)["text"] for line in (checkpoint / "train.jsonl").read_text().splitlines()]
+    corpus.train_tokenizer(texts, 320, masked=False).save_pretrained(tmp_path / "larger")
+    with pytest.raises(ScriptError, match=r"the tokenizer has \d+ tokens, the model's vocabulary \d+"):
+        run(tokenizer_name=tmp_path / "larger")
+
+
 def test_a_split_of_a_data_set(run, checkpoint, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/test.jsonl").write_bytes((checkpoint / "held_out.jsonl").read_bytes())

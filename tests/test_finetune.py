@@ -576,6 +576,25 @@ def test_a_length_beyond_the_positions(run, data):
         run(model_name_or_path=data / "softmax", max_length=65)
 
 
+@pytest.mark.parametrize("kind, free", [("none", False), ("rope", False), ("learned", False), ("none", True)])
+def test_a_length_beyond_a_projection(kind, free):
+    """A bidirectional Linformer has weights for so many positions, except where it fits segments to each row."""
+    projection = "adaptive_mean_pool" if free else "linear"
+    shape = {"position_embedding_type": kind, "max_position_embeddings": 32, "projected_size": 8}
+    config = AutoConfig.for_model("linformer_lm", vocab_size=50, **TINY, **shape, projection_type=projection)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.ones(1, 33, dtype=torch.long)
+    if free:
+        finetune_data.check_length(model, 33, "max_length")
+        model(ids)
+        return
+    for extrapolate in (False, True):
+        with pytest.raises(ScriptError, match=r"--max_length 33 is above .*\(32\)"):
+            finetune_data.check_length(model, 33, "max_length", extrapolate)
+    with pytest.raises(ValueError, match="33 tokens is longer|Position 32 is outside"):
+        model(ids)
+
+
 def test_no_pad_token(run, data, tmp_path):
     shutil.copytree(data / "conv", tmp_path / "unpadded")
     tokenizer = AutoTokenizer.from_pretrained(data / "conv")
