@@ -50,6 +50,9 @@ class EvaluateOptions:
     def __post_init__(self):
         if (self.text_file is None) == (self.dataset_name is None):
             raise ScriptError("give one of --text_file and --dataset_name")
+        for name, default in (("dataset_config_name", None), ("split", "test")):
+            if self.text_file and getattr(self, name) != default:
+                raise ScriptError(f"--{name} is of a data set: give --dataset_name, or leave it out")
         for name, least in (("block_size", 2), ("stride", 1), ("max_tokens", 2), ("per_device_eval_batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -133,6 +136,20 @@ def encode(documents: list[str], tokenizer, max_tokens: int | None) -> tuple[np.
     return np.concatenate([np.zeros(0, dtype=np.int32), *parts]), count / max(size, 1)
 
 
+def load_documents(options: EvaluateOptions) -> list[str]:
+    """The documents of the files or the data set.
+
+    Raises:
+        ScriptError: as `corpus.load_files` and `corpus.load_split`; a column of text files, which have none.
+    """
+    if options.dataset_name:
+        return corpus.load_split(options.dataset_name, options.dataset_config_name, options.split, options.text_column)
+    files = corpus.find_files(options.text_file, "text_file")
+    if options.text_column != "text" and corpus.file_format(files, "text_file") == "text":
+        raise ScriptError(f"--text_column {options.text_column}: {files[0]} has no columns, leave it out")
+    return corpus.load_files(options.text_file, "text_file", options.text_column, streaming=False)
+
+
 def load_model(options: EvaluateOptions) -> torch.nn.Module:
     """The causal language model, on the accelerator if there is one and it is wanted.
 
@@ -159,13 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(EvaluateOptions, argv, __doc__)
     logging.basicConfig(format="%(message)s")
     tokenizer = corpus.load_tokenizer(options.tokenizer_name or options.model_name_or_path, options.trust_remote_code)
-    if options.text_file:
-        documents = corpus.load_files(options.text_file, "text_file", options.text_column, streaming=False)
-    else:
-        documents = corpus.load_split(
-            options.dataset_name, options.dataset_config_name, options.split, options.text_column
-        )
-    tokens, tokens_per_byte = encode(documents, tokenizer, options.max_tokens)
+    tokens, tokens_per_byte = encode(load_documents(options), tokenizer, options.max_tokens)
     model = load_model(options)
     finetune_data.check_vocabulary(tokenizer, model.config)
     block_size = options.block_size or finetune_data.model_length(model, tokenizer)

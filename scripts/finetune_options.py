@@ -105,8 +105,10 @@ class FinetuneOptions(HubOptions):
             raise ScriptError(f"--num_train_epochs must be above 0, not {self.num_train_epochs}")
         if self.dataset_name and self.dataset_path:
             raise ScriptError("give --dataset_name or --dataset_path, not both")
-        if (self.merge_adapter or self.lora_target_modules) and not self.use_peft:
-            raise ScriptError("--merge_adapter and --lora_target_modules need --use_peft")
+        adapters = ("merge_adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+        given = [name for name in adapters if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if given and not self.use_peft:
+            raise ScriptError(f"--{given[0]}: adapters need --use_peft")
         check_seeds(self.seeds)
         self.config_overrides = self.config_overrides or {}
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None

@@ -129,6 +129,9 @@ def test_windows():
         ({"model_name_or_path": "nowhere"}, "no tokenizer can be loaded from nowhere"),
         ({"output_file": "nowhere/results.json"}, "its folder does not exist"),
         ({"max_tokens": 1}, "--max_tokens must be at least 2"),
+        ({"split": "dev"}, "--split is of a data set: give --dataset_name"),
+        ({"dataset_config_name": "en"}, "--dataset_config_name is of a data set"),
+        ({"text_file": __file__, "text_column": "body"}, "--text_column body: .* has no columns"),
     ],
 )
 def test_bad_input(run, options, message):
