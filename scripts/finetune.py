@@ -3,7 +3,8 @@
 The output folder receives results.json and results.md and, for each task and seed, a folder <task>/seed-<n> with the
 model, its tokenizer, metrics.jsonl, results.json and the predictions for test splits. Finished runs are kept and
 stopped ones resumed from their last evaluation: the same command goes on where it was stopped, and a task or seed can
-be added later.
+be added later. results.json and results.md tell of all tasks in the folder that have a run with each of the call's
+seeds; where a run fails, of the seeds that each task of the call has by then, or else of the first.
 """
 
 import inspect
@@ -420,11 +421,41 @@ def run(tasks: Sequence[Task], options: FinetuneOptions) -> int:
     if accelerator.is_main_process:
         claim_output_dir(output_dir, options.record(), {})
     accelerator.wait_for_everyone()
+    try:
+        status = _run_all(accelerator, options, prepared, tokenizer)
+    except ScriptError:
+        if accelerator.is_main_process:
+            # what is finished can be read, though not of all seeds
+            complete = [
+                seed
+                for seed in options.seeds
+                if all(finetune_report.is_finished(output_dir / task.name / f"seed-{seed}") for task in tasks)
+            ]
+            results = finetune_report.collect(output_dir, complete or options.seeds[:1], options)
+            if results["tasks"]:
+                finetune_report.publish(results, output_dir)
+        raise
+    if accelerator.is_main_process and status == 0:
+        results = finetune_report.collect(output_dir, options.seeds, options)
+        finetune_report.publish(results, output_dir)
+        finetune_sharing.push_best(results, options, targets)
+    accelerator.end_training()
+    return status
+
+
+def _run_all(
+    accelerator: Accelerator,
+    options: FinetuneOptions,
+    prepared: list[TaskData],
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """Each task with each seed, but for the finished ones; returns the exit status."""
+    output_dir = Path(options.output_dir)
     # seeds outside: after the first round every task has a score
     for seed in options.seeds:
         for data in prepared:
             folder = output_dir / data.task.name / f"seed-{seed}"
-            if (folder / "results.json").exists():
+            if finetune_report.is_finished(folder):
                 logger.info(f"{folder}: finished, kept")
                 continue
             finetuning = Finetuning(accelerator, options, data, tokenizer, seed, folder)
@@ -432,14 +463,8 @@ def run(tasks: Sequence[Task], options: FinetuneOptions) -> int:
             accelerator.init_trackers(output_dir.resolve().name, config | {"run": finetuning.name})
             status = finetuning.train()
             if status:
-                accelerator.end_training()
                 return status
             for tracker in accelerator.trackers:
                 tracker.finish()
             accelerator.free_memory()
-    if accelerator.is_main_process:
-        results = finetune_report.collect(output_dir, [data.task.name for data in prepared], options)
-        finetune_report.publish(results, output_dir)
-        finetune_sharing.push_best(results, options, targets)
-    accelerator.end_training()
     return 0

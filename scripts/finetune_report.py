@@ -11,7 +11,7 @@ from ordnung.scripts.common import write_json, write_text
 from ordnung.scripts.evidence import markdown_table, spread, summarise
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.machine import described, machine_info
-from ordnung.scripts.text_tasks import GLUE, Task
+from ordnung.scripts.text_tasks import GLUE, TASKS, Task
 
 
 def write_submission(task: Task, path: Path, logits: np.ndarray, numbers: np.ndarray):
@@ -32,11 +32,21 @@ def write_submission(task: Task, path: Path, logits: np.ndarray, numbers: np.nda
     write_text(path, "index\tprediction\n" + "".join(lines))
 
 
-def collect(output_dir: Path, tasks: list[str], options: FinetuneOptions) -> dict[str, Any]:
-    """The results of all runs, each number a mean and standard deviation over the seeds."""
+def is_finished(run: Path) -> bool:
+    """Whether the run of this folder has its results."""
+    return (run / "results.json").exists()
+
+
+def collect(output_dir: Path, seeds: list[int], options: FinetuneOptions) -> dict[str, Any]:
+    """The results of a folder's tasks, each number a mean and standard deviation over the seeds.
+
+    Tasks that lack a run with one of the seeds are left out.
+    """
     summaries = {}
-    for task in tasks:
-        folders = [output_dir / task / f"seed-{seed}" for seed in options.seeds]
+    for task in TASKS:
+        folders = [output_dir / task / f"seed-{seed}" for seed in seeds]
+        if not all(map(is_finished, folders)):
+            continue
         runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
         first = runs[0]
         summaries[task] = {
@@ -52,10 +62,10 @@ def collect(output_dir: Path, tasks: list[str], options: FinetuneOptions) -> dic
         "machine": machine_info(),
         "model": options.model_name_or_path,
         "settings": options.record(),
-        "seeds": options.seeds,
+        "seeds": seeds,
         "tasks": summaries,
     }
-    in_glue = [task for task in tasks if task in GLUE]
+    in_glue = [task for task in summaries if task in GLUE]
     if in_glue:
         by_seed = zip(*(summaries[task]["score"]["values"] for task in in_glue))
         results["glue_average"] = {"tasks": in_glue, **summarise([fmean(scores) for scores in by_seed])}

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from test_finetune import data, results, run  # noqa: F401  (fixtures)
 
+from ordnung.scripts import finetune
 from ordnung.scripts.common import ScriptError
 
 
@@ -31,3 +32,34 @@ def test_a_data_set_of_several_tasks(run, mirror):  # noqa: F811
     # one task alone needs no configuration of its name
     out = run("sst2", "alone", dataset_name=mirror / "sst2", **options)
     assert results(out / "sst2/seed-0")["metrics"] == results(same / "sst2/seed-0")["metrics"]
+
+
+def test_a_task_is_added(run):  # noqa: F811
+    run("sst2", max_steps=2, seeds=[0, 1])
+    out = run("rte", max_steps=2, seeds=[0])
+    summary = results(out)
+    assert list(summary["tasks"]) == ["sst2", "rte"] and summary["seeds"] == [0]
+    assert summary["glue_average"]["tasks"] == ["sst2", "rte"]
+    assert "| sst2 " in (out / "results.md").read_text()
+    summary = results(run("sst2", max_steps=2, seeds=[0, 1]))
+    assert list(summary["tasks"]) == ["sst2"] and summary["seeds"] == [0, 1]  # rte lacks seed 1
+
+
+def test_a_run_that_fails_leaves_the_others_results(run, tmp_path, monkeypatch):  # noqa: F811
+    original = finetune.Finetuning.train_step
+
+    def train_step(self):
+        original(self)
+        if self.name == failing:
+            self.window_loss.fill_(float("nan"))
+
+    monkeypatch.setattr(finetune.Finetuning, "train_step", train_step)
+    failing = "sst2/seed-0"
+    with pytest.raises(ScriptError, match="sst2/seed-0: the loss is nan"):
+        run("sst2 rte", max_steps=2, seeds=[0, 1])
+    assert not (tmp_path / "out/results.json").exists()  # nothing is finished
+    failing = "rte/seed-1"
+    with pytest.raises(ScriptError, match="rte/seed-1: the loss is nan"):
+        run("sst2 rte", max_steps=2, seeds=[0, 1])
+    summary = results(tmp_path / "out")
+    assert list(summary["tasks"]) == ["sst2", "rte"] and summary["seeds"] == [0]
