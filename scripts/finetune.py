@@ -460,11 +460,14 @@ def _run_all(
                 continue
             finetuning = Finetuning(accelerator, options, data, tokenizer, seed, folder)
             config = {name: str(value) for name, value in options.record().items()}
+            # TensorBoard tells runs apart by their folders
+            accelerator.project_configuration.logging_dir = str(output_dir / "logs" / finetuning.name)
             accelerator.init_trackers(output_dir.resolve().name, config | {"run": finetuning.name})
             status = finetuning.train()
             if status:
                 return status
             for tracker in accelerator.trackers:
                 tracker.finish()
+            accelerator.trackers.clear()  # or the next run would be logged to them too
             accelerator.free_memory()
     return 0

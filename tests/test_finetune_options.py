@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from test_finetune import data, results, run  # noqa: F401  (fixtures)
@@ -63,3 +65,21 @@ def test_a_run_that_fails_leaves_the_others_results(run, tmp_path, monkeypatch):
         run("sst2 rte", max_steps=2, seeds=[0, 1])
     summary = results(tmp_path / "out")
     assert list(summary["tasks"]) == ["sst2", "rte"] and summary["seeds"] == [0]
+
+
+def test_each_run_has_its_own_tracker(run, tmp_path, monkeypatch):  # noqa: F811
+    started = {}
+
+    def init_trackers(self, project_name, config):
+        assert not self.trackers and project_name == "out"
+        name = Path(self.logging_dir).relative_to(tmp_path / "out/logs").as_posix()
+        assert name == config["run"] and name not in started
+        started[name] = MagicMock()
+        self.trackers.append(started[name])
+
+    monkeypatch.setattr(finetune.Accelerator, "init_trackers", init_trackers)
+    run("sst2 rte", max_steps=2, seeds=[0, 1])
+    assert list(started) == ["sst2/seed-0", "rte/seed-0", "sst2/seed-1", "rte/seed-1"]
+    for tracker in started.values():
+        losses = [call for call in tracker.log.call_args_list if "loss" in call.args[0]]
+        assert [call.kwargs["step"] for call in losses] == [1, 2] and tracker.finish.call_count == 1
