@@ -52,13 +52,18 @@ def main(argv: list[str] | None = None) -> int:
         if name not in manager.all_tasks:
             raise ScriptError(f"unknown task {name!r}{closest(name, manager.all_tasks)}; see --include_path")
     accelerated = torch.accelerator.is_available() and not options.use_cpu
-    model = HFLM(
-        pretrained=options.model_name_or_path,
-        device=str(torch.accelerator.current_accelerator()) if accelerated else "cpu",
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        trust_remote_code=options.trust_remote_code,
-    )
+    try:
+        model = HFLM(
+            pretrained=options.model_name_or_path,
+            device=str(torch.accelerator.current_accelerator()) if accelerated else "cpu",
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ScriptError(
+            f"no causal language model can be loaded from {options.model_name_or_path}: {error}"
+        ) from error
     done = lm_eval.simple_evaluate(
         model=model,
         tasks=options.tasks,
