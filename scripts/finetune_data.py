@@ -107,7 +107,13 @@ def _check(data: datasets.Dataset, source: str, task: Task, labelled: bool):
     names = getattr(data.features["label"], "names", None)
     if names is not None and task.labels and tuple(names) != task.labels:
         raise ScriptError(f"{source} has the labels {', '.join(names)}; {task.name} has {', '.join(task.labels)}")
-    for row, label in enumerate(data["label"]):
+    labels = data["label"][:]
+    # an entry that is no number makes text of a .csv file's whole column: it is looked at first
+    odd = (
+        row for row, label in enumerate(labels) if isinstance(label, str) and not label.replace(".", "", 1).isdigit()
+    )
+    for row in (next(odd, 0), *range(len(labels))):
+        label = labels[row]
         number = isinstance(label, (int, float)) and math.isfinite(label)
         if task.regression and not (number and 0 <= label <= 5):
             raise ScriptError(f"{source}, row {row}: label {label!r} is no similarity from 0 to 5")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import datasets
 import pytest
 from test_finetune import data, results, run  # noqa: F401  (fixtures)
 
@@ -34,6 +35,17 @@ def test_a_data_set_of_several_tasks(run, mirror):  # noqa: F811
     # one task alone needs no configuration of its name
     out = run("sst2", "alone", dataset_name=mirror / "sst2", **options)
     assert results(out / "sst2/seed-0")["metrics"] == results(same / "sst2/seed-0")["metrics"]
+
+
+@pytest.mark.parametrize("task, meaning", [("sst2", "none of 0 negative, 1 positive"), ("stsb", "no similarity")])
+def test_a_missing_label_of_a_csv_file(run, data, tmp_path, task, meaning):  # noqa: F811
+    rows = datasets.Dataset.from_parquet(str(data / task / "train.parquet")).to_pandas().astype({"label": object})
+    rows.loc[2, "label"] = ""
+    shutil.copytree(data / task, tmp_path / task)
+    (tmp_path / task / "train.parquet").unlink()
+    rows.to_csv(tmp_path / task / "train.csv", index=False)
+    with pytest.raises(ScriptError, match=rf"\(train\), row 2: label '' is {meaning}"):
+        run(task, dataset_path=tmp_path)
 
 
 def test_a_task_is_added(run):  # noqa: F811
