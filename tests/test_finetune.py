@@ -263,6 +263,12 @@ def test_all_tasks(run, data):
                 assert answers <= (set(task.labels) if task.submits_names else {"0", "1"})
     scores = [summary["tasks"][name]["score"]["mean"] for name in text_tasks.GLUE]
     assert summary["glue_average"]["mean"] == pytest.approx(np.mean(scores))
+    assert f"GLUE average over 9 of 9 tasks: {100 * np.mean(scores):.1f}" in (out / "results.md").read_text()
+    mrpc = results(out / "mrpc/seed-0")
+    both = mrpc["metrics"]["validation"]
+    assert set(both) == {"loss", "accuracy", "f1"} and mrpc["score"] == pytest.approx(
+        (both["accuracy"] + both["f1"]) / 2
+    )
     accuracies = [split["accuracy"] for split in results(out / "mnli/seed-0")["metrics"].values()]
     assert summary["tasks"]["mnli"]["score"]["mean"] == pytest.approx(np.mean(accuracies))
     assert summary["machine"]["command"] and summary["settings"]["learning_rate"] == 1e-3

@@ -6,11 +6,82 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import datasets
+import numpy as np
 import pytest
 from test_finetune import data, results, run  # noqa: F401  (fixtures)
 
-from ordnung.scripts import finetune
+from ordnung.scripts import finetune, finetune_data, finetune_report, glue_metric, text_tasks
 from ordnung.scripts.common import ScriptError
+from ordnung.scripts.finetune_options import FinetuneOptions
+
+
+@pytest.mark.parametrize(
+    "task, labels, scores",
+    [
+        ("cola", "unacceptable acceptable", "matthews_correlation"),
+        ("sst2", "negative positive", "accuracy"),
+        ("mrpc", "not_equivalent equivalent", "accuracy f1"),
+        ("stsb", "", "pearson spearmanr"),
+        ("qqp", "not_duplicate duplicate", "accuracy f1"),
+        ("mnli", "entailment neutral contradiction", "accuracy"),
+        ("qnli", "entailment not_entailment", "accuracy"),
+        ("rte", "entailment not_entailment", "accuracy"),
+        ("wnli", "not_entailment entailment", "accuracy"),
+    ],
+)
+def test_labels_and_scores_are_those_of_glue(task, labels, scores):
+    assert text_tasks.GLUE[task].labels == tuple(labels.split())
+    assert [score.__name__ for score in glue_metric.SCORES[task]] == scores.split()
+
+
+@pytest.mark.parametrize(
+    "task, files, answers",
+    [
+        ("cola", "CoLA.tsv", "0 1"),
+        ("sst2", "SST-2.tsv", "0 1"),
+        ("mrpc", "MRPC.tsv", "0 1"),
+        ("stsb", "STS-B.tsv", "2.346 0.000 5.000"),
+        ("qqp", "QQP.tsv", "0 1"),
+        ("mnli", "MNLI-m.tsv MNLI-mm.tsv", "entailment neutral contradiction"),
+        ("qnli", "QNLI.tsv", "entailment not_entailment"),
+        ("rte", "RTE.tsv", "entailment not_entailment"),
+        ("wnli", "WNLI.tsv", "0 1"),
+    ],
+)
+def test_predictions_are_as_the_server_takes_them(tmp_path, task, files, answers):
+    task, answers = text_tasks.GLUE[task], answers.split()
+    assert list(task.tests.values()) == files.split()
+    logits = np.array([[2.3456], [-1.0], [7.0]]) if task.regression else np.eye(len(answers))
+    numbers = np.array([10, 9, 2])[: len(answers)]  # which texts would sort otherwise
+    finetune_report.write_submission(task, tmp_path / "file.tsv", logits, numbers)
+    expected = [f"{number}\t{answer}\n" for number, answer in zip(numbers.tolist(), answers)]
+    assert (tmp_path / "file.tsv").read_text() == "index\tprediction\n" + "".join(reversed(expected))
+
+
+def prepare(data, **options):  # noqa: F811
+    options = FinetuneOptions(
+        model_name_or_path=str(data / "conv"), output_dir="any", dataset_path=str(data), **options
+    )
+    tokenizer = finetune_data.prepare_tokenizer(options)
+    return finetune.prepare_task(text_tasks.GLUE["sst2"], options, tokenizer).train, tokenizer
+
+
+def test_the_tail_is_kept(data):  # noqa: F811
+    (whole, tokenizer), (tail, _) = prepare(data), prepare(data, max_length=6, truncation="tail")
+    assert tail.cut == sum(whole.lengths > 6) > 0
+    for row in range(len(whole)):
+        ids, kept = (each.ids[each.starts[row] : each.starts[row + 1]].tolist() for each in (whole, tail))
+        assert kept == (ids if len(ids) <= 6 else [ids[0], *ids[-5:]]) and ids[0] == tokenizer.eos_token_id
+
+
+def test_processes_that_tokenize_change_nothing(data, monkeypatch, tmp_path):  # noqa: F811
+    found = []
+    for workers, cache in ((1, "one"), (2, "two"), (2, "two")):  # the last finds what is cached
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / cache)
+        found.append(prepare(data, preprocessing_num_workers=workers)[0])
+    assert list((tmp_path / "two").rglob("cache-*_00001_of_00002.arrow"))
+    for name, value in vars(found[0]).items():
+        assert all(np.array_equal(value, getattr(other, name)) for other in found[1:]), name
 
 
 @pytest.fixture
