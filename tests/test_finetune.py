@@ -204,7 +204,8 @@ def bert(tmp_path_factory):
 class TestBatches:
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding(self, data, side):
-        tokenizer = AutoTokenizer.from_pretrained(data / "conv", padding_side=side)
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer = AutoTokenizer.from_pretrained(data / "conv", padding_side=side, model_input_names=names)
         examples = finetune_data.Examples(
             ids=np.arange(100, 109, dtype=np.int32),
             types=np.array([0, 0, 1, 0, 0, 0, 1, 1, 1], dtype=np.int8),
