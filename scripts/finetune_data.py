@@ -180,17 +180,23 @@ def check_length(model: torch.nn.Module, length: int, option: str, extrapolate: 
     """Raise a ScriptError where a model has fewer positions than `length`, the value of `option`.
 
     Args:
-        extrapolate: let rotary positions go beyond those that the model is made for.
+        extrapolate: let a model without a table of positions, as a rotary one, go beyond those that it is made for.
     """
     number, config = positions(model), model.config
-    kind = getattr(config, "position_embedding_type", None)
-    kind = kind or ("rope" if getattr(config, "rope_parameters", None) else "learned")
-    free = kind == "none" or (kind == "rope" and extrapolate)
+    free = getattr(config, "position_embedding_type", None) == "none" or (
+        extrapolate and not _has_position_table(model)
+    )
     # Linformer has weights for so many positions, however these are embedded
     if "linformer_attention" in (getattr(config, "layer_types", None) or ()):
         free = free and config.projection_type == "adaptive_mean_pool"
     if number is not None and number < length and not free:
         raise ScriptError(f"--{option} {length} is above the model's max_position_embeddings ({number})")
+
+
+def _has_position_table(model: torch.nn.Module) -> bool:
+    words, rows = model.get_input_embeddings(), getattr(model.config, "max_position_embeddings", None) or 0
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words)
+    return any(table.num_embeddings in (rows, rows + 2) for table in tables)  # OPT's has two more
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig):
