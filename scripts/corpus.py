@@ -1,6 +1,7 @@
 """Text for pretraining: documents from files or data sets, held-out text, tokenizers."""
 
 import glob
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -179,10 +180,13 @@ def split_pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, int]]:
+def tokenize(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: float = math.inf
+) -> Iterator[tuple[np.ndarray, float]]:
     """Token ids of each document, closed by the end-of-document token, and its size in UTF-8 bytes.
 
-    Documents without a token are left out.
+    Documents without a token are left out. After `max_tokens` in all, the rest is: the last document is cut, and its
+    size is that of the part which is kept.
     """
     end = end_of_document(tokenizer)
     for group in _groups(documents):
@@ -191,8 +195,18 @@ def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
         ids = iter(flat["input_ids"])
         for text, some in zip(group, pieces):
             tokens = [token for _ in some for token in next(ids)]
-            if tokens:
-                yield np.array([*tokens, end], dtype=np.int32), len(text.encode())
+            if not tokens:
+                continue
+            size, tokens = len(text.encode()), [*tokens, end]
+            if len(tokens) > max_tokens:
+                kept = tokens[: int(max_tokens)]
+                # the share of the text that is kept; not its size itself, as a tokenizer may change the text
+                part, whole = (len(tokenizer.decode(some).encode()) for some in (kept, tokens[:-1]))
+                size, tokens = size * part / max(whole, 1), kept
+            yield np.array(tokens, dtype=np.int32), size
+            max_tokens -= len(tokens)
+            if max_tokens <= 0:
+                return
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:

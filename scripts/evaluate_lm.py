@@ -122,18 +122,12 @@ def evaluate(model: torch.nn.Module, tokens: np.ndarray, block_size: int, stride
 
 def encode(documents: list[str], tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
     """The documents' tokens one after the other, at most `max_tokens`, and the tokens per UTF-8 byte of their text."""
-    parts, count, size = [], 0, 0.0
-    for ids, length in corpus.tokenize(documents, tokenizer):
-        kept = ids if max_tokens is None else ids[: max_tokens - count]
-        if len(kept) < len(ids):
-            # the share of the text that is kept; not its size itself, as a tokenizer may change the text
-            part, whole = (len(tokenizer.decode(some).encode()) for some in (kept, ids[:-1]))
-            length *= part / max(whole, 1)
-        parts.append(kept)
-        count, size = count + len(kept), size + length
-        if count == max_tokens:
-            break
-    return np.concatenate([np.zeros(0, dtype=np.int32), *parts]), count / max(size, 1)
+    parts, sizes = [np.zeros(0, dtype=np.int32)], [0.0]
+    for ids, size in corpus.tokenize(documents, tokenizer, math.inf if max_tokens is None else max_tokens):
+        parts.append(ids)
+        sizes.append(size)
+    tokens = np.concatenate(parts)
+    return tokens, len(tokens) / max(sum(sizes), 1)
 
 
 def load_documents(options: EvaluateOptions) -> list[str]:

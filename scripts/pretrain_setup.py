@@ -115,12 +115,10 @@ def held_out_blocks(options: PretrainOptions, documents, tokenizer) -> HeldOut:
         ScriptError: not one block of text.
     """
     wanted = math.inf if options.max_eval_blocks is None else options.max_eval_blocks * options.block_size
-    encoded, tokens, size = [], 0, 0
-    for ids, count in corpus.tokenize(texts_of(documents), tokenizer):
+    encoded, tokens, size = [], 0, 0.0
+    for ids, part in corpus.tokenize(texts_of(documents), tokenizer, wanted):
         encoded.append(ids)
-        tokens, size = tokens + len(ids), size + count
-        if tokens >= wanted:
-            break
+        tokens, size = tokens + len(ids), size + part
     blocks, lengths, _ = pack(encoded, options.block_size, options.respect_document_boundaries)
     if len(blocks) == 0:
         raise ScriptError(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ordnung.scripts import corpus
+from ordnung.scripts import corpus, pretrain_setup
 from ordnung.scripts.blocks import IGNORED, BatchMaker, MemoryBlocks, StreamedBlocks, pack
 from ordnung.scripts.common import ScriptError, parse_key_values
+from ordnung.scripts.pretrain_options import PretrainOptions
 
 WORDS = "whale ship the a of and sailed harpoon, white wind; storm. night\nday wind\n\n mast\n élan 日本 🐋".split(" ")
 
@@ -32,6 +33,18 @@ def tokenizer(documents):
 
 def encoded(documents, tokenizer):
     return [ids for ids, _ in corpus.tokenize(documents, tokenizer)]
+
+
+def test_held_out_bytes_are_those_of_the_blocks(documents, tokenizer):
+    """The first blocks of a document whose second half has other characters."""
+    named = dict.fromkeys(("output_dir", "tokenizer_name"), "any")
+    options = PretrainOptions(**named, model_type="conv_lm", train_file=["any"], block_size=16, max_eval_blocks=3)
+    text = documents[6] + "и" * 5000
+    held_out = pretrain_setup.held_out_blocks(options, [text], tokenizer)
+    tokens = encoded([text], tokenizer)[0][:48]
+    assert held_out.blocks.reshape(-1).tolist() == tokens.tolist()
+    size = len(tokenizer.decode(tokens).encode())
+    assert held_out.tokens_per_byte == pytest.approx(48 / size, rel=3 / size)
 
 
 def test_key_values_are_typed():
