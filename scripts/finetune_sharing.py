@@ -22,7 +22,9 @@ def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[st
         dataset = {"dataset_type": "local", "dataset_name": f"{task.name} ({Path(options.dataset_path).name})"}
     else:
         name = options.dataset_name or task.dataset
-        named, dataset = [name], {"dataset_type": name, "dataset_name": task.name, "dataset_config": task.config_name}
+        named, dataset = [name], {"dataset_type": name, "dataset_name": task.name}
+        if not options.dataset_name:  # another may lack the configuration
+            dataset["dataset_config"] = task.config_name
     return {
         "datasets": named,
         "base_model": None if Path(options.model_name_or_path).exists() else options.model_name_or_path,
