@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from ordnung.scripts import bench_prefix, bench_report, compare, plot_mixing, prefix_tasks, recall
+from ordnung.scripts import bench_prefix, bench_report, compare, plot_mixing, prefix_tasks, recall, transfer
 from ordnung.scripts.common import ScriptError
 from ordnung.scripts.evidence import markdown_table, spread, summarise
 
@@ -220,8 +220,19 @@ def benchmark_table(*names: str) -> str:
     return bench_report.markdown(load_benchmark(*names)).strip()
 
 
+def transfer_table(*names: str) -> str:
+    """Fine-tuned on tasks: these variants, or all."""
+    results = load("transfer")
+    names = names or tuple(results["variants"])
+    return transfer.markdown({**results, "variants": {name: results["variants"][name] for name in names}})
+
+
 TABLES = {
     "headline_claims": headline_claims,
+    "transfer": transfer_table,
+    "conv_transfer": partial(transfer_table, "conv", "softmax"),
+    "linformer_transfer": partial(transfer_table, "linformer", "softmax"),
+    "prefix_transfer": partial(transfer_table, "cubic_stride_32", "softmax"),
     "claims": conv_claims,
     "benchmark": partial(benchmark_table, *CONV_BENCHMARKS),
     "compare": lambda: compare.markdown(load("conv_lm_compare")),
