@@ -7,6 +7,7 @@ from pathlib import Path
 from ordnung.scripts import bench_prefix, bench_report, compare, plot_mixing, prefix_tasks, recall, transfer
 from ordnung.scripts.common import ScriptError
 from ordnung.scripts.evidence import markdown_table, spread, summarise
+from ordnung.scripts.machine import described
 
 RESULTS = Path(__file__).resolve().parents[1] / "model_cards" / "results"
 CONV_BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768", "_decode", "_mixer")]
@@ -227,8 +228,19 @@ def transfer_table(*names: str) -> str:
     return transfer.markdown({**results, "variants": {name: results["variants"][name] for name in names}})
 
 
+def throughput_table() -> str:
+    """Fine-tuning against a bare accelerate loop."""
+    results = load("finetune_throughput")
+    speeds = results["examples_per_second"]
+    ratios = f"{results['ratio']:.3f} ({min(results['ratios']):.3f} to {max(results['ratios']):.3f})"
+    body = [[results["task"], f"{speeds['ours']:,.0f}", f"{speeds['bare']:,.0f}", ratios]]
+    header = ["task", "examples/s", "of the bare loop", f"time, median ratio of {len(results['ratios'])} rounds"]
+    return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
+
+
 TABLES = {
     "headline_claims": headline_claims,
+    "finetune_throughput": throughput_table,
     "transfer": transfer_table,
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
     "linformer_transfer": partial(transfer_table, "linformer", "softmax"),
