@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
-from ordnung.scripts import corpus, finetune_data
+from ordnung.scripts import corpus, finetune_data, limits
 from ordnung.scripts.common import ScriptError, option, parse_options, required, run_script, write_json
 from ordnung.scripts.evidence import markdown_table
 from ordnung.scripts.lm_loss import position_buckets, token_losses
@@ -172,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = corpus.load_tokenizer(options.tokenizer_name or options.model_name_or_path, options.trust_remote_code)
     tokens, tokens_per_byte = encode(load_documents(options), tokenizer, options.max_tokens)
     model = load_model(options)
-    finetune_data.check_vocabulary(tokenizer, model.config)
+    limits.check_vocabulary(tokenizer, model.config)
     block_size = options.block_size or finetune_data.model_length(model, tokenizer)
-    finetune_data.check_length(model, block_size, "block_size", extrapolate=True)
+    limits.check_length(model, block_size, "block_size", extrapolate=True)
     start = time.perf_counter()
     scores = evaluate(model, tokens, block_size, options.stride, options.per_device_eval_batch_size)
     results = {

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ordnung.scripts import checkpointing, finetune_data, finetune_report, finetune_sharing, pretrain_setup
+from ordnung.scripts import checkpointing, finetune_data, finetune_report, finetune_sharing, limits, pretrain_setup
 from ordnung.scripts.common import ScriptError, StopSignals, write_json
 from ordnung.scripts.evidence import claim_output_dir
 from ordnung.scripts.finetune_data import Batches, Encoder, Examples
@@ -69,7 +69,7 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     config = build_config(task, options, tokenizer)
     model = empty_model(options, config)
     max_length = options.max_length or finetune_data.model_length(model, tokenizer)
-    finetune_data.check_length(model, max_length, "max_length")
+    limits.check_length(model, max_length, "max_length")
     encoder = Encoder(tokenizer, task.columns, max_length, options.truncation)
     examples = {
         name: finetune_data.encode(split, encoder, options.preprocessing_num_workers) for name, split in splits.items()

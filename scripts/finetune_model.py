@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ordnung.scripts import common, finetune_data, pretrain_setup
+from ordnung.scripts import common, limits, pretrain_setup
 from ordnung.scripts.common import ScriptError
 from ordnung.scripts.finetune_options import FinetuneOptions
 from ordnung.scripts.text_tasks import Task
@@ -30,7 +30,7 @@ def build_config(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
         {"pad_token_id": tokenizer.pad_token_id},
         trust_remote_code=options.trust_remote_code,
     )
-    finetune_data.check_vocabulary(tokenizer, config)
+    limits.check_vocabulary(tokenizer, config)
     labels = list(task.labels) or ["similarity"]
     classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if classifier and config.num_labels != len(labels) and not options.ignore_mismatched_sizes:

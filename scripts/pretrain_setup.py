@@ -13,7 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, get_scheduler
 
-from ordnung.scripts import corpus
+from ordnung.scripts import corpus, limits
 from ordnung.scripts.blocks import MemoryBlocks, StreamedBlocks, pack
 from ordnung.scripts.common import ScriptError, build_config
 from ordnung.scripts.model_card import HELD_OUT
@@ -170,34 +170,27 @@ def build_model(options: PretrainOptions, checkpoint: Path | None, tokenizer) ->
         ScriptError: model, tokenizer, objective and block size do not fit together.
     """
     config = build_run_config(options, tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise ScriptError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; "
-            f"set vocab_size={len(tokenizer)} in --config_overrides or use a smaller tokenizer"
-        )
-    positions = getattr(config, "num_positions", getattr(config, "max_position_embeddings", None))
-    if positions is not None and positions < options.block_size:
-        if getattr(config, "position_embedding_type", "learned") != "none":
-            raise ScriptError(
-                f"--block_size {options.block_size} is above the model's max_position_embeddings ({positions}); "
-                f"set max_position_embeddings={options.block_size} in --config_overrides or shorten the blocks"
-            )
+    override = "set {}={} in --config_overrides or {}".format
+    limits.check_vocabulary(tokenizer, config, override("vocab_size", len(tokenizer), "take a smaller tokenizer"))
     auto_class = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}[options.objective]
-    source = checkpoint or options.model_name_or_path
+    source, info = checkpoint or options.model_name_or_path, {}
     try:
         if source is None:
-            return auto_class.from_config(config, trust_remote_code=options.trust_remote_code)
-        model, info = auto_class.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-        )
+            model = auto_class.from_config(config, trust_remote_code=options.trust_remote_code)
+        else:
+            model, info = auto_class.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         if "for this kind of AutoModel" in str(error):
             raise ScriptError(f"{config.model_type} has no model for the {options.objective} objective") from error
         raise ScriptError(f"the model cannot be made from {source or config.model_type}: {error}") from error
+    longer = override("max_position_embeddings", options.block_size, "shorten the blocks")
+    limits.check_length(model, options.block_size, "block_size", cure=longer)
     if checkpoint is not None and (info["missing_keys"] or info["unexpected_keys"]):
         raise ScriptError(
             f"{checkpoint} holds another model than the options describe; resume with the run's own options"

@@ -31,6 +31,7 @@ from ordnung.scripts import (
     finetune_glue,
     finetune_imdb,
     glue_metric,
+    limits,
     text_tasks,
 )
 from ordnung.scripts.common import ScriptError
@@ -596,12 +597,12 @@ def test_a_length_beyond_a_projection(kind, free):
     model = AutoModelForSequenceClassification.from_config(config).eval()
     ids = torch.ones(1, 33, dtype=torch.long)
     if free:
-        finetune_data.check_length(model, 33, "max_length")
+        limits.check_length(model, 33, "max_length")
         model(ids)
         return
     for extrapolate in (False, True):
         with pytest.raises(ScriptError, match=r"--max_length 33 is above .*\(32\)"):
-            finetune_data.check_length(model, 33, "max_length", extrapolate)
+            limits.check_length(model, 33, "max_length", extrapolate)
     with pytest.raises(ValueError, match="33 tokens is longer|Position 32 is outside"):
         model(ids)
 

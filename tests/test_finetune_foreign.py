@@ -22,7 +22,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from ordnung.scripts import finetune_data, finetune_model
+from ordnung.scripts import finetune_model, limits
 from ordnung.scripts.common import ScriptError
 
 
@@ -84,7 +84,7 @@ def test_rows_that_are_no_positions(run, roberta):  # noqa: F811
 def test_positions(config, number):
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    assert finetune_data.positions(model) == number
+    assert limits.positions(model) == number
 
 
 @pytest.mark.parametrize("config, bound", [(GPT2Config(), True), (OPTConfig(), True), (LlamaConfig(), False)])
@@ -92,13 +92,13 @@ def test_a_table_of_positions_is_a_bound(config, bound):
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     longer = config.max_position_embeddings + 1
-    finetune_data.check_length(model, longer - 1, "block_size", extrapolate=True)
+    limits.check_length(model, longer - 1, "block_size", extrapolate=True)
     for extrapolate in (True, False):
         if bound or not extrapolate:
             with pytest.raises(ScriptError, match=f"--block_size {longer} is above"):
-                finetune_data.check_length(model, longer, "block_size", extrapolate)
+                limits.check_length(model, longer, "block_size", extrapolate)
         else:
-            finetune_data.check_length(model, longer, "block_size", extrapolate)
+            limits.check_length(model, longer, "block_size", extrapolate)
 
 
 def test_adapters_bring_all_that_is_new(run, data, bert, tmp_path):  # noqa: F811

@@ -330,6 +330,16 @@ def test_the_loss_curve_can_be_drawn_again(run, tmp_path, capsys):
         ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
         (
             {"model": ["--model_type=softmax_lm", "--config_overrides", TINY + ",max_position_embeddings=16"]},
+            r"32 is above the model's max_position_embeddings \(16\); set max_position_embeddings=32 in --config_ov",
+        ),
+        (
+            {
+                "model": [
+                    *LINFORMER[:3],
+                    LINFORMER[3] + ",max_position_embeddings=16,position_embedding_type=none",
+                    "--objective=masked",
+                ]
+            },
             r"32 is above the model's max_position_embeddings \(16\)",
         ),
     ],
