@@ -6,7 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-pytest.register_assert_rewrite("family_tester")
+pytest.register_assert_rewrite("family_tester", "tiny_tasks")
 
 
 def pytest_generate_tests(metafunc):
@@ -44,3 +44,33 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """A folder with tiny data of each task, and checkpoints conv and softmax with their tokenizer."""
+    import tiny_tasks
+
+    folder = tmp_path_factory.mktemp("tasks")
+    tiny_tasks.write_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A checkpoint of transformers' own BERT, with three labels."""
+    import tiny_tasks
+
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_tasks.write_bert(folder)
+    return folder
+
+
+@pytest.fixture
+def run_task(tasks, tmp_path, monkeypatch):
+    """`tiny_tasks.runner` of the data in `tasks`, which tokenizes them once for all tests."""
+    import datasets
+    import tiny_tasks
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tasks / "cache")
+    return tiny_tasks.runner(tasks, tmp_path)

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from test_finetune import bert, data, results, run  # noqa: F401  (fixtures)
+from tiny_tasks import results
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,11 +26,11 @@ from ordnung.scripts import finetune_model, limits
 from ordnung.scripts.common import ScriptError
 
 
-def assert_reported_scores_hold(run_folder, data, folder=None, auto=AutoModelForSequenceClassification):  # noqa: F811
+def assert_reported_scores_hold(run_folder, tasks, folder=None, auto=AutoModelForSequenceClassification):
     """A run on mrpc reports the scores that its saved model has with its own tokenizer, a pair at a time."""
     folder = folder or run_folder
     model, tokenizer = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    rows = datasets.Dataset.from_parquet(str(data / "mrpc/validation.parquet"))
+    rows = datasets.Dataset.from_parquet(str(tasks / "mrpc/validation.parquet"))
     pairs, labels = zip(rows["sentence1"], rows["sentence2"]), torch.tensor(rows["label"][:])
     with torch.no_grad():
         logits = torch.cat([model(**tokenizer(*pair, return_tensors="pt")).logits for pair in pairs])
@@ -40,9 +40,9 @@ def assert_reported_scores_hold(run_folder, data, folder=None, auto=AutoModelFor
 
 
 @pytest.fixture
-def gpt2(data, tmp_path):  # noqa: F811
+def gpt2(tasks, tmp_path):
     """A tiny GPT-2, whose forward takes token types; its tokenizer gives none."""
-    kept = AutoTokenizer.from_pretrained(data / "conv")
+    kept = AutoTokenizer.from_pretrained(tasks / "conv")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=kept.backend_tokenizer,
         pad_token=kept.pad_token,
@@ -55,15 +55,15 @@ def gpt2(data, tmp_path):  # noqa: F811
     return tmp_path / "gpt2"
 
 
-def test_token_types_come_from_the_tokenizer(run, data, gpt2):  # noqa: F811
-    out = run("mrpc", model_name_or_path=gpt2, num_train_epochs=1)
-    assert_reported_scores_hold(out / "mrpc/seed-0", data)
+def test_token_types_come_from_the_tokenizer(run_task, tasks, gpt2):
+    out = run_task("mrpc", model_name_or_path=gpt2, num_train_epochs=1)
+    assert_reported_scores_hold(out / "mrpc/seed-0", tasks)
 
 
 @pytest.fixture
-def roberta(data, tmp_path):  # noqa: F811
+def roberta(tasks, tmp_path):
     """A tiny RoBERTa of 20 rows, 18 of them positions; its tokenizer does not say how long a text may be."""
-    kept = AutoTokenizer.from_pretrained(data / "conv")
+    kept = AutoTokenizer.from_pretrained(tasks / "conv")
     kept.save_pretrained(tmp_path / "roberta")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     special = {f"{name}_token_id": getattr(kept, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -72,12 +72,12 @@ def roberta(data, tmp_path):  # noqa: F811
     return tmp_path / "roberta"
 
 
-def test_rows_that_are_no_positions(run, roberta):  # noqa: F811
-    folder = run("mrpc", model_name_or_path=roberta, max_steps=2) / "mrpc/seed-0"
+def test_rows_that_are_no_positions(run_task, roberta):
+    folder = run_task("mrpc", model_name_or_path=roberta, max_steps=2) / "mrpc/seed-0"
     cut = results(folder)["truncated"]["train"]
     assert cut["to"] == 20 - 1 - AutoTokenizer.from_pretrained(roberta).pad_token_id == 18 and cut["cut"] > 0
     with pytest.raises(ScriptError, match=r"--max_length 19 is above the model's max_position_embeddings \(18\)"):
-        run("mrpc", "longer", model_name_or_path=roberta, max_length=19)
+        run_task("mrpc", "longer", model_name_or_path=roberta, max_length=19)
 
 
 @pytest.mark.parametrize("config, number", [(XLNetConfig(), None), (OPTConfig(), 2048), (MPNetConfig(), 510)])
@@ -101,22 +101,22 @@ def test_a_table_of_positions_is_a_bound(config, bound):
             limits.check_length(model, longer, "block_size", extrapolate)
 
 
-def test_adapters_bring_all_that_is_new(run, data, bert, tmp_path):  # noqa: F811
+def test_adapters_bring_all_that_is_new(run_task, tasks, bert, tmp_path):
     """BertForMaskedLM saves no pooler: the classifier reads one that is drawn anew."""
     BertForMaskedLM.from_pretrained(bert, num_labels=2).save_pretrained(tmp_path / "masked")
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "masked")
     options = {"use_peft": True, "model_name_or_path": tmp_path / "masked", "learning_rate": 0.1, "eval_steps": 1}
-    folder = run("mrpc", early_stopping_patience=2, merge_adapter=True, **options) / "mrpc/seed-0"
+    folder = run_task("mrpc", early_stopping_patience=2, merge_adapter=True, **options) / "mrpc/seed-0"
     summary = results(folder)
     assert summary["best"]["step"] < summary["steps"]
     assert summary["metrics"]["validation"]["loss"] == pytest.approx(summary["best"]["loss"], rel=1e-5)
-    assert_reported_scores_hold(folder, data, auto=AutoPeftModelForSequenceClassification)
-    assert_reported_scores_hold(folder, data, folder / "merged")
+    assert_reported_scores_hold(folder, tasks, auto=AutoPeftModelForSequenceClassification)
+    assert_reported_scores_hold(folder, tasks, folder / "merged")
     adapter = json.loads((folder / "adapter_config.json").read_text())
     assert set(adapter["modules_to_save"]) == {"bert.pooler.dense", "classifier", "score"}
 
 
-def test_a_new_parameter_that_adapters_cannot_train(bert):  # noqa: F811
+def test_a_new_parameter_that_adapters_cannot_train(bert):
     model = BertForMaskedLM.from_pretrained(bert)
     names = ["bert.pooler.dense.weight", "classifier.dense.weight", "score.weight"]
     model.bert.pooler = torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2)})

@@ -1,4 +1,4 @@
-"""Options of the fine-tuning programs, and what becomes of the results, on the tiny data of test_finetune.py."""
+"""Options of the fine-tuning programs, and what becomes of the results."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 import datasets
 import numpy as np
 import pytest
-from test_finetune import data, results, run  # noqa: F401  (fixtures)
+from tiny_tasks import results
 
 from ordnung.scripts import finetune, finetune_data, finetune_report, glue_metric, text_tasks
 from ordnung.scripts.common import ScriptError
@@ -58,79 +58,79 @@ def test_predictions_are_as_the_server_takes_them(tmp_path, task, files, answers
     assert (tmp_path / "file.tsv").read_text() == "index\tprediction\n" + "".join(reversed(expected))
 
 
-def prepare(data, **options):  # noqa: F811
+def prepare(tasks, **options):
     options = FinetuneOptions(
-        model_name_or_path=str(data / "conv"), output_dir="any", dataset_path=str(data), **options
+        model_name_or_path=str(tasks / "conv"), output_dir="any", dataset_path=str(tasks), **options
     )
     tokenizer = finetune_data.prepare_tokenizer(options)
     return finetune.prepare_task(text_tasks.GLUE["sst2"], options, tokenizer).train, tokenizer
 
 
-def test_the_tail_is_kept(data):  # noqa: F811
-    (whole, tokenizer), (tail, _) = prepare(data), prepare(data, max_length=6, truncation="tail")
+def test_the_tail_is_kept(tasks):
+    (whole, tokenizer), (tail, _) = prepare(tasks), prepare(tasks, max_length=6, truncation="tail")
     assert tail.cut == sum(whole.lengths > 6) > 0
     for row in range(len(whole)):
         ids, kept = (each.ids[each.starts[row] : each.starts[row + 1]].tolist() for each in (whole, tail))
         assert kept == (ids if len(ids) <= 6 else [ids[0], *ids[-5:]]) and ids[0] == tokenizer.eos_token_id
 
 
-def test_processes_that_tokenize_change_nothing(data, monkeypatch, tmp_path):  # noqa: F811
+def test_processes_that_tokenize_change_nothing(tasks, monkeypatch, tmp_path):
     found = []
     for workers, cache in ((1, "one"), (2, "two"), (2, "two")):  # the last finds what is cached
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / cache)
-        found.append(prepare(data, preprocessing_num_workers=workers)[0])
+        found.append(prepare(tasks, preprocessing_num_workers=workers)[0])
     assert list((tmp_path / "two").rglob("cache-*_00001_of_00002.arrow"))
     for name, value in vars(found[0]).items():
         assert all(np.array_equal(value, getattr(other, name)) for other in found[1:]), name
 
 
 @pytest.fixture
-def mirror(data, tmp_path):  # noqa: F811
+def mirror(tasks, tmp_path):
     """A data set with a configuration for each of two tasks, as glue has on the Hub."""
     entries = []
     for task in ("sst2", "rte"):
-        shutil.copytree(data / task, tmp_path / "mirror" / task)
+        shutil.copytree(tasks / task, tmp_path / "mirror" / task)
         files = [{"split": split, "path": f"{task}/{split}.parquet"} for split in ("train", "validation", "test")]
         entries.append({"config_name": task, "data_files": files})
     (tmp_path / "mirror/README.md").write_text(f"---\n{json.dumps({'configs': entries})}\n---\n")
     return tmp_path / "mirror"
 
 
-def test_a_data_set_of_several_tasks(run, mirror):  # noqa: F811
+def test_a_data_set_of_several_tasks(run_task, mirror):
     options = {"dataset_path": None, "max_steps": 2}
-    out = run("sst2", dataset_name=mirror, **options)
-    same = run("sst2", "same", max_steps=2)
+    out = run_task("sst2", dataset_name=mirror, **options)
+    same = run_task("sst2", "same", max_steps=2)
     assert results(out / "sst2/seed-0")["metrics"] == results(same / "sst2/seed-0")["metrics"]
     with pytest.raises(ScriptError, match=r"cannot be loaded for cola: Config name is missing.*\['sst2', 'rte'\]"):
-        run("cola", "cola", dataset_name=mirror, **options)
+        run_task("cola", "cola", dataset_name=mirror, **options)
     # one task alone needs no configuration of its name
-    out = run("sst2", "alone", dataset_name=mirror / "sst2", **options)
+    out = run_task("sst2", "alone", dataset_name=mirror / "sst2", **options)
     assert results(out / "sst2/seed-0")["metrics"] == results(same / "sst2/seed-0")["metrics"]
 
 
 @pytest.mark.parametrize("task, meaning", [("sst2", "none of 0 negative, 1 positive"), ("stsb", "no similarity")])
-def test_a_missing_label_of_a_csv_file(run, data, tmp_path, task, meaning):  # noqa: F811
-    rows = datasets.Dataset.from_parquet(str(data / task / "train.parquet")).to_pandas().astype({"label": object})
+def test_a_missing_label_of_a_csv_file(run_task, tasks, tmp_path, task, meaning):
+    rows = datasets.Dataset.from_parquet(str(tasks / task / "train.parquet")).to_pandas().astype({"label": object})
     rows.loc[2, "label"] = ""
-    shutil.copytree(data / task, tmp_path / task)
+    shutil.copytree(tasks / task, tmp_path / task)
     (tmp_path / task / "train.parquet").unlink()
     rows.to_csv(tmp_path / task / "train.csv", index=False)
     with pytest.raises(ScriptError, match=rf"\(train\), row 2: label '' is {meaning}"):
-        run(task, dataset_path=tmp_path)
+        run_task(task, dataset_path=tmp_path)
 
 
-def test_a_task_is_added(run):  # noqa: F811
-    run("sst2", max_steps=2, seeds=[0, 1])
-    out = run("rte", max_steps=2, seeds=[0])
+def test_a_task_is_added(run_task):
+    run_task("sst2", max_steps=2, seeds=[0, 1])
+    out = run_task("rte", max_steps=2, seeds=[0])
     summary = results(out)
     assert list(summary["tasks"]) == ["sst2", "rte"] and summary["seeds"] == [0]
     assert summary["glue_average"]["tasks"] == ["sst2", "rte"]
     assert "| sst2 " in (out / "results.md").read_text()
-    summary = results(run("sst2", max_steps=2, seeds=[0, 1]))
+    summary = results(run_task("sst2", max_steps=2, seeds=[0, 1]))
     assert list(summary["tasks"]) == ["sst2"] and summary["seeds"] == [0, 1]  # rte lacks seed 1
 
 
-def test_a_run_that_fails_leaves_the_others_results(run, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_that_fails_leaves_the_others_results(run_task, tmp_path, monkeypatch):
     original = finetune.Finetuning.train_step
 
     def train_step(self):
@@ -141,16 +141,16 @@ def test_a_run_that_fails_leaves_the_others_results(run, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.Finetuning, "train_step", train_step)
     failing = "sst2/seed-0"
     with pytest.raises(ScriptError, match="sst2/seed-0: the loss is nan"):
-        run("sst2 rte", max_steps=2, seeds=[0, 1])
+        run_task("sst2 rte", max_steps=2, seeds=[0, 1])
     assert not (tmp_path / "out/results.json").exists()  # nothing is finished
     failing = "rte/seed-1"
     with pytest.raises(ScriptError, match="rte/seed-1: the loss is nan"):
-        run("sst2 rte", max_steps=2, seeds=[0, 1])
+        run_task("sst2 rte", max_steps=2, seeds=[0, 1])
     summary = results(tmp_path / "out")
     assert list(summary["tasks"]) == ["sst2", "rte"] and summary["seeds"] == [0]
 
 
-def test_each_run_has_its_own_tracker(run, tmp_path, monkeypatch):  # noqa: F811
+def test_each_run_has_its_own_tracker(run_task, tmp_path, monkeypatch):
     started = {}
 
     def init_trackers(self, project_name, config):
@@ -161,7 +161,7 @@ def test_each_run_has_its_own_tracker(run, tmp_path, monkeypatch):  # noqa: F811
         self.trackers.append(started[name])
 
     monkeypatch.setattr(finetune.Accelerator, "init_trackers", init_trackers)
-    run("sst2 rte", max_steps=2, seeds=[0, 1])
+    run_task("sst2 rte", max_steps=2, seeds=[0, 1])
     assert list(started) == ["sst2/seed-0", "rte/seed-0", "sst2/seed-1", "rte/seed-1"]
     for tracker in started.values():
         losses = [call for call in tracker.log.call_args_list if "loss" in call.args[0]]

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
-from test_finetune import TINY, bert, data, results, run  # noqa: F401  (fixtures)
+from tiny_tasks import TINY, results
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -115,8 +115,8 @@ def test_the_targets_are_entered_where_peft_came_first(monkeypatch):
     assert targets["conv_lm"] == registration.LORA_TARGETS
 
 
-def test_the_program_trains_adapters(run, data, tmp_path):  # noqa: F811
-    out = run("mnli", use_peft=True, lora_rank=4, merge_adapter=True, num_train_epochs=3, learning_rate=1e-2)
+def test_the_program_trains_adapters(run_task, tasks, tmp_path):
+    out = run_task("mnli", use_peft=True, lora_rank=4, merge_adapter=True, num_train_epochs=3, learning_rate=1e-2)
     folder = out / "mnli/seed-0"
     summary = results(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -130,32 +130,32 @@ def test_the_program_trains_adapters(run, data, tmp_path):  # noqa: F811
     inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
     torch.testing.assert_close(model(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-5)
     # the weights that were not trained are the checkpoint's
-    base = AutoModelForCausalLM.from_pretrained(data / "conv").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tasks / "conv").state_dict()
     kept = model.get_base_model().state_dict()["model.layers.0.mixer.v_proj.base_layer.weight"]
     assert torch.equal(kept, base["model.layers.0.mixer.v_proj.weight"])
 
 
-def test_the_best_adapter_is_kept(run):  # noqa: F811
+def test_the_best_adapter_is_kept(run_task):
     options = {"learning_rate": 0.5, "num_train_epochs": 12, "eval_steps": 2, "lr_scheduler_type": "constant"}
-    out = run("sst2", use_peft=True, early_stopping_patience=2, **options)
+    out = run_task("sst2", use_peft=True, early_stopping_patience=2, **options)
     summary = results(out / "sst2/seed-0")
     assert summary["best"]["step"] < summary["steps"]
     assert summary["metrics"]["validation"]["loss"] == pytest.approx(summary["best"]["loss"], rel=1e-5)
 
 
-def test_other_models(run, bert, tmp_path):  # noqa: F811
+def test_other_models(run_task, bert, tmp_path):
     options = {"use_peft": True, "model_name_or_path": bert, "max_steps": 2, "ignore_mismatched_sizes": True}
-    run("sst2", **options)  # PEFT has its own targets for BERT
-    run("sst2", "all", lora_target_modules="all-linear", **options)
+    run_task("sst2", **options)  # PEFT has its own targets for BERT
+    run_task("sst2", "all", lora_target_modules="all-linear", **options)
     trained = [results(tmp_path / out / "sst2/seed-0")["trainable_parameters"] for out in ("out", "all")]
     assert trained[0] < trained[1]
     with pytest.raises(ScriptError, match="lora_target_modules for bert: No modules were targeted .*all-linear"):
-        run("sst2", "none", lora_target_modules="nothing", **options)
+        run_task("sst2", "none", lora_target_modules="nothing", **options)
 
 
-def test_a_model_that_peft_does_not_know(run, data, tmp_path, monkeypatch):  # noqa: F811
-    shutil.copytree(data / "conv", tmp_path / "conv")
+def test_a_model_that_peft_does_not_know(run_task, tasks, tmp_path, monkeypatch):
+    shutil.copytree(tasks / "conv", tmp_path / "conv")
     targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     monkeypatch.delitem(targets, "conv_lm")
     with pytest.raises(ScriptError, match="specify `target_modules`.*all-linear"):
-        run("sst2", use_peft=True, model_name_or_path=tmp_path / "conv")
+        run_task("sst2", use_peft=True, model_name_or_path=tmp_path / "conv")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from test_finetune import TINY, data, sentences  # noqa: F401  (fixture)
+from tiny_tasks import TINY, sentences
 
 import ordnung
 from ordnung.modeling.registration import FAMILIES
@@ -14,15 +14,15 @@ from ordnung.scripts.common import ScriptError, parse_options
 from ordnung.scripts.evidence import variant_configs
 
 
-def test_majority(data, tmp_path):  # noqa: F811
+def test_majority(tasks, tmp_path):
     rows = {"label": [1, 0, 1, 1], "sentence": list("abcd")}
     assert baselines.fit_majority(rows, finetune_glue.GLUE["sst2"])(rows).tolist() == [1, 1, 1, 1]
     assert baselines.fit_majority(rows, finetune_glue.GLUE["stsb"])(rows).tolist() == [0.75] * 4
 
 
-def test_tfidf_finds_the_telling_words(data, tmp_path):  # noqa: F811
+def test_tfidf_finds_the_telling_words(tasks, tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'ordnung[evidence]'")
-    argv = ["--task_name", "sst2", "stsb", "mnli", "--dataset_path", str(data), "--output_dir", str(tmp_path)]
+    argv = ["--task_name", "sst2", "stsb", "mnli", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)]
     assert baselines.main(argv) == 0
     tasks = json.loads((tmp_path / "results.json").read_text())["tasks"]
     learned, constant = (tasks["sst2"][kind]["metrics"]["validation"]["accuracy"] for kind in ("tfidf", "majority"))
@@ -31,17 +31,17 @@ def test_tfidf_finds_the_telling_words(data, tmp_path):  # noqa: F811
     assert set(tasks["mnli"]["tfidf"]["metrics"]) == {"validation_matched", "validation_mismatched"}
 
 
-def test_without_scikit_learn(data, tmp_path, monkeypatch):  # noqa: F811
+def test_without_scikit_learn(tasks, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with pytest.raises(ScriptError, match="scikit-learn cannot be imported.*ordnung\\[evidence\\]"):
-        baselines.main(["--task_name", "sst2", "--dataset_path", str(data), "--output_dir", str(tmp_path)])
+        baselines.main(["--task_name", "sst2", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)])
 
 
 @pytest.fixture
-def argv(data, tmp_path, monkeypatch):  # noqa: F811
+def argv(tasks, tmp_path, monkeypatch):
     """A recipe of two tiny variants on two tasks; the second baseline is what a constant would have scored."""
     monkeypatch.setitem(baselines.BASELINES, "tfidf", baselines.fit_majority)
-    monkeypatch.setattr(finetune_glue.run.__globals__["datasets"].config, "HF_DATASETS_CACHE", data / "cache")
+    monkeypatch.setattr(finetune_glue.run.__globals__["datasets"].config, "HF_DATASETS_CACHE", tasks / "cache")
     texts = [text for text, _ in sentences(400, 7)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = {
@@ -64,7 +64,7 @@ def argv(data, tmp_path, monkeypatch):  # noqa: F811
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     argv = ["--config", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "out"]
-    return list(map(str, [*argv, "--glue_path", data, "--imdb_path", data / "imdb"]))
+    return list(map(str, [*argv, "--glue_path", tasks, "--imdb_path", tasks / "imdb"]))
 
 
 def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
@@ -84,7 +84,7 @@ def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
             folder = out / "finetune" / name / task / task
             runs = [json.loads((folder / f"seed-{seed}/results.json").read_text()) for seed in (0, 1)]
             score = result["tasks"][task]["score"]
-            assert score["values"] == [run["score"] for run in runs]
+            assert score["values"] == [run_task["score"] for run_task in runs]
             assert score["mean"] == pytest.approx(np.mean(score["values"]))
             assert runs[0]["parameters"] == result["tasks"][task]["parameters"]
     assert results["variants"]["conv"]["tasks"]["imdb"]["truncated"]["test"]["to"] == 8
