@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from test_finetune import FILLER, TINY
+from tiny_tasks import FILLER, TINY
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from ordnung.scripts import corpus, evaluate_lm, lm_harness, pretrain
