@@ -95,6 +95,11 @@ class BackboneConfig(PreTrainedConfig):
         """Rows of the learned table that are positions."""
         return self.max_position_embeddings - self.position_offset
 
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens of the longest row that the model takes; None if any."""
+        return self.num_positions if self.position_embedding_type == "learned" else None
+
     def validate_layer_type(self):
         unknown = sorted(set(self.layer_types) - set(self.mixer_types))
         if unknown:

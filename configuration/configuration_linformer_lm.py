@@ -58,6 +58,11 @@ class LinformerLMConfig(BackboneConfig):
             return None
         return (self.num_hidden_layers * self.local_blocks_back + 1) * self.local_block_size
 
+    @property
+    def longest_row(self) -> int | None:
+        fixed = "linformer_attention" in self.layer_types and self.projection_type != "adaptive_mean_pool"
+        return self.num_positions if fixed else super().longest_row
+
     def learns_projection(self, layer_idx: int) -> bool:
         """Whether the projection of a layer has weights to learn."""
         return self.projection_type in ("linear", "conv") and self.projected_sizes[layer_idx] > 0

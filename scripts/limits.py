@@ -24,12 +24,10 @@ def check_length(model: torch.nn.Module, length: int, option: str, extrapolate: 
         extrapolate: let a model without a table of positions, as a rotary one, go beyond those that it is made for.
     """
     number, config = positions(model), model.config
-    free = getattr(config, "position_embedding_type", None) == "none" or (
-        extrapolate and not _has_position_table(model)
-    )
-    # Linformer has weights for so many positions, however these are embedded
-    if "linformer_attention" in (getattr(config, "layer_types", None) or ()):
-        free = free and config.projection_type == "adaptive_mean_pool"
+    if hasattr(config, "longest_row"):  # an ordnung model
+        free = config.longest_row is None and (extrapolate or config.position_embedding_type == "none")
+    else:
+        free = extrapolate and not _has_position_table(model)
     if number is not None and number < length and not free:
         raise ScriptError(f"--{option} {length} is above the model's max_position_embeddings ({number}); {cure}")
 

@@ -248,16 +248,11 @@ def _results(subject: Subject) -> str:
     return markdown_table(header + (["mean ± standard deviation of runs like it"] if several else []), body)
 
 
-def longest_text(config: PreTrainedConfig) -> int | None:
-    """Tokens that an ordnung model has positions for; None without a table of positions."""
-    return config.num_positions if getattr(config, "position_embedding_type", None) == "learned" else None
-
-
 def _cost(subject: Subject) -> str:
     model = subject.model
     if model is None or not hasattr(model, "flops"):
         return ""
-    longest = longest_text(model.config) or float("inf")
+    longest = model.config.longest_row or float("inf")
     generates, body = model.can_generate(), []
     for length in [length for length in COST_LENGTHS if length <= longest] or [longest]:
         flops = model.flops(length)
@@ -295,8 +290,9 @@ def _limits(subject: Subject) -> str:
     field_of_view = getattr(config, "receptive_field", None)
     if field_of_view is not None:
         lines.append(f"- No output depends on more than the last {field_of_view:,} tokens.")
-    if longest_text(config):
-        lines.append(f"- It takes at most {longest_text(config):,} tokens.")
+    longest = getattr(config, "longest_row", None)
+    if longest is not None:
+        lines.append(f"- It takes at most {longest:,} tokens.")
     if subject.results.get("tokens") is not None and "model" not in subject.results:
         lines.append(f"- It has seen {subject.results['tokens']:,} tokens.")
     lines.append("- It repeats the errors and prejudices of the text that it was trained on.")

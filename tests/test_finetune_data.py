@@ -207,6 +207,7 @@ def test_a_length_beyond_a_projection(kind, free):
     shape = {"position_embedding_type": kind, "max_position_embeddings": 32, "projected_size": 8}
     config = AutoConfig.for_model("linformer_lm", vocab_size=50, **TINY, **shape, projection_type=projection)
     model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert config.longest_row == (None if free else 32)
     ids = torch.ones(1, 33, dtype=torch.long)
     if free:
         limits.check_length(model, 33, "max_length")

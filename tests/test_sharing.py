@@ -143,8 +143,18 @@ def test_local_data_is_no_benchmark_of_the_hub(hub, tmp_path, tokenizer):
     assert ModelCard.load(folder / "README.md").data.datasets is None
 
 
-def test_a_card_tells_how_long_a_text_may_be(tmp_path, tokenizer):
-    fields = {"position_embedding_type": "learned", "position_offset": 2, "max_position_embeddings": 66}
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"position_embedding_type": "learned", "position_offset": 2, "max_position_embeddings": 66},
+        {
+            "model_type": "linformer_lm", "auto": "AutoModelForMaskedLM", "projected_size": 8,
+            "position_embedding_type": "rope", "max_position_embeddings": 64,
+        },
+    ],
+    ids=["conv_lm", "linformer_lm"],
+)  # fmt: skip
+def test_a_card_tells_how_long_a_text_may_be(tmp_path, tokenizer, fields):
     save_model(tmp_path, tokenizer, **fields)
     text = ModelCard.load(sharing.write_folder(tmp_path, Target("ahab/whale")) / "README.md").text
     assert "at most 64 tokens" in text and re.search(r"\| 64 +\| [\d.]+ +\|", text)
