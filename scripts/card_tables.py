@@ -221,9 +221,9 @@ def benchmark_table(*names: str) -> str:
     return bench_report.markdown(load_benchmark(*names)).strip()
 
 
-def transfer_table(*names: str) -> str:
+def transfer_table(*names: str, file: str = "transfer") -> str:
     """Fine-tuned on tasks: these variants, or all."""
-    results = load("transfer")
+    results = load(file)
     names = names or tuple(results["variants"])
     return transfer.markdown({**results, "variants": {name: results["variants"][name] for name in names}})
 
@@ -242,6 +242,7 @@ TABLES = {
     "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
     "transfer": transfer_table,
+    "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
     "linformer_transfer": partial(transfer_table, "linformer", "softmax"),
     "prefix_transfer": partial(transfer_table, "cubic_stride_32", "softmax"),

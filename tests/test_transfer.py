@@ -124,7 +124,7 @@ def test_bad_input_is_told_before_anything_is_trained(argv, tmp_path, monkeypatc
 
 def test_shipped_recipes_are_valid():
     folder = f"{ordnung.__path__[0]}/scripts/configs"
-    for name in ("transfer_cpu", "transfer_gpu"):
+    for name in ("transfer_cpu", "transfer_longer", "transfer_gpu"):
         options = parse_options(transfer.TransferOptions, ["--config", f"{folder}/{name}.yaml"])
         models = {config.model_type for config in variant_configs(options.variants, options.config_overrides).values()}
         assert models == set(FAMILIES) if name == "transfer_cpu" else {"conv_lm", "softmax_lm"} <= models
