@@ -71,6 +71,7 @@ def write_bert(folder):
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     config = BertConfig(vocab_size=len(words), intermediate_size=32, max_position_embeddings=32, num_labels=3, **TINY)
+    torch.manual_seed(0)
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
