@@ -1,7 +1,6 @@
 """Parts that the command-line programs share: errors in words, options with a YAML file, configs, atomic writing."""
 
 import argparse
-import atexit
 import dataclasses
 import difflib
 import errno
@@ -31,15 +30,7 @@ class ScriptError(Exception):
 def run_script(main: Callable[[], int | None]):
     """Run a program's main function; turn a `ScriptError` into one line on stderr and exit status 1."""
     try:
-        status = main() or 0
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # torch's gloo threads outlive their process group, and one that releases a tensor while the interpreter is
-            # torn down aborts the process (pytorch pull request 179291)
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        sys.exit(status)
+        sys.exit(main() or 0)
     except ScriptError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -198,13 +198,12 @@ def test_accumulation_changes_nothing(run_task):
 # Fine-tunes where the model is sharded. Each evaluation seems worse than those before, so that the first is the best.
 SHARDED = """
 from ordnung.scripts import finetune, finetune_glue
-from ordnung.scripts.common import run_script
 from ordnung.scripts.finetune import Finetuning
 scores = iter(range(0, -100, -1))
 finetune.mean_score = lambda _: next(scores)
 train = Finetuning.train
 Finetuning.train = lambda self: check_sharded(self) or train(self)
-run_script(finetune_glue.main)
+sys.exit(finetune_glue.main())
 """
 
 

@@ -18,12 +18,12 @@ WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm nig
 
 # Trains where the model is sharded.
 SHARDED = """
-from ordnung.scripts.common import parse_options, run_script
+from ordnung.scripts.common import parse_options
 from ordnung.scripts.pretrain import Pretraining
 from ordnung.scripts.pretrain_options import PretrainOptions
 run = Pretraining(parse_options(PretrainOptions))
 check_sharded(run)
-run_script(run.train)
+sys.exit(run.train())
 """
 
 
