@@ -11,9 +11,11 @@ import ordnung
 SCRIPTS = Path(ordnung.__file__).parent / "scripts"
 
 # accelerate shards models on accelerator devices only. This makes it take the CPU for one, so that the shipped FSDP2
-# config runs everywhere: devices, collectives (gloo) and sharding are real. A test adds the
-# program itself.
+# config runs everywhere: devices, collectives (gloo) and sharding are real. A test adds the program itself, with `end`
+# as its last call: sharded parameters keep the process group and its gloo threads alive after it is destroyed, and a
+# thread that releases a tensor while the interpreter is torn down aborts the process (pytorch pull request 179291).
 FSDP_ON_CPU = """
+import os
 import sys
 import torch
 from accelerate.state import PartialState
@@ -26,6 +28,11 @@ def check_sharded(run):
     parameters = list(run.model.parameters())
     assert all(isinstance(parameter, DTensor) for parameter in parameters)
     assert sum(p.to_local().numel() for p in parameters) < 0.75 * sum(p.numel() for p in parameters)
+
+def end(status):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 """
 
 

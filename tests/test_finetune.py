@@ -203,7 +203,7 @@ scores = iter(range(0, -100, -1))
 finetune.mean_score = lambda _: next(scores)
 train = Finetuning.train
 Finetuning.train = lambda self: check_sharded(self) or train(self)
-sys.exit(finetune_glue.main())
+end(finetune_glue.main())
 """
 
 

@@ -23,7 +23,7 @@ from ordnung.scripts.pretrain import Pretraining
 from ordnung.scripts.pretrain_options import PretrainOptions
 run = Pretraining(parse_options(PretrainOptions))
 check_sharded(run)
-sys.exit(run.train())
+end(run.train())
 """
 
 
