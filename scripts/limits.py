@@ -20,8 +20,8 @@ def check_length(model: torch.nn.Module, length: int, option: str, extrapolate: 
     """Raise a ScriptError where a model has fewer positions than `length`, the value of `option`.
 
     Args:
-        cure: what the error says can be done.
         extrapolate: let a model without a table of positions, as a rotary one, go beyond those that it is made for.
+        cure: what the error says can be done.
     """
     number, config = positions(model), model.config
     if hasattr(config, "longest_row"):  # an ordnung model
