@@ -4,6 +4,7 @@ A family adds a `Mixer`: the part of a layer that moves information between toke
 `MIXERS` under their `layer_type`, and `config.layer_types` says which one each layer of a stack uses.
 """
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,11 @@ from transformers import configuration_utils
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_bidirectional_mask,
+    create_causal_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -28,28 +33,47 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
+from ordnung.modeling.mixers.rows import Rows, begins_of
+from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.chunks import in_pieces
 
 MIXERS: dict[str, type["Mixer"]] = {}
 
 
+def is_graph() -> bool:
+    """Whether a graph for other inputs is being made, by `torch.export` or `torch.jit.trace`."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+@torch.compiler.disable  # how many documents there are, and how long, is in the data
+def find_documents(shape, mask, position_ids, marks) -> Rows | None:
+    """See `BackboneModel.packed_rows`; `mask` (B, >= N) or None."""
+    real = Mixer.make_mask(None, torch.empty(*shape, 0), mask)
+    begins = begins_of(shape, real, position_ids, **marks)
+    return None if begins is None else Rows.of_documents(begins, real)
+
+
 class Mixer(nn.Module):
     """Base class of the token mixers.
 
-    A subclass sets `layer_type`, implements `forward`, `make_mask`, `flops` and `cache_bytes`, and, where it has
-    parameters of its own outside of `nn.Linear`, `init_weights`. Where `forward` never returns mixing weights, it
-    implements `mixing_weights`.
+    A subclass sets `layer_type`, implements `forward`, `flops` and `cache_bytes`, and, where it has parameters of its
+    own outside of linear layers, `init_weights`. Where it generates from a recurrent state it names the class of that
+    state in `cache_layer`. Where `forward` never returns mixing weights, it implements `mixing_weights`.
     """
 
     layer_type: ClassVar[str | None] = None
+    cache_layer: ClassVar[type[RecurrentStateLayer] | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if cls.layer_type is not None:
-            MIXERS[cls.layer_type] = cls
-            # A Trainer that resumes reads config.json as a base config, which takes no other layer types than these.
-            allowed = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
-            configuration_utils.ALLOWED_ATTN_LAYER_TYPES = tuple(dict.fromkeys((*allowed, cls.layer_type)))
+        if cls.layer_type is None:
+            return
+        MIXERS[cls.layer_type] = cls
+        # A Trainer that resumes reads config.json as a base config, which takes no other layer types than these.
+        allowed = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+        configuration_utils.ALLOWED_ATTN_LAYER_TYPES = tuple(dict.fromkeys((*allowed, cls.layer_type)))
+        if cls.layer_type != "full_attention":  # generate() makes masks ahead for caches that can be compiled
+            LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[cls.layer_type] = cls.make_mask
 
     def __init__(self, config: BackboneConfig, layer_idx: int):
         super().__init__()
@@ -62,10 +86,33 @@ class Mixer(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        rows: Rows | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the mixed states (B, N, D) and, where there are any, the mixing weights (B, H, N, keys)."""
+        """Returns the mixed states (B, N, D) and, where there are any, the mixing weights (B, H, N, keys).
+
+        `rows` says which tokens are real and which belong together: see `mixers.rows`. `attention_mask` is what
+        `make_mask` made; only attention needs it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement `forward`.")
+
+    def state_of(self, past_key_values: Cache) -> RecurrentStateLayer:
+        """This layer's generation state in a cache.
+
+        Raises:
+            ValueError: the cache was made for another model.
+        """
+        layers = past_key_values.layers
+        # by name, as a stand-alone folder has its own copy of the class
+        if (
+            getattr(layers[self.layer_idx] if self.layer_idx < len(layers) else None, "_layer_type", "")
+            != self.layer_type
+        ):
+            raise ValueError(
+                f"`past_key_values` has no state of {self.layer_type} for layer {self.layer_idx}: make it with "
+                "`DynamicCache(config=model.config)`."
+            )
+        return layers[self.layer_idx]
 
     def mixing_weights(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """(B, H, N, keys) how much of each key's value enters each output, for the arguments of `forward`.
@@ -81,12 +128,20 @@ class Mixer(nn.Module):
         return weights
 
     @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
-        """The mask that `forward` takes, made once per model call for all layers of this type.
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
+        """The mask that this type of layer takes, made once per model call.
 
-        `attention_mask` is (B, tokens so far) with 1 for real tokens, a mask that the layer takes as it is, or None.
+        Args:
+            attention_mask: (B, tokens so far) with 1 for real tokens, or None.
+
+        Returns:
+            here (B, N), True for the real tokens of this call, or None if all are.
         """
-        raise NotImplementedError("A mixer must implement `make_mask`.")
+        N = inputs_embeds.shape[1]
+        if attention_mask is None or (is_tracing(attention_mask) and N == 1):
+            return None  # a graph cannot look; a single token in it is a generated one
+        real = attention_mask[:, attention_mask.shape[1] - N :] != 0
+        return None if not is_tracing(attention_mask) and bool(real.all()) else real
 
     def init_weights(self, std: float) -> None:
         """Initialise the parameters that belong to this module itself."""
@@ -101,8 +156,8 @@ class Mixer(nn.Module):
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs per token of the linear layers in `module`."""
-    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    """FLOPs per token of the linear layers in `module`, also of what quantisation puts in their place."""
+    return sum(2 * m.in_features * m.out_features for m in module.modules() if hasattr(m, "in_features"))
 
 
 class Attention(Mixer):
@@ -125,23 +180,31 @@ class Attention(Mixer):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs
+        self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, rows=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        if rows is not None and rows.packed and attention_mask is None:
+            output = rows.mix(partial(self.attend_rows, **kwargs), *(x.transpose(1, 2) for x in (query, key, value)))
+            weights = None
+        else:
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+    def attend_rows(self, query, key, value, lengths, **kwargs) -> torch.Tensor:
+        """(R, M, H, D / H) of documents (R, M, H, D / H): causal attention does not reach the padding after them."""
+        mask = None
+        if lengths is not None and not self.is_causal:
+            real = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
+            mask = create_bidirectional_mask(self.config, key, real)
+        return self.attend(*(x.transpose(1, 2) for x in (query, key, value)), mask, **kwargs)[0]
+
+    def attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The configured implementation of attention (B, H, ., D / H): (B, N, H, D / H), and weights or None."""
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
@@ -156,10 +219,8 @@ class Attention(Mixer):
         return query, key, value
 
     @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
-        if config.is_decoder:
-            return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        return create_bidirectional_mask(config, inputs_embeds, attention_mask)
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, rows=None, **kwargs):
+        return make_attention_mask(config, inputs_embeds, attention_mask, past_key_values, rows, config.is_decoder)
 
     def flops(self, seq_len: int) -> int:
         pairs = seq_len * (seq_len + 1) // 2 if self.is_causal else seq_len**2
@@ -167,6 +228,19 @@ class Attention(Mixer):
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
         return 2 * seq_len * self.config.hidden_size * itemsize
+
+
+def make_attention_mask(config, inputs_embeds, attention_mask, past_key_values, rows, causal) -> torch.Tensor | None:
+    """The mask that the configured attention takes; None too where it goes over packed rows one by one."""
+    if rows is not None and rows.packed:
+        if config._attn_implementation != "eager":
+            return None
+        # eager attention gives the weights of all pairs of tokens, so it needs a mask of all of them
+        zero = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
+        return zero.where(rows.visible(causal), torch.finfo(zero.dtype).min)
+    if causal:
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+    return create_bidirectional_mask(config, inputs_embeds, attention_mask)
 
 
 class MLP(nn.Module):
@@ -275,6 +349,7 @@ class BackboneModel(BackbonePreTrainedModel):
             if config.norm_position == "pre"
             else nn.Identity()
         )
+        self.lm_transform = nn.Identity()  # of a causal head: see `heads.ForCausalLM`
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -289,9 +364,19 @@ class BackboneModel(BackbonePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        cu_seq_lens_k: torch.LongTensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        rows: Rows | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Runs the stack.
+
+        Rows may hold several documents, as `DataCollatorWithFlattening` and trl pack them: each gives what it gives
+        alone. `position_ids` that start again, `seq_idx` or `cu_seq_lens_q` say where documents begin; of several marks
+        each counts. Such rows leave no state to continue. In an exported or traced graph rows hold one document each.
 
         Args:
             input_ids: (B, N) token ids; or give `inputs_embeds`.
@@ -299,50 +384,116 @@ class BackboneModel(BackbonePreTrainedModel):
                 if they stood alone and unpadded. Or a dictionary of ready masks by layer type.
             token_type_ids: (B, N) segment of each token, below `config.type_vocab_size`; all zero by default. Not used
                 where that is 0: tokenizers make such ids for any model.
-            position_ids: (B, N); by default each row's real tokens are counted from zero, whatever
-                `config.position_offset` is.
+            position_ids: (B, N); by default each document's real tokens are counted from zero, whatever
+                `config.position_offset` is. Where they do not go up, a document begins.
             past_key_values: the state returned by an earlier call, to continue it.
             inputs_embeds: (B, N, D) in place of `input_ids`.
-            use_cache: return the generation state in `past_key_values`.
+            use_cache: return the generation state in `past_key_values`; None for packed rows.
+            seq_idx: (B, N), the number of each token's document.
+            cu_seq_lens_q, cu_seq_lens_k: (documents + 1,), where documents begin and end in the batch laid out flat.
+            max_length_q, max_length_k: tokens of the longest document; known from the others.
+            rows: what `packed_rows` makes of all these, where it is there already.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, the mask does not fit the
-                tokens, or a position or token type lies outside its table.
+                tokens, a position or token type lies outside its table, marks of documents do not fit the batch, or
+                packed rows come with `past_key_values`.
         """
         inputs_embeds = self.embed_inputs(input_ids, inputs_embeds)
-        if not self.config.is_decoder:
+        if rows is None:
+            marks = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+            rows = self.packed_rows(inputs_embeds, attention_mask, position_ids, past_key_values, **marks)
+        packed = rows is not None
+        if not self.config.is_decoder or packed:
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         if position_ids is None:
-            position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
-        if not isinstance(attention_mask, dict):
+            position_ids = (
+                rows.positions if packed else self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
+            )
+        if isinstance(attention_mask, dict):
+            masks, padding = attention_mask, [x for x in attention_mask.values() if x is not None and x.ndim == 2]
+            rows = Rows.of_mask(padding[0]) if padding else None
+        else:
             self.check_mask(inputs_embeds, attention_mask, past_key_values)
-            attention_mask = {
+            if not packed and not (attention_mask is not None and attention_mask.ndim == 4):
+                rows = Rows.of_mask(Mixer.make_mask(self.config, inputs_embeds, attention_mask))
+            masks = {
                 kind: MIXERS[kind].make_mask(
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
-                    position_ids=position_ids,
+                    rows=rows,
                 )
                 for kind in dict.fromkeys(self.config.layer_types)
+                if issubclass(MIXERS[kind], Attention)
             }
 
         hidden_states, position_embeddings = self.embed(inputs_embeds, token_type_ids, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=attention_mask[layer.mixer.layer_type],
+                attention_mask=masks.get(layer.mixer.layer_type),
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
+                rows=rows,
                 **self.shared_inputs(layer.mixer.layer_type),
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.lm_transform(self.norm(hidden_states)),
+            past_key_values=past_key_values if use_cache else None,
         )
+
+    def packed_rows(
+        self,
+        inputs: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        **marks: torch.LongTensor | None,
+    ) -> Rows | None:
+        """The rows of a batch that holds several documents in some row; None where each is one.
+
+        Args:
+            inputs: (B, N) ids or (B, N, D) embeddings.
+            attention_mask, position_ids, past_key_values: as `forward` takes them.
+            marks: `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`, likewise.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        marks = {name: mark for name, mark in marks.items() if mark is not None}
+        shape = tuple(inputs.shape[:2])
+        if not marks and (position_ids is None or shape[1] < 2):
+            return None
+        if is_graph():
+            if marks:
+                raise ValueError(
+                    f"`{next(iter(marks))}` cannot be followed in an exported or traced graph, whose shapes do not "
+                    "depend on data: give it one document a row, with an `attention_mask`."
+                )
+            return None
+        if not marks and (isinstance(attention_mask, dict) or (is_tracing(inputs) and past_key_values is not None)):
+            return None  # a step of compiled generation
+        two_dimensional = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if marks and attention_mask is not None and not two_dimensional:
+            raise ValueError(
+                f"`{next(iter(marks))}` and a ready attention mask both say which tokens belong together: give one of "
+                "them, or a mask (B, N) of the real tokens."
+            )
+        mask = attention_mask if two_dimensional and attention_mask.shape[1] >= shape[1] else None
+        rows = find_documents(shape, mask, position_ids, marks)
+        if rows is not None and past_key_values is not None:
+            named = next(iter(marks), "position_ids")
+            raise ValueError(
+                f"`{named}` puts several documents into a row, and `past_key_values` continues a single one: leave one "
+                "of them out, or give each document its own row."
+            )
+        return rows
 
     def shared_inputs(self, layer_type: str) -> dict[str, torch.Tensor]:
         """What every mixer of this type takes besides: parameters that the model owns once for all of them."""

@@ -277,7 +277,12 @@ def convert(
     base = "" if head == "Model" else "model."
     modules = {theirs: [base + ours for ours in names.split()] for theirs, names in table.modules.items()}
     if source_head == head or {source_head, head} <= LM_HEADS:
-        modules |= {theirs: [ours] for theirs, ours in table.heads.get(source_head, {}).items()}
+        # the transform of a causal head is part of its base model
+        inside = base if head == "ForCausalLM" else ""
+        modules |= {
+            theirs: [inside + ours if ours.startswith("lm_transform.") else ours]
+            for theirs, ours in table.heads.get(source_head, {}).items()
+        }
     parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in missing}
     parts = {name: _split(name, p, model, modules, table.query_scale) for name, p in parameters.items()}
     _copy(parameters, parts, target, base, report)

@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_bidirectional_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
-from ordnung.modeling.backbone import Attention
+from ordnung.modeling.backbone import Attention, make_attention_mask
 from ordnung.modeling.ops.prefix_attention import fold_keys, fold_values, join_scores
 
 
@@ -91,8 +90,8 @@ class PrefixAttention(Attention):
         self.is_causal = False
 
     @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
-        return create_bidirectional_mask(config, inputs_embeds, attention_mask)
+    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, rows=None, **kwargs):
+        return make_attention_mask(config, inputs_embeds, attention_mask, None, rows, causal=False)
 
     def read(
         self,
@@ -138,10 +137,11 @@ class PrefixAttention(Attention):
     def folds(self, linear: nn.Module, reads: int) -> bool:
         """Whether to apply the weight of `linear` to the few reads instead of to all states.
 
-        Only where the weight is all there is to it: no adapter, quantisation, offloading or other hook.
+        Only where the weight is all there is to it: no adapter, offloading or other hook, and a plain tensor, which a
+        quantised or sharded one is not.
         """
         hooks = linear._forward_pre_hooks or linear._forward_hooks or hasattr(linear, "_hf_hook")
-        plain = type(linear) is nn.Linear and not hooks
+        plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooks
         return plain and reads * (self.config.num_attention_heads - 1) < self.config.hidden_size
 
     def read_flops(self, reads: int, tokens: int) -> int:
@@ -153,6 +153,3 @@ class PrefixAttention(Attention):
         if self.config.position_embedding_type != "rope" and self.folds(self.k_proj, reads):
             keys = folded + 2 * D * reads  # with the bias
         return 4 * D * D * reads + keys + (folded if self.folds(self.v_proj, reads) else plain)
-
-
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["cubic_prefix"] = PrefixAttention.make_mask

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -24,6 +26,10 @@ from transformers.utils.generic import can_return_tuple
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
 from ordnung.modeling.backbone import BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.mixers.rows import Rows
+
+# What says that a row of a batch holds several documents, besides `position_ids`.
+MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Head(BackbonePreTrainedModel):
@@ -51,6 +57,25 @@ class Head(BackbonePreTrainedModel):
         """Bytes of the generation state of one sequence after `seq_len` tokens, in the dtype of the weights."""
         return self.model.cache_bytes(seq_len)
 
+    def packed_rows(self, inputs, attention_mask, position_ids, past_key_values, kwargs) -> tuple[Rows | None, dict]:
+        """The rows of a batch with several documents in a row, and `kwargs` without what says so."""
+        if inputs is None:
+            return None, kwargs  # the base model says what is missing
+        marks = {name: kwargs[name] for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if name in kwargs}
+        rows = self.model.packed_rows(inputs, attention_mask, position_ids, past_key_values, **marks)
+        return rows, {name: value for name, value in kwargs.items() if name not in MARKS}
+
+
+def within_documents(rows: Rows, labels: torch.LongTensor | None, kwargs: dict) -> tuple[torch.LongTensor | None, dict]:
+    """`labels`, and `shift_labels` in `kwargs`, without the predictions of a document's first token from another."""
+    first, last = rows.bounds
+    if labels is not None:
+        labels = labels.flatten().index_fill(0, first, -100).view_as(labels)
+    if kwargs.get("shift_labels") is not None:
+        shifted = kwargs["shift_labels"]
+        kwargs = {**kwargs, "shift_labels": shifted.flatten().index_fill(0, last, -100).view_as(shifted)}
+    return labels, kwargs
+
 
 class LMTransform(nn.Module):
     """Dense, activation and norm before the vocabulary, as in BERT (Devlin et al. 2019)."""
@@ -71,22 +96,26 @@ class LMHead(Head):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def add_lm_head(self, config: BackboneConfig, transform: bool, bias: bool) -> None:
-        self.lm_transform = LMTransform(config) if transform else nn.Identity()
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
-
-    def make_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of states (..., D)."""
-        return self.lm_head(self.lm_transform(hidden_states))
-
 
 class ForCausalLM(LMHead, GenerationMixin):
-    """Next-token prediction. `labels` (B, N) are the input ids, shifted inside; -100 is ignored."""
+    """Next-token prediction. `labels` (B, N) are the input ids, shifted inside; -100 is ignored.
+
+    The logits are `get_output_embeddings()` of the base model's `last_hidden_state`, so that clients may run the two
+    apart: a transform before the vocabulary is part of the base model here.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # In checkpoints the transform is beside the head, as in those of a masked language model.
+        beside = [WeightRenaming(r"^lm_transform\.", "model.lm_transform.")]
+        register_checkpoint_conversion_mapping(cls.__name__, beside, overwrite=True)
 
     def add_head(self, config):
         if not config.is_decoder:
             raise ValueError(f"{type(self).__name__} needs a causal model: `is_decoder` is False, set it to True.")
-        self.add_lm_head(config, config.lm_head_transform, config.lm_head_bias)
+        if config.lm_head_transform:
+            self.model.lm_transform = LMTransform(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
     @can_return_tuple
     def forward(
@@ -102,6 +131,10 @@ class ForCausalLM(LMHead, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        rows, kwargs = self.packed_rows(inputs, attention_mask, position_ids, past_key_values, kwargs)
+        if rows is not None:
+            labels, kwargs = within_documents(rows, labels, kwargs)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -110,13 +143,12 @@ class ForCausalLM(LMHead, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **self.read_arguments(
-                input_ids if inputs_embeds is None else inputs_embeds, labels, logits_to_keep, **kwargs
-            ),
+            rows=rows,
+            **self.read_arguments(inputs, labels, logits_to_keep, **kwargs),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.make_logits(outputs.last_hidden_state[:, kept])  # (B, kept, V)
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, kept, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -127,6 +159,9 @@ class ForCausalLM(LMHead, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def head_flops(self, seq_len: int) -> int:
+        return super().head_flops(seq_len) + seq_len * linear_flops(self.model.lm_transform)
 
     def read_arguments(self, inputs, labels, logits_to_keep, **kwargs) -> dict:
         """What a family's base model takes that depends on which of the tokens of `inputs` (B, N, ...) are read."""
@@ -139,7 +174,8 @@ class ForMaskedLM(LMHead):
     def add_head(self, config):
         if config.is_decoder:
             raise ValueError(f"{type(self).__name__} needs a bidirectional model: set `is_decoder` to False.")
-        self.add_lm_head(config, transform=True, bias=True)
+        self.lm_transform = LMTransform(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     @can_return_tuple
     def forward(
@@ -160,7 +196,7 @@ class ForMaskedLM(LMHead):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.make_logits(outputs.last_hidden_state)  # (B, N, V)
+        logits = self.lm_head(self.lm_transform(outputs.last_hidden_state))  # (B, N, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -184,7 +220,8 @@ class ClassificationHead(Head):
 class ForSequenceClassification(ClassificationHead):
     """One label per sequence, read from its last real token (causal) or its first one (bidirectional).
 
-    Real tokens are those of `attention_mask`; without one, those that differ from `config.pad_token_id`.
+    Real tokens are those of `attention_mask`; without one, those that differ from `config.pad_token_id`. Of packed rows
+    each document has its label: logits (documents, labels) and `labels` (documents,) are in their order in the batch.
     """
 
     def add_head(self, config):
@@ -205,6 +242,8 @@ class ForSequenceClassification(ClassificationHead):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        rows, kwargs = self.packed_rows(inputs, attention_mask, position_ids, past_key_values, kwargs)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -213,12 +252,17 @@ class ForSequenceClassification(ClassificationHead):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            rows=rows,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         B, N = hidden_states.shape[:2]
-        read = self.read_positions(input_ids, attention_mask, B, N).to(hidden_states.device)
-        pooled = hidden_states[torch.arange(B, device=hidden_states.device), read]  # (B, D)
+        if rows is not None:
+            read = rows.bounds[1 if self.config.is_decoder else 0]
+            pooled = hidden_states.flatten(0, 1)[read.to(hidden_states.device)]  # (documents, D)
+        else:
+            read = self.read_positions(input_ids, attention_mask, B, N).to(hidden_states.device)
+            pooled = hidden_states[torch.arange(B, device=hidden_states.device), read]  # (B, D)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
@@ -352,12 +396,20 @@ class ForQuestionAnswering(ClassificationHead):
         end_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        rows, kwargs = self.packed_rows(inputs, attention_mask, position_ids, None, kwargs)
+        if rows is not None and start_positions is not None:
+            raise ValueError(
+                "`start_positions` and `end_positions` tell one answer a row, but rows hold several documents: give "
+                "each document its own row, or leave the positions out and compute the loss from the logits."
+            )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            rows=rows,
             **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, N) each

@@ -28,6 +28,7 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ordnung.modeling.mixers.rows import Rows
 from ordnung.modeling.ops.prefix_attention import (
     FirstLayer,
     Group,
@@ -74,7 +75,10 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
     """The stack without a head: an encoder, or, with `predict_from`, a pass for each prefix.
 
     As an encoder it is one fully connected O(N^2) pass over the tokens, whatever `prefix_stride` and `is_decoder` are.
+    In `CubicPrefixLMForCausalLM` it predicts from every prefix unless told `predict_from=False`; elsewhere it encodes.
     """
+
+    predicts = False  # what `predict_from` is by default
 
     @can_return_tuple
     def forward(
@@ -86,7 +90,8 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        predict_from: torch.BoolTensor | None = None,
+        rows: Rows | None = None,
+        predict_from: torch.BoolTensor | bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Runs the stack. The arguments are those of `BackboneModel.forward`, and:
@@ -95,6 +100,7 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             predict_from: (B, N), True for the tokens whose successors are to be predicted: each gets its state at the
                 end of the pass over its own prefix. The others may get zeros, and cost nothing. `hidden_states`, where
                 asked for, are those of each such token in that pass; attention weights are given by the encoder only.
+                True is all tokens, False the encoder.
             past_key_values: with `predict_from` only.
 
         Raises:
@@ -103,6 +109,8 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         """
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if predict_from is None:
+            predict_from = self.predicts
+        if predict_from is False:
             if seen:
                 raise ValueError(
                     "`past_key_values` continues a prediction: use CubicPrefixLMForCausalLM, or give `predict_from`."
@@ -114,12 +122,20 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 use_cache=False,
+                rows=rows,
                 **kwargs,
             )
         inputs_embeds = self.embed_inputs(input_ids, inputs_embeds)
+        if predict_from is True:
+            predict_from = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        if rows is None:
+            marks = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")}
+            rows = self.packed_rows(inputs_embeds, attention_mask, position_ids, past_key_values, **marks)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+        if rows is not None:
+            past_key_values = None
+        elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         record = kwargs.get("output_hidden_states")
         record = self.config.output_hidden_states if record is None else record
@@ -131,19 +147,33 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         self.check_mask(inputs_embeds, attention_mask, past_key_values)
         if position_ids is None:
             position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
+            position_ids = position_ids if rows is None else rows.positions
         hidden_states, _ = self.embed(inputs_embeds, token_type_ids, position_ids)
         B, N = hidden_states.shape[:2]
-        if attention_mask is None:
-            real = torch.ones(B, seen + N, dtype=torch.bool, device=hidden_states.device)
-        else:
-            real = attention_mask != 0
-        read = predict_from & real[:, seen:]
-        if self.is_sharded:
-            read = torch.ones_like(read)
         new = (hidden_states, position_ids.expand(B, N))
         predict = self.predict_with_stride_one if self.stride == 1 else self.predict_with_stride
-        states = predict(*new, real, read, past_key_values, record)
-        states = [hidden_states, *states[:-1], self.norm(states[-1])]
+        if rows is None:
+            if attention_mask is None:
+                real = torch.ones(B, seen + N, dtype=torch.bool, device=hidden_states.device)
+            else:
+                real = attention_mask != 0
+            read = torch.ones_like(predict_from) if self.is_sharded else predict_from & real[:, seen:]
+            states = predict(*new, real, read, past_key_values, record)
+        else:
+            if self.is_sharded:
+                raise ValueError(
+                    "Sharded by FSDP, this model takes no packed documents: processes would need different numbers of "
+                    "passes, and wait for each other. Give full rows without boundaries, or train without sharding."
+                )
+
+            def predict_row(hidden_states, position_ids, read, lengths):
+                real = torch.ones_like(read)
+                if lengths is not None:
+                    real = torch.arange(read.shape[1], device=read.device) < lengths[:, None]
+                return tuple(predict(hidden_states, position_ids, real, read & real, None, record))
+
+            states = rows.mix(predict_row, *new, predict_from)
+        states = [hidden_states, *states[:-1], self.lm_transform(self.norm(states[-1]))]
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             past_key_values=past_key_values if use_cache else None,
@@ -437,6 +467,10 @@ class CubicPrefixLMForCausalLM(CubicPrefixLMPreTrainedModel, ForCausalLM):
     """
 
     model_class = CubicPrefixLMModel
+
+    def add_head(self, config):
+        super().add_head(config)
+        self.model.predicts = True
 
     def read_arguments(self, inputs, labels, logits_to_keep, shift_labels=None, **kwargs) -> dict:
         if inputs is None:

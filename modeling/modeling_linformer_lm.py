@@ -2,13 +2,10 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.utils.import_utils import is_tracing
@@ -23,31 +20,33 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from ordnung.modeling.linformer_cache import LinformerCacheLayer
-from ordnung.modeling.ops.causal_linformer import CausalLinformer, take
+from ordnung.modeling.mixers.rows import over_rows
+from ordnung.modeling.mixers.state import RecurrentStateLayer
+from ordnung.modeling.ops.causal_linformer import CausalLinformer, CausalState
 from ordnung.modeling.ops.chunks import WHOLE, pieces
 from ordnung.modeling.ops.linformer import LEARNED, MEANS, project_rows, slot_bias, weight_sums
 
 
-class RealTokens(NamedTuple):
-    """Where the real tokens of a padded batch lie."""
+class LinformerCacheLayer(RecurrentStateLayer):
+    """Generation state of the causal mixer: a `CausalState`, of a constant size, with its own count for each row."""
 
-    order: torch.Tensor  # (B, N) their indices first, those of padding after them
-    place: torch.Tensor  # (B, N) the place of each token in that order
-    lengths: torch.Tensor  # (B,) number of real tokens
-
-    @classmethod
-    def of(cls, mask: torch.Tensor | None) -> "RealTokens | None":
-        """From a mask (B, N), True for real tokens."""
-        if mask is None:
-            return None
-        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-        return cls(order, order.argsort(dim=1), mask.sum(1))
+    _layer_type = "causal_linformer_attention"
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of queries or keys (B, N, H, D / H), cos and sin (B, N, 1, D / H)."""
     return states * cos + rotate_half(states) * sin
+
+
+def of_batch(position_embeddings, hidden_states) -> list[torch.Tensor]:
+    """Cosines and sines (B, N, D / H) for every row of the batch, or none."""
+    return [x.expand(len(hidden_states), -1, -1) for x in position_embeddings or ()]
+
+
+def by_token(outputs):
+    """Mixed states, and weights (B, N, H, keys) as (B, H, N, keys)."""
+    mixed, weights = outputs
+    return mixed, None if weights is None else weights.transpose(1, 2)
 
 
 class SequenceProjection(nn.Module):
@@ -121,15 +120,6 @@ class LinformerMixer(Mixer):
             output[place] = mix(place)[0]
         return output, None
 
-    @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
-        """(B, N), True for the real tokens of this call, or None if all are."""
-        N = inputs_embeds.shape[1]
-        if attention_mask is None or (is_tracing(attention_mask) and N == 1):
-            return None  # a graph cannot look; a single token in it is a generated one
-        real = attention_mask[:, -N:] != 0
-        return None if not is_tracing(attention_mask) and bool(real.all()) else real
-
 
 class LinformerAttention(LinformerMixer):
     """Bidirectional Linformer (Wang et al. 2020, arXiv 2006.04768, equation 7).
@@ -148,37 +138,65 @@ class LinformerAttention(LinformerMixer):
         attention_mask=None,
         position_embeddings=None,
         past_key_values=None,
+        rows=None,
         sequence_projection: torch.Tensor | None = None,  # of projection_sharing="layerwise"
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens, weights = RealTokens.of(attention_mask), self.sequence_weights(sequence_projection)
+        self.check_length(hidden_states, rows)
+        weights = self.sequence_weights(sequence_projection)
+
+        def mix_row(states, *rest):
+            *angles, lengths = rest
+            angles = [x[:, :, None] for x in angles]
+            key, value = self.keys_and_values(states, angles, weights, lengths)
+            bias = self.slot_bias(states, lengths)
+
+            def mix(place):
+                part, which = states[place], place[0]
+                query = self.heads(self.q_proj(part))  # (B, N, H, D / H)
+                if angles:
+                    query = rotate(query, *(x[place] for x in angles))
+                biased = None if bias is None else bias[which, :, place[1]]
+                output, probabilities = self.attend(query.transpose(1, 2), key[which], value[which], biased, **kwargs)
+                return self.out_proj(output.reshape(part.shape)), probabilities
+
+            # all else of the layer treats each token by itself
+            output, probabilities = self.in_pieces(mix, states)
+            if probabilities is not None:
+                missing = self.k - probabilities.shape[-1] if rows is not None and rows.packed else 0
+                probabilities = nn.functional.pad(probabilities, (0, missing)).transpose(1, 2)
+            return output, probabilities
+
+        return by_token(over_rows(rows, mix_row, hidden_states, *of_batch(position_embeddings, hidden_states)))
+
+    def keys_and_values(self, states, angles, weights, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projected keys and values (B, H, M, D / H) of states (B, N, D)."""
         e, f = (None, None) if weights is None else (weights[0], weights[-1])
-        rows = self.project(hidden_states, f, tokens) if self.projects_first else None  # (B, M, D)
-        sums = self.weight_sums(hidden_states, f, tokens)
-        value = self.rows_of(self.v_proj, hidden_states, rows, f, tokens, sums)
-        if position_embeddings is None:
+        rows = self.project(states, f, lengths) if self.projects_first else None  # (B, M, D)
+        sums = self.weight_sums(states, f, lengths)
+        value = self.rows_of(self.v_proj, states, rows, f, lengths, sums)
+        if angles:  # keys turn before they are summed
+            key = self.project(rotate(self.heads(self.k_proj(states)), *angles).flatten(2), e, lengths)
+        else:
             if rows is not None and weights is not None and len(weights) == 2:
-                rows, sums = self.project(hidden_states, e, tokens), self.weight_sums(hidden_states, e, tokens)
-            key = self.rows_of(self.k_proj, hidden_states, rows, e, tokens, sums)
-        else:  # keys turn before they are summed
-            B = len(hidden_states)
-            position_embeddings = [x.expand(B, -1, -1)[:, :, None] for x in position_embeddings]
-            turned = rotate(self.heads(self.k_proj(hidden_states)), *position_embeddings)
-            key = self.project(turned.flatten(2), e, tokens)
-        key, value = (self.heads(x).transpose(1, 2) for x in (key, value))
-        bias = self.slot_bias(hidden_states, tokens)
+                rows, sums = self.project(states, e, lengths), self.weight_sums(states, e, lengths)
+            key = self.rows_of(self.k_proj, states, rows, e, lengths, sums)
+        return tuple(self.heads(x).transpose(1, 2) for x in (key, value))
 
-        def mix(place):
-            part, rows = hidden_states[place], place[0]
-            query = self.heads(self.q_proj(part))  # (B, N, H, D / H)
-            if position_embeddings is not None:
-                query = rotate(query, *(x[place] for x in position_embeddings))
-            biased = None if bias is None else bias[rows, :, place[1]]
-            output, probabilities = self.attend(query.transpose(1, 2), key[rows], value[rows], biased, **kwargs)
-            return self.out_proj(output.reshape(part.shape)), probabilities
-
-        # all else of the layer treats each token by itself
-        return self.in_pieces(mix, hidden_states)
+    def check_length(self, hidden_states, rows) -> None:
+        longest, most = hidden_states.shape[1], self.config.num_positions
+        if self.config.projection_type == "adaptive_mean_pool" or is_tracing(hidden_states) or longest <= most:
+            return
+        if rows is not None:
+            # as many as the longest row of a group has; without lengths, all that are laid out
+            lengths = [x.index.shape[1] if x.lengths is None else int(x.lengths.max()) for x in rows.groups]
+            longest = max(lengths)
+        if longest > most:
+            raise ValueError(
+                f"A row of {longest} tokens is longer than `max_position_embeddings` ({most}), the positions that the "
+                "projection has weights for: shorten it, or make the model with more positions, or with "
+                "projection_type='adaptive_mean_pool' and position_embedding_type='none' or 'rope'."
+            )
 
     @property
     def projects_first(self) -> bool:
@@ -191,62 +209,43 @@ class LinformerAttention(LinformerMixer):
         """What describes the projection to the functions of `ops.linformer`: kind, k and n."""
         return self.config.projection_type, self.k, self.config.num_positions
 
-    def span(self, N: int, tokens: RealTokens | None) -> int:
+    def span(self, N: int, lengths: torch.Tensor | None) -> int:
         """Places of a row to look at: those beyond E's weights are padding."""
-        if tokens is None or self.config.projection_type == "adaptive_mean_pool":
+        if lengths is None or self.config.projection_type == "adaptive_mean_pool":
             return N
         return min(N, self.config.num_positions)
 
-    def project(self, states, weight, tokens: RealTokens | None):
+    def project(self, states, weight, lengths: torch.Tensor | None):
         """(B, N, D) to (B, M, D)."""
         kind, k, n = self.shape
-        lengths = None
-        if tokens is not None:
-            lengths = tokens.lengths
-            states = take(states, tokens.order[:, : self.span(states.shape[1], tokens)])
+        if lengths is not None:
+            states = states[:, : self.span(states.shape[1], lengths)]
             padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
             states = states.masked_fill(padding[..., None], 0)
         heads = 1 if weight is None else weight.shape[0]
         return project_rows(states.unflatten(-1, (heads, -1)), kind, weight, k, n, lengths).flatten(2)
 
-    def weight_sums(self, states, weight, tokens: RealTokens | None):
+    def weight_sums(self, states, weight, lengths: torch.Tensor | None):
         """What the bias of a linear layer after the projection is multiplied by, (B or 1, M, 1), or None for 1."""
         kind = self.config.projection_type
         if not self.projects_first or kind in MEANS:
             return None
-        lengths = None if tokens is None else tokens.lengths
-        return weight_sums(kind, weight, self.span(states.shape[1], tokens), lengths)
+        return weight_sums(kind, weight, self.span(states.shape[1], lengths), lengths)
 
-    def rows_of(self, linear: nn.Linear, states, rows, weight, tokens: RealTokens | None, sums):
+    def rows_of(self, linear: nn.Module, states, rows, weight, lengths: torch.Tensor | None, sums):
         """The projected keys or values (B, M, D): `linear` of the projected input `rows`, or the reverse."""
         if rows is None:
-            return self.project(linear(states), weight, tokens)
+            return self.project(linear(states), weight, lengths)
         if sums is None:
             return linear(rows)
         # called with a row of zeros, for its bias: so whatever has taken the place of the linear layer works
         rows, bias = linear(nn.functional.pad(rows, (0, 0, 0, 1))).split([rows.shape[1], 1], dim=1)
         return rows + (sums - 1) * bias
 
-    def slot_bias(self, states, tokens: RealTokens | None):
+    def slot_bias(self, states, lengths: torch.Tensor | None):
         kind, k, n = self.shape
-        lengths = None if tokens is None else tokens.lengths
-        bias = slot_bias(kind, self.span(states.shape[1], tokens), k, n, lengths, states.dtype, states.device)
+        bias = slot_bias(kind, self.span(states.shape[1], lengths), k, n, lengths, states.dtype, states.device)
         return None if bias is None else bias[:, None, None].expand(len(states), 1, states.shape[1], -1)
-
-    @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
-        real = LinformerMixer.make_mask(config, inputs_embeds, attention_mask)
-        if config.projection_type == "adaptive_mean_pool" or is_tracing(inputs_embeds):
-            return real
-        longest = inputs_embeds.shape[1] if real is None else int(real.sum(1).max())
-        if longest > config.num_positions:
-            raise ValueError(
-                f"A row of {longest} tokens is longer than `max_position_embeddings` "
-                f"({config.num_positions}), the positions that the projection has weights for: shorten it, "
-                "or make the model with more positions, or with projection_type='adaptive_mean_pool' and "
-                "position_embedding_type='none' or 'rope'."
-            )
-        return real
 
     def flops(self, seq_len: int) -> int:
         width, (kind, k, n), N = self.config.hidden_size, self.shape, seq_len
@@ -282,6 +281,7 @@ class CausalLinformerAttention(LinformerMixer):
     """
 
     layer_type = "causal_linformer_attention"
+    cache_layer = LinformerCacheLayer
 
     def forward(
         self,
@@ -289,26 +289,10 @@ class CausalLinformerAttention(LinformerMixer):
         attention_mask=None,
         position_embeddings=None,
         past_key_values=None,
+        rows=None,
         sequence_projection: torch.Tensor | None = None,  # of projection_sharing="layerwise"
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens = RealTokens.of(attention_mask)
-        if tokens is not None:
-            hidden_states = take(hidden_states, tokens.order)
-        if position_embeddings is not None:
-            position_embeddings = [x.expand(len(hidden_states), -1, -1) for x in position_embeddings]
-            if tokens is not None:
-                position_embeddings = [take(x, tokens.order) for x in position_embeddings]
-            position_embeddings = [x[:, :, None] for x in position_embeddings]
-
-        def project(place):
-            part = hidden_states[place]
-            query, key, value = (self.heads(p(part)) for p in (self.q_proj, self.k_proj, self.v_proj))
-            if position_embeddings is not None:
-                at = [x[place] for x in position_embeddings]
-                query, key = rotate(query, *at), rotate(key, *at)
-            return query, key, value
-
         operator = CausalLinformer(
             self.config.projection_type,
             self.sequence_weights(sequence_projection),
@@ -318,7 +302,19 @@ class CausalLinformerAttention(LinformerMixer):
             self.config.local_blocks_back,
         )
         attend = partial(self.attend, **kwargs)
-        if past_key_values is None:
+
+        def mix_row(states, *rest):
+            *angles, lengths = rest
+            angles = [x[:, :, None] for x in angles]
+
+            def project(place):
+                part = states[place]
+                query, key, value = (self.heads(p(part)) for p in (self.q_proj, self.k_proj, self.v_proj))
+                if angles:
+                    at = [x[place] for x in angles]
+                    query, key = rotate(query, *at), rotate(key, *at)
+                return query, key, value
+
             carry = None
 
             def mix(place):
@@ -332,28 +328,19 @@ class CausalLinformerAttention(LinformerMixer):
                     output, probabilities, carry = operator.go_on(*inputs, carry, attend)
                 return self.out_proj(output.flatten(2)), probabilities
 
-            output, probabilities = self.in_pieces(mix, hidden_states, self.config.local_block_size)
-        else:
-            layer = self.cache_layer(past_key_values)
-            lengths = None if tokens is None else tokens.lengths
-            query, key, value = project(WHOLE)
-            output, probabilities, state = operator.step(query, key, value, layer.state, lengths, attend)
-            layer.update_state(state, operator, key, value, attention_mask)
-            output = self.out_proj(output.flatten(2))
-        if tokens is not None:
-            output = take(output, tokens.place)
-            if probabilities is not None:
-                probabilities = take(probabilities.transpose(1, 2), tokens.place).transpose(1, 2)
-        return output, probabilities
+            if past_key_values is None:
+                output, probabilities = self.in_pieces(mix, states, self.config.local_block_size)
+            else:
+                query, key, value = project(WHOLE)
+                layer = self.state_of(past_key_values)
+                before = None if layer.state is None else CausalState(*layer.state)
+                output, probabilities, after = operator.step(query, key, value, before, lengths, attend)
+                before = operator.empty_state(key) if before is None else before
+                layer.update_state(before, after, operator.replay, (key, value), None if rows is None else rows.real)
+                output = self.out_proj(output.flatten(2))
+            return output, None if probabilities is None else probabilities.transpose(1, 2)
 
-    def cache_layer(self, past_key_values) -> LinformerCacheLayer:
-        layers = past_key_values.layers
-        if self.layer_idx >= len(layers) or not isinstance(layers[self.layer_idx], LinformerCacheLayer):
-            raise ValueError(
-                f"`past_key_values` has no Linformer state for layer {self.layer_idx}: make it with "
-                "`DynamicCache(config=model.config)`."
-            )
-        return layers[self.layer_idx]
+        return by_token(over_rows(rows, mix_row, hidden_states, *of_batch(position_embeddings, hidden_states)))
 
     def flops(self, seq_len: int) -> int:
         # what a whole block costs, shared out to its tokens: so the difference of two lengths is the cost of decoding
@@ -368,11 +355,6 @@ class CausalLinformerAttention(LinformerMixer):
         if not self.config.learns_projection(self.layer_idx):
             parts = 1
         return 2 * window * width * itemsize + self.k * (2 * width + parts) * max(itemsize, 4)
-
-
-# the same layer serves a static cache, and generate() makes masks ahead for caches that can be compiled
-STATIC_LAYER_TYPE_MAPPING["causal_linformer_attention"] = LinformerCacheLayer
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["causal_linformer_attention"] = CausalLinformerAttention.make_mask
 
 
 class LinformerLMPreTrainedModel(BackbonePreTrainedModel):

@@ -38,6 +38,32 @@ def masked_batch():
     return ids.masked_fill(mask == 0, PAD), mask
 
 
+# Tokens of the documents in each row of a packed batch.
+PACKED = ((7, 1, 4, 9), (3, 12, 6))
+
+
+def packed_batch():
+    """Two rows of several documents each, and the places of each document: (row, slice)."""
+    ids = torch.randint(1, VOCAB, (2, 21))
+    places = []
+    for row, lengths in enumerate(PACKED):
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        places += [(row, slice(end - length, end)) for length, end in zip(lengths, ends)]
+    return ids, places
+
+
+def marks_of(mark, places):
+    """What says where the documents of `packed_batch` lie, in one of the ways that clients use."""
+    lengths = torch.tensor([place.stop - place.start for _, place in places])
+    if mark == "position_ids":
+        return {mark: torch.cat([torch.arange(n) for n in lengths]).view(2, 21)}
+    if mark == "seq_idx":
+        return {mark: torch.repeat_interleave(torch.arange(len(places)), lengths).int().view(2, 21)}
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 def cache_tensors(cache):
     """Every floating-point tensor of the generation state; the others count tokens."""
     for layer in cache.layers:
@@ -55,6 +81,8 @@ class FamilyTester:
     state_grows: bool
     # variants that transformers computes in float32 only
     single_precision: tuple[str, ...] = ()
+    # what has the base model of a causal head do what it does alone
+    encodes: dict = {}
     base_arguments = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -116,7 +144,19 @@ class FamilyTester:
         model = self.model(dtype=torch.float32)
         model.save_pretrained(tmp_path)
         ids = torch.randint(1, VOCAB, (1, 7))
-        assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], model.model(ids)[0])
+        expected = model.model(ids, **self.encodes)[0]
+        assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], expected)
+
+    @pytest.mark.parametrize("transform", [False, True])
+    def test_backbone_and_head_apart_give_the_logits(self, variant, transform, tmp_path):
+        """trl and others run the base model and multiply by the output embeddings themselves."""
+        model = self.model(variant, lm_head_transform=transform, lm_head_bias=transform)
+        ids, mask = masked_batch()
+        for more in ({}, {"attention_mask": mask}):
+            states = model.base_model(ids, **more).last_hidden_state
+            expected = model(ids, **more).logits
+            real = mask == 1 if more else torch.ones_like(mask) == 1
+            self.assert_equal(model.get_output_embeddings()(states)[real], expected[real], variant)
 
     def test_embeddings_resize(self, variant):
         model = self.model(variant)
@@ -255,7 +295,131 @@ class FamilyTester:
             ids = torch.randint(1, VOCAB, (1, tokens))
             self.assert_equal(program.module()(ids, use_cache=False).logits, model(ids).logits, variant)
 
+    # packed documents
+
+    @pytest.mark.parametrize("mark", ["position_ids", "seq_idx", "cu_seq_lens"])
+    def test_packed_documents_equal_documents_alone(self, variant, mark):
+        model = self.model(variant)
+        ids, places = packed_batch()
+        logits = model(ids, **marks_of(mark, places)).logits
+        for row, place in places:
+            self.assert_equal(logits[row, place], model(ids[row : row + 1, place]).logits[0], variant)
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_packed_loss_and_gradients_equal_those_alone(self, variant, recompute):
+        model = self.model(variant).train()
+        ids, places = packed_batch()
+
+        def gradients(loss):
+            model.zero_grad()
+            loss.backward()
+            return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+        def score(logits, labels):  # transformers' loss is computed in float32
+            return torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+
+        alone, losses = 0.0, 0.0
+        for row, place in places:
+            outputs = model(ids[row : row + 1, place], labels=ids[row : row + 1, place])
+            alone = alone + score(outputs.logits[0], ids[row, place])
+            if place.stop - place.start > 1:
+                losses = losses + outputs.loss.detach() * (place.stop - place.start - 1)
+        expected = gradients(alone)
+        if recompute:
+            model.gradient_checkpointing_enable()
+        outputs = model(ids, labels=ids, **marks_of("seq_idx", places))
+        torch.testing.assert_close(outputs.loss.detach(), losses / (ids.numel() - len(places)))
+        got = gradients(sum(score(outputs.logits[row, place], ids[row, place]) for row, place in places))
+        for a, b in zip(got, expected, strict=True):
+            self.assert_equal(a, b, variant)
+
+    def test_packed_documents_with_padding(self, variant):
+        model = self.model(variant)
+        ids, places = packed_batch()
+        # padding on the left, on the right, and between and inside of documents
+        columns = torch.tensor([*range(2, 9), 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24])
+        padded, mask = torch.zeros(2, 27, dtype=torch.long), torch.zeros(2, 27, dtype=torch.long)
+        number = torch.zeros(2, 27, dtype=torch.long)
+        padded[:, columns], mask[:, columns] = ids, 1
+        number[:, columns] = marks_of("seq_idx", places)["seq_idx"].long()
+        logits = model(padded, attention_mask=mask, seq_idx=number).logits[:, columns]
+        for row, place in places:
+            self.assert_equal(logits[row, place], model(ids[row : row + 1, place]).logits[0], variant)
+
+    @pytest.mark.parametrize("is_decoder", [True, False])
+    def test_heads_take_packed_documents(self, is_decoder):
+        if not is_decoder and "AutoModelForMaskedLM" not in heads_of(self.model_type):
+            pytest.skip("this family is causal")
+        ids, places = packed_batch()
+        marks = marks_of("position_ids", places)
+        for head in self.heads(is_decoder):
+            if head == "AutoModelForMultipleChoice":
+                continue
+            model = self.model(head=head, is_decoder=is_decoder, num_labels=3)
+            outputs = model(ids, **marks)[0]
+            if head == "AutoModelForSequenceClassification":
+                labels = torch.randint(3, (len(places),))
+                loss = model(ids, labels=labels, **marks).loss
+                self.assert_equal(loss, torch.nn.functional.cross_entropy(outputs, labels))
+            for number, (row, place) in enumerate(places):
+                alone = model(ids[row : row + 1, place])[0][0]
+                got = outputs[number] if head == "AutoModelForSequenceClassification" else outputs[row, place]
+                self.assert_equal(got, alone)
+
+    def test_packed_eager_attention_and_weights(self):
+        model = self.model(attn_implementation="eager")
+        ids, places = packed_batch()
+        outputs = model(ids, output_attentions=True, **marks_of("position_ids", places))
+        for row, place in places:
+            alone = model(ids[row : row + 1, place]).logits[0]
+            torch.testing.assert_close(outputs.logits[row, place], alone, rtol=0, atol=1e-5)  # its softmax is float32
+
+    def test_packed_documents_under_compile(self, variant):
+        """Where documents lie is in the data: that part runs outside of the graphs."""
+        model = self.model(variant)
+        ids, places = packed_batch()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        for mark in ("position_ids", "seq_idx"):
+            marks = marks_of(mark, places)
+            got, expected = compiled(ids, use_cache=False, **marks).logits, model(ids, use_cache=False, **marks).logits
+            self.assert_equal(got, expected, variant)
+
+    def test_packed_documents_are_refused_where_they_cannot_be(self):
+        model = self.model()
+        ids, places = packed_batch()
+        past = model(ids, use_cache=True).past_key_values
+        for mark in ("position_ids", "seq_idx", "cu_seq_lens"):
+            marks = marks_of(mark, places)
+            name = next(iter(marks))
+            for cache in (past, DynamicCache(config=model.config)):
+                with pytest.raises(ValueError, match=f"`{name}` puts several documents.*`past_key_values`"):
+                    model(ids, past_key_values=cache, use_cache=True, **marks)
+        assert model(ids, use_cache=True, **marks).past_key_values is None
+        with pytest.raises(ValueError, match=r"`cu_seq_lens_q` \(\[0, 5\]\) must rise from 0 to the 42 tokens"):
+            model(ids, cu_seq_lens_q=torch.tensor([0, 5]))
+        with pytest.raises(ValueError, match=r"`cu_seq_lens_k` .*differs from `cu_seq_lens_q`"):
+            model(ids, cu_seq_lens_q=torch.tensor([0, 5, 42]), cu_seq_lens_k=torch.tensor([0, 6, 42]))
+        with pytest.raises(ValueError, match=r"`seq_idx` has shape \(2, 5\), but the tokens have \(2, 21\)"):
+            model(ids, seq_idx=torch.zeros(2, 5))
+        with pytest.raises(ValueError, match="`seq_idx` cannot be followed in an exported or traced graph"):
+            torch.export.export(model, (ids,), {"use_cache": False, **marks_of("seq_idx", places)}, strict=False)
+
     # the generation state
+
+    def test_gradients_flow_through_a_returned_state(self, variant):
+        model = self.model(variant)
+        ids = torch.randint(1, VOCAB, (2, 19))
+        inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+        whole = model(inputs_embeds=inputs, use_cache=False).logits[:, 15:]
+        (expected,) = torch.autograd.grad(whole.square().sum(), inputs)
+        for cuts in ((0, 15, 19), (0, 1, 6, 15, 19)):
+            past = None
+            for start, stop in zip(cuts, cuts[1:]):
+                outputs = model(inputs_embeds=inputs[:, start:stop], past_key_values=past, use_cache=True)
+                past = outputs.past_key_values
+            (got,) = torch.autograd.grad(outputs.logits.square().sum(), inputs)
+            self.assert_equal(got / expected.abs().max(), expected / expected.abs().max(), variant)
 
     @pytest.mark.parametrize("split", [[19], [1] * 19, [7, 12], [12, 1, 6], [3, 3, 3, 10]])
     def test_steps_equal_one_pass(self, variant, split):

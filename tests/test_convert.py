@@ -203,7 +203,7 @@ def test_direction_can_change():
     assert type(model).__name__ == "SoftmaxLMForCausalLM"
     assert report.notes == ["the model's attention is causal, the source's is not"]
     assert report.new == report.left_out == []
-    assert torch.equal(model.lm_transform.dense.weight, source.cls.predictions.transform.dense.weight)
+    assert torch.equal(model.model.lm_transform.dense.weight, source.cls.predictions.transform.dense.weight)
     model, report = ordnung.convert(make("GPT2LMHeadModel"), "softmax_lm", head="ForMaskedLM", output_report=True)
     assert model.config.is_decoder is False
     assert report.new == [

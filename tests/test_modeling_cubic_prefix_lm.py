@@ -16,6 +16,7 @@ from ordnung.modeling.ops.prefix_attention import prefix_states_naive
 
 
 class TestCubicPrefixLM(FamilyTester):
+    encodes = {"predict_from": False}
     model_type = "cubic_prefix_lm"
     variants = {
         "default": {},
@@ -292,7 +293,7 @@ class TestEncoder:
         model = build()
         past = model(torch.randint(1, VOCAB, (1, 5)), use_cache=True).past_key_values
         with pytest.raises(ValueError, match="use CubicPrefixLMForCausalLM, or give `predict_from`"):
-            model.model(torch.randint(1, VOCAB, (1, 1)), past_key_values=past)
+            model.model(torch.randint(1, VOCAB, (1, 1)), past_key_values=past, predict_from=False)
 
 
 def test_dropout_trains_and_rests():

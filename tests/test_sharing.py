@@ -53,7 +53,7 @@ RESULTS = {
 STANDARD_FILES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "configuration_conv_lm.py", "configuration_backbone.py", "modeling_conv_lm.py",
-    "backbone.py", "heads.py", "constant_state.py", "causal_conv.py", "chunks.py",
+    "backbone.py", "heads.py", "rows.py", "state.py", "causal_conv.py", "chunks.py",
 }  # fmt: skip
 
 

@@ -345,8 +345,9 @@ class CausalLinformer(NamedTuple):
             return new
         return CausalState(*(select(lengths > 0, now, before) for now, before in zip(new, state)))
 
-    def replay(self, key, value, state, lengths):
+    def replay(self, state, key, value, lengths):
         """The state after each row's first `lengths` (B,) tokens of key and value (B, N, H, D)."""
+        state = CausalState(*state)
         for i in range(key.shape[1]):
             state = self.advance(key[:, i : i + 1], value[:, i : i + 1], state, (lengths > i).long())
         return state
