@@ -143,7 +143,7 @@ class LinformerAttention(LinformerMixer):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.check_length(hidden_states, rows)
-        weights = self.sequence_weights(sequence_projection)
+        weights, packed = self.sequence_weights(sequence_projection), rows is not None and rows.packed
 
         def mix_row(states, *rest):
             *angles, lengths = rest
@@ -163,7 +163,7 @@ class LinformerAttention(LinformerMixer):
             # all else of the layer treats each token by itself
             output, probabilities = self.in_pieces(mix, states)
             if probabilities is not None:
-                missing = self.k - probabilities.shape[-1] if rows is not None and rows.packed else 0
+                missing = self.k - probabilities.shape[-1] if packed else 0
                 probabilities = nn.functional.pad(probabilities, (0, missing)).transpose(1, 2)
             return output, probabilities
 
@@ -303,23 +303,20 @@ class CausalLinformerAttention(LinformerMixer):
         )
         attend = partial(self.attend, **kwargs)
 
+        def project(states, angles):
+            query, key, value = (self.heads(p(states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            if angles:
+                query, key = rotate(query, *angles), rotate(key, *angles)
+            return query, key, value
+
         def mix_row(states, *rest):
             *angles, lengths = rest
             angles = [x[:, :, None] for x in angles]
-
-            def project(place):
-                part = states[place]
-                query, key, value = (self.heads(p(part)) for p in (self.q_proj, self.k_proj, self.v_proj))
-                if angles:
-                    at = [x[place] for x in angles]
-                    query, key = rotate(query, *at), rotate(key, *at)
-                return query, key, value
-
             carry = None
 
             def mix(place):
                 nonlocal carry
-                inputs = project(place)
+                inputs = project(states[place], [x[place] for x in angles])
                 if place == WHOLE:
                     output, probabilities = operator.forward(*inputs, attend)
                 else:
@@ -331,7 +328,7 @@ class CausalLinformerAttention(LinformerMixer):
             if past_key_values is None:
                 output, probabilities = self.in_pieces(mix, states, self.config.local_block_size)
             else:
-                query, key, value = project(WHOLE)
+                query, key, value = project(states, angles)
                 layer = self.state_of(past_key_values)
                 before = None if layer.state is None else CausalState(*layer.state)
                 output, probabilities, after = operator.step(query, key, value, before, lengths, attend)
@@ -340,7 +337,18 @@ class CausalLinformerAttention(LinformerMixer):
                 output = self.out_proj(output.flatten(2))
             return output, None if probabilities is None else probabilities.transpose(1, 2)
 
-        return by_token(over_rows(rows, mix_row, hidden_states, *of_batch(position_embeddings, hidden_states)))
+        def mix_document(query, key, value, lengths):
+            if query.shape[1] <= operator.R and self.config._attn_implementation == "sdpa":
+                # all within the window: exact causal attention, without blocks to fill up
+                return attend(*(x.transpose(1, 2) for x in (query, key, value)), None, is_causal=True)
+            output, probabilities = operator.forward(query, key, value, attend)
+            return output, None if probabilities is None else probabilities.transpose(1, 2)
+
+        angles = of_batch(position_embeddings, hidden_states)
+        if rows is None or not rows.packed:
+            return by_token(over_rows(rows, mix_row, hidden_states, *angles))
+        output, probabilities = rows.mix(mix_document, *project(hidden_states, [x[:, :, None] for x in angles]))
+        return by_token((self.out_proj(output.flatten(2)), probabilities))
 
     def flops(self, seq_len: int) -> int:
         # what a whole block costs, shared out to its tokens: so the difference of two lengths is the cost of decoding

@@ -42,10 +42,11 @@ class Rows:
     """The rows of a batch that is not just B documents of N tokens.
 
     `back` (B N) tells where each token of the flat batch lies in the groups' outputs, one group after the other; None
-    if just there. `real` (B, N) is False for padding, None if there is none. Where `packed`, `documents` (B, N) numbers the documents of the batch in their order, with -1 at
-    padding, `positions` (B, N) counts the tokens of each one's document before it, and `bounds` (2, R) holds the places
-    of the documents' first and last tokens in the flat batch; otherwise there is one group of B documents in the order
-    of the batch.
+    if just there. `real` (B, N) is False for padding, None if there is none.
+
+    Where `packed`, `documents` (B, N) numbers the documents of the batch in their order, with -1 at padding,
+    `positions` (B, N) counts the tokens of each one's document before it, and `bounds` (2, R) holds the places of the
+    documents' first and last tokens in the flat batch. Otherwise there is one group: B documents, in their order.
     """
 
     groups: list[Group]
@@ -201,12 +202,13 @@ def begins_of(
         if bounds is None:
             continue
         steps = bounds.flatten().diff()
-        if bounds.ndim != 1 or not len(steps) or bounds[0] or bounds[-1] != shape[0] * shape[1] or (steps < 0).any():
+        total = shape[0] * shape[1]
+        if bounds.ndim != 1 or not len(steps) or bounds[0] or bounds[-1] != total or (steps < 0).any():
             raise ValueError(
-                f"`{name}` ({bounds.tolist()}) must rise from 0 to the {shape[0] * shape[1]} tokens of the batch: where "
-                "each document begins, and where the last one ends."
+                f"`{name}` ({bounds.tolist()}) must rise from 0 to the {total} tokens of the batch: where each "
+                "document begins, and where the last one ends."
             )
-        tokens = torch.arange(shape[0] * shape[1], device=bounds.device)
+        tokens = torch.arange(total, device=bounds.device)
         marks[name] = torch.searchsorted(bounds.long(), tokens, right=True).view(shape)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if not torch.equal(marks["cu_seq_lens_q"], marks["cu_seq_lens_k"].to(cu_seq_lens_q.device)):
