@@ -35,14 +35,9 @@ from transformers.utils.output_capturing import capture_outputs
 from ordnung.configuration.configuration_backbone import BackboneConfig
 from ordnung.modeling.mixers.rows import Rows, begins_of
 from ordnung.modeling.mixers.state import RecurrentStateLayer
-from ordnung.modeling.ops.chunks import in_pieces
+from ordnung.modeling.ops.chunks import in_pieces, is_graph
 
 MIXERS: dict[str, type["Mixer"]] = {}
-
-
-def is_graph() -> bool:
-    """Whether a graph for other inputs is being made, by `torch.export` or `torch.jit.trace`."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 @torch.compiler.disable  # how many documents there are, and how long, is in the data
@@ -108,10 +103,7 @@ class Mixer(nn.Module):
             getattr(layers[self.layer_idx] if self.layer_idx < len(layers) else None, "_layer_type", "")
             != self.layer_type
         ):
-            raise ValueError(
-                f"`past_key_values` has no state of {self.layer_type} for layer {self.layer_idx}: make it with "
-                "`DynamicCache(config=model.config)`."
-            )
+            raise wrong_state(self.layer_type, self.layer_idx)
         return layers[self.layer_idx]
 
     def mixing_weights(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -138,9 +130,9 @@ class Mixer(nn.Module):
             here (B, N), True for the real tokens of this call, or None if all are.
         """
         N = inputs_embeds.shape[1]
-        if attention_mask is None or (is_tracing(attention_mask) and N == 1):
+        if attention_mask is None or N == 0 or (is_tracing(attention_mask) and N == 1):
             return None  # a graph cannot look; a single token in it is a generated one
-        real = attention_mask[:, attention_mask.shape[1] - N :] != 0
+        real = attention_mask[:, -N:] != 0
         return None if not is_tracing(attention_mask) and bool(real.all()) else real
 
     def init_weights(self, std: float) -> None:
@@ -153,6 +145,15 @@ class Mixer(nn.Module):
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
         """Bytes of the generation state of one sequence after `seq_len` tokens, `itemsize` bytes an element."""
         raise NotImplementedError(f"{type(self).__name__} must implement `cache_bytes`.")
+
+
+def wrong_state(layer_type: str, layer_idx: int) -> ValueError:
+    """The error for a cache that was not made for the model."""
+    return ValueError(
+        f"`past_key_values` has no state of {layer_type} for layer {layer_idx}: make it with "
+        "`DynamicCache(config=model.config)`. PEFT's prefix tuning gives keys and values of attention, which these "
+        "layers cannot continue: use prompt tuning, P-tuning or an adapter such as LoRA."
+    )
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -413,30 +414,30 @@ class BackboneModel(BackbonePreTrainedModel):
             position_ids = (
                 rows.positions if packed else self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
             )
+        ready = attention_mask if isinstance(attention_mask, dict) else {}
         if isinstance(attention_mask, dict):
-            masks, padding = attention_mask, [x for x in attention_mask.values() if x is not None and x.ndim == 2]
-            rows = Rows.of_mask(padding[0]) if padding else None
+            rows, attention_mask = Rows.of_mask(self.padding_in(ready)), None
         else:
             self.check_mask(inputs_embeds, attention_mask, past_key_values)
             if not packed and not (attention_mask is not None and attention_mask.ndim == 4):
                 rows = Rows.of_mask(Mixer.make_mask(self.config, inputs_embeds, attention_mask))
-            masks = {
-                kind: MIXERS[kind].make_mask(
+        masks = {}
+        for kind in dict.fromkeys(self.config.layer_types):
+            masks[kind] = ready.get(kind)
+            if masks[kind] is None and issubclass(MIXERS[kind], Attention):
+                masks[kind] = MIXERS[kind].make_mask(
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
                     rows=rows,
                 )
-                for kind in dict.fromkeys(self.config.layer_types)
-                if issubclass(MIXERS[kind], Attention)
-            }
 
         hidden_states, position_embeddings = self.embed(inputs_embeds, token_type_ids, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks.get(layer.mixer.layer_type),
+                attention_mask=masks[layer.mixer.layer_type],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 rows=rows,
@@ -495,6 +496,11 @@ class BackboneModel(BackbonePreTrainedModel):
             )
         return rows
 
+    @staticmethod
+    def padding_in(masks: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
+        """The mask (B, N) of real tokens among ready masks by layer type, or None where all tokens are real."""
+        return next((mask for mask in masks.values() if mask is not None and mask.ndim == 2), None)
+
     def shared_inputs(self, layer_type: str) -> dict[str, torch.Tensor]:
         """What every mixer of this type takes besides: parameters that the model owns once for all of them."""
         return {}
@@ -503,6 +509,10 @@ class BackboneModel(BackbonePreTrainedModel):
         """(B, N, D), whichever of the two was given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if not is_tracing(inputs) and not inputs.numel():
+            B, N = inputs.shape[:2]
+            raise ValueError(f"There are {B} rows of {N} tokens: give at least one row of at least one token.")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def embed(
@@ -548,8 +558,15 @@ class BackboneModel(BackbonePreTrainedModel):
         if attention_mask is None or is_tracing(inputs_embeds):
             return
         B, N = inputs_embeds.shape[:2]
-        if attention_mask.ndim == 4 and set(self.config.layer_types) == {"full_attention"}:
-            return  # a ready mask, as transformers' own attention models take
+        if attention_mask.ndim == 4:
+            others = sorted(set(self.config.layer_types) - {"full_attention"})
+            if not others:
+                return  # a ready mask, as transformers' own attention models take
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, which tells of each pair of tokens, and "
+                f"layers of {others} do not look at pairs: give (B, N) with 1 for real tokens and 0 for padding, and "
+                "mark several documents in a row by `position_ids` or `seq_idx`."
+            )
         tokens = N + int(past_key_values.get_seq_length() if past_key_values is not None else 0)
         if tuple(attention_mask.shape) != (B, tokens):
             raise ValueError(

@@ -10,7 +10,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -97,7 +96,7 @@ class LMHead(Head):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
 
-class ForCausalLM(LMHead, GenerationMixin):
+class ForCausalLM(LMHead):
     """Next-token prediction. `labels` (B, N) are the input ids, shifted inside; -100 is ignored.
 
     The logits are `get_output_embeddings()` of the base model's `last_hidden_state`, so that clients may run the two

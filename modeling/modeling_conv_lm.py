@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.generation import GenerationMixin
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
@@ -105,7 +106,7 @@ class CausalConvolution(Mixer):
                 taps = kernel[:, : 1 + max(values.shape[1] - 1, 0) // self.dilation]  # others reach no token
             mixed = causal_conv(values, taps, self.dilation, None if state is None else state[0], implementation)
             if past_key_values is not None:
-                before = (values.new_zeros(len(values), self.history, values.shape[2]),) if state is None else state
+                before = (values.new_zeros(values.shape[0], self.history, values.shape[2]),) if state is None else state
                 after = push(before, values, lengths)
                 layer.update_state(before, after, push, (values,), None if rows is None else rows.real)
             return mixed
@@ -160,7 +161,7 @@ class ConvLMModel(ConvLMPreTrainedModel, BackboneModel):
     """The stack without a head."""
 
 
-class ConvLMForCausalLM(ConvLMPreTrainedModel, ForCausalLM):
+class ConvLMForCausalLM(ConvLMPreTrainedModel, ForCausalLM, GenerationMixin):
     model_class = ConvLMModel
 
 

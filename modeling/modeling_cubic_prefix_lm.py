@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     create_bidirectional_mask,
@@ -18,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
-from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, linear_flops, wrong_state
 from ordnung.modeling.cubic_prefix_attention import PrefixCacheLayer
 from ordnung.modeling.heads import (
     ForCausalLM,
@@ -126,6 +127,8 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
                 **kwargs,
             )
         inputs_embeds = self.embed_inputs(input_ids, inputs_embeds)
+        if isinstance(attention_mask, dict):
+            attention_mask = self.padding_in(attention_mask)
         if predict_from is True:
             predict_from = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if rows is None:
@@ -393,7 +396,7 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
 
     def first_state(self, past: Cache) -> dict[str, torch.Tensor]:
         if not past.layers or not isinstance(past.layers[0], PrefixCacheLayer):
-            raise ValueError("`past_key_values` has no prefix state: make it with `DynamicCache(config=model.config)`.")
+            raise wrong_state("cubic_prefix", 0)
         return past.layers[0].first
 
     def rope(self, hidden_states, position_ids) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -459,7 +462,7 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         return seq_len * (2 * len(self.layers) + (self.stride is not None)) * D * itemsize
 
 
-class CubicPrefixLMForCausalLM(CubicPrefixLMPreTrainedModel, ForCausalLM):
+class CubicPrefixLMForCausalLM(CubicPrefixLMPreTrainedModel, ForCausalLM, GenerationMixin):
     """Next-token prediction, each from a pass over its own prefix.
 
     Passes whose predictions are not asked for are not computed: those that `logits_to_keep` leaves out, and where

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.utils.import_utils import is_tracing
@@ -40,7 +41,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 def of_batch(position_embeddings, hidden_states) -> list[torch.Tensor]:
     """Cosines and sines (B, N, D / H) for every row of the batch, or none."""
-    return [x.expand(len(hidden_states), -1, -1) for x in position_embeddings or ()]
+    return [x.expand(hidden_states.shape[0], -1, -1) for x in position_embeddings or ()]
 
 
 def by_token(outputs):
@@ -245,7 +246,7 @@ class LinformerAttention(LinformerMixer):
     def slot_bias(self, states, lengths: torch.Tensor | None):
         kind, k, n = self.shape
         bias = slot_bias(kind, self.span(states.shape[1], lengths), k, n, lengths, states.dtype, states.device)
-        return None if bias is None else bias[:, None, None].expand(len(states), 1, states.shape[1], -1)
+        return None if bias is None else bias[:, None, None].expand(states.shape[0], 1, states.shape[1], -1)
 
     def flops(self, seq_len: int) -> int:
         width, (kind, k, n), N = self.config.hidden_size, self.shape, seq_len
@@ -393,7 +394,7 @@ class LinformerLMModel(LinformerLMPreTrainedModel, BackboneModel):
         return {"sequence_projection": self.projection()}
 
 
-class LinformerLMForCausalLM(LinformerLMPreTrainedModel, ForCausalLM):
+class LinformerLMForCausalLM(LinformerLMPreTrainedModel, ForCausalLM, GenerationMixin):
     model_class = LinformerLMModel
 
 

@@ -1,5 +1,7 @@
 """SoftmaxLM: the softmax attention control. The backbone as it is, with `Attention` in every layer."""
 
+from transformers.generation import GenerationMixin
+
 from ordnung.configuration.configuration_softmax_lm import SoftmaxLMConfig
 from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
 from ordnung.modeling.heads import (
@@ -20,7 +22,7 @@ class SoftmaxLMModel(SoftmaxLMPreTrainedModel, BackboneModel):
     """The stack without a head."""
 
 
-class SoftmaxLMForCausalLM(SoftmaxLMPreTrainedModel, ForCausalLM):
+class SoftmaxLMForCausalLM(SoftmaxLMPreTrainedModel, ForCausalLM, GenerationMixin):
     model_class = SoftmaxLMModel
 
 

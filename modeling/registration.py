@@ -34,6 +34,14 @@ AUTO_CLASSES = {
 # modules, are named so.
 LORA_TARGETS = r"(.*\.)?layers\.\d+\.(mixer|mlp)\.(.*\.)?\w+_proj"
 
+# Those of methods that take other modules than LoRA: IA3 scales keys, values and the input of an MLP's last layer, LN
+# tuning trains the norms.
+ADAPTER_TARGETS = {
+    "IA3_TARGET": ["k_proj", "v_proj", "down_proj"],
+    "IA3_FEEDFORWARD": ["down_proj"],
+    "LNTUNING_TARGET": ["mixer_norm", "mlp_norm"],
+}
+
 
 def heads_of(model_type: str) -> dict[str, str]:
     """Auto class name -> class name, for every head of a family."""
@@ -69,9 +77,11 @@ def register_models(auto) -> None:
 
 
 def register_adapters(constants) -> None:
-    """Enter the families' LoRA targets in `peft.utils.constants`, given as `constants`."""
-    for model_type in FAMILIES:
-        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type] = LORA_TARGETS
+    """Enter the families' default targets of every method in `peft.utils.constants`, given as `constants`."""
+    for method, targets in vars(constants).items():
+        if method.startswith("TRANSFORMERS_MODELS_TO_") and method.endswith("_MODULES_MAPPING"):
+            method = method.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING")
+            targets |= dict.fromkeys(FAMILIES, ADAPTER_TARGETS.get(method, LORA_TARGETS))
 
 
 class AfterImport(importlib.abc.MetaPathFinder):

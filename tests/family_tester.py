@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -36,6 +37,28 @@ def masked_batch():
     mask[1, -7:] = 0
     mask[2, [3, 4, 9, 18]] = 0
     return ids.masked_fill(mask == 0, PAD), mask
+
+
+class OnlyLogits(torch.nn.Module):
+    """A model as a graph takes it: ids and mask to logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+
+def graph_batches():
+    """Batches of other shapes than a graph was made from, padded on the left, on the right and in the middle."""
+    yield masked_batch()
+    for rows, tokens in ((2, 5), (4, 37), (1, 64)):
+        ids = torch.randint(1, VOCAB, (rows, tokens))
+        mask = torch.ones_like(ids)
+        mask[0, : tokens // 3] = 0
+        mask[-1, -1 - tokens // 4 : -1] = 0
+        yield ids, mask
 
 
 # Tokens of the documents in each row of a packed batch.
@@ -81,6 +104,7 @@ class FamilyTester:
     state_grows: bool
     # variants that transformers computes in float32 only
     single_precision: tuple[str, ...] = ()
+    exports_to_onnx = True
     # what has the base model of a causal head do what it does alone
     encodes: dict = {}
     base_arguments = {
@@ -294,6 +318,43 @@ class FamilyTester:
         for tokens in (5, 40):
             ids = torch.randint(1, VOCAB, (1, tokens))
             self.assert_equal(program.module()(ids, use_cache=False).logits, model(ids).logits, variant)
+
+    def test_traced_graph_takes_padding_and_other_shapes(self, variant):
+        """torch.jit.trace, which records shapes as the exporters do."""
+        model = self.model(variant)
+        ids, mask = masked_batch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that are read, which is what is tested
+            traced = torch.jit.trace(OnlyLogits(model), (ids, mask), check_trace=False)
+        for ids, mask in graph_batches():
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+            self.assert_equal(traced(ids, mask)[mask == 1], expected[mask == 1], variant)
+
+    def test_onnx_takes_padding_and_other_shapes(self, tmp_path):
+        """torch.onnx's exporter, run by onnxruntime."""
+        if not self.exports_to_onnx:
+            pytest.skip("this family's plan of passes has no ONNX form")
+        pytest.importorskip("onnxscript", reason="needs ordnung[onnx]")
+        runtime = pytest.importorskip("onnxruntime", reason="needs ordnung[onnx]")
+        model = self.model(dtype=torch.float32)
+        ids, mask = masked_batch()
+        shape = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=64)}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                OnlyLogits(model),
+                (ids, mask),
+                tmp_path / "model.onnx",
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes={"ids": shape, "mask": shape},
+            )
+        session = runtime.InferenceSession(tmp_path / "model.onnx")
+        names = [argument.name for argument in session.get_inputs()]
+        for ids, mask in graph_batches():
+            expected = model(ids, attention_mask=mask, use_cache=False).logits.detach()
+            got = torch.from_numpy(session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()))))[0])
+            torch.testing.assert_close(got[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-4)
 
     # packed documents
 
@@ -711,6 +772,23 @@ class FamilyTester:
         for before, a, b in zip(start.parameters(), whole.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(a, b) and not torch.equal(a, before)
 
+    # unusual input
+
+    def test_unusual_input_has_an_answer(self, variant):
+        model = self.model(variant)
+        ids, mask = masked_batch()
+        expected = model(ids).logits
+        self.assert_equal(model(ids, attention_mask=dict.fromkeys(model.config.layer_types)).logits, expected, variant)
+        self.assert_equal(model(ids[:, :1], attention_mask=mask[:, :1] | 1).logits, expected[:, :1], variant)
+        mask[1] = 0  # a row of padding alone leaves the others as they are
+        outputs = model(ids, attention_mask=mask, use_cache=True)
+        assert outputs.logits.isfinite().all()
+        alone = model(ids[:1], attention_mask=mask[:1]).logits[0]
+        self.assert_equal(outputs.logits[0][mask[0] == 1], alone[mask[0] == 1], variant)
+        more = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        step = model(ids[:, :1], attention_mask=more, past_key_values=outputs.past_key_values, use_cache=True).logits
+        self.assert_equal(step[1], model(ids[1:2, :1]).logits[0], variant)
+
     # bad input
 
     def test_wrong_input_is_refused_in_words(self):
@@ -718,6 +796,13 @@ class FamilyTester:
         ids = torch.randint(1, VOCAB, (2, 8))
         with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
             model()
+        with pytest.raises(ValueError, match="There are 0 rows of 8 tokens: give at least one row"):
+            model(ids[:0], attention_mask=torch.ones(0, 8))
+        with pytest.raises(ValueError, match="There are 2 rows of 0 tokens"):
+            model(ids[:, :0])
+        if set(model.config.layer_types) != {"full_attention"}:
+            with pytest.raises(ValueError, match=r"shape \(2, 1, 8, 8\).*do not look at pairs: give \(B, N\)"):
+                model(ids, attention_mask=torch.zeros(2, 1, 8, 8))
         with pytest.raises(ValueError, match=r"\(2, 5\).*need \(2, 8\)"):
             model(ids, attention_mask=torch.ones(2, 5))
         with pytest.raises(ValueError, match=r"shape \(2, 8, 8\)"):

@@ -17,6 +17,7 @@ from ordnung.modeling.ops.prefix_attention import prefix_states_naive
 
 class TestCubicPrefixLM(FamilyTester):
     encodes = {"predict_from": False}
+    exports_to_onnx = False
     model_type = "cubic_prefix_lm"
     variants = {
         "default": {},
@@ -329,7 +330,7 @@ def test_wrong_input_is_refused_in_words(stride):
     past = model(torch.randint(1, VOCAB, (1, 20)), use_cache=True).past_key_values
     with pytest.raises(ValueError, match=message):
         model(torch.randint(1, VOCAB, (1, 1)), past_key_values=past)
-    with pytest.raises(ValueError, match="no prefix state.*DynamicCache\\(config=model.config\\)"):
+    with pytest.raises(ValueError, match="no state of cubic_prefix for layer 0.*DynamicCache\\(config=model.config\\)"):
         model(torch.randint(1, VOCAB, (1, 5)), past_key_values=DynamicCache(), use_cache=True)
     assert AutoModel.from_config(model.config)(torch.randint(1, VOCAB, (1, 21)))[0].shape == (1, 21, 24)
 

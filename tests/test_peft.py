@@ -159,3 +159,56 @@ def test_a_model_that_peft_does_not_know(run_task, tasks, tmp_path, monkeypatch)
     monkeypatch.delitem(targets, "conv_lm")
     with pytest.raises(ScriptError, match="specify `target_modules`.*all-linear"):
         run_task("sst2", use_peft=True, model_name_or_path=tmp_path / "conv")
+
+
+PROMPTS = [peft.PromptTuningConfig, peft.PromptEncoderConfig]
+ADAPTERS = [
+    peft.IA3Config,
+    peft.OFTConfig,
+    peft.BOFTConfig,
+    peft.LoHaConfig,
+    peft.VeraConfig,
+    peft.LNTuningConfig,
+    lambda **kwargs: peft.AdaLoraConfig(total_step=10, **kwargs),
+]
+
+
+def causal(model_type, more):
+    config = AutoConfig.for_model(model_type, vocab_size=50, **TINY, **more | {"is_decoder": True})
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("model_type, more", CASES)
+@pytest.mark.parametrize("method", [*PROMPTS, *ADAPTERS], ids=lambda method: getattr(method, "__name__", "AdaLora"))
+def test_every_method_trains_and_generates(model_type, more, method):
+    """With the targets that PEFT knows the family by, and with a cache as without."""
+    arguments = {"num_virtual_tokens": 4} if method in PROMPTS else {}
+    arguments |= {"oft_block_size": 4} if method is peft.OFTConfig else {}
+    model = get_peft_model(causal(model_type, more), method(task_type="CAUSAL_LM", **arguments))
+    ids = torch.randint(1, 50, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert any(p.grad is not None and p.grad.any() for p in trained)
+    with torch.no_grad():
+        for p in trained:  # away from what changes nothing
+            p.add_(0.1 * torch.randn_like(p))
+    model.eval()
+    fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    cached = model.generate(input_ids=ids, attention_mask=mask, **fixed)
+    assert torch.equal(cached, model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **fixed))
+
+
+@pytest.mark.parametrize("model_type, more", CASES)
+def test_prefix_tuning_works_or_is_refused_in_words(model_type, more):
+    model = causal(model_type, more)
+    stock = set(model.config.layer_types) == {"full_attention"}
+    model = get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    ids = torch.randint(1, 50, (2, 9))
+    if stock:
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    else:
+        with pytest.raises(ValueError, match="prefix tuning gives keys and values.*use prompt tuning, P-tuning"):
+            model(input_ids=ids, labels=ids)

@@ -10,7 +10,7 @@ Legend: B batch, N tokens, D channels, H heads (D = H * P), P channels a head, K
 import torch
 import torch.nn.functional as F
 
-from ordnung.modeling.ops.chunks import piece_tokens, pieces_pay
+from ordnung.modeling.ops.chunks import is_graph, piece_tokens, pieces_pay
 
 
 def causal_conv_naive(v, kernel, dilation=1, state=None):
@@ -57,7 +57,7 @@ def causal_conv(v, kernel, dilation=1, state=None, implementation="auto"):
         return last_output(v, kernel, dilation)
     if implementation == "auto":
         # a graph for any length, and for other runtimes, wants the standard operator
-        implementation = "conv1d" if torch.compiler.is_exporting() else "toeplitz"
+        implementation = "conv1d" if is_graph() else "toeplitz"
     if implementation == "toeplitz" and pieces_pay(v):
         return toeplitz_pieces(v, kernel, dilation, N)
     y = IMPLEMENTATIONS[implementation](v, kernel, dilation)

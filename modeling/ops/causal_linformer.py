@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ordnung.modeling.ops.chunks import is_graph
+
 # Elements of the keys that are laid out at once, tokens of all rows times width: few stay in a processor's cache, a GPU
 # wants more work.
 SLAB_ELEMENTS = {"cpu": 256 * 768, "other": 8192 * 768}
@@ -157,7 +159,7 @@ class CausalLinformer(NamedTuple):
 
     def before_first(self, key) -> Carry:
         """What the first blocks know of those before them, for keys like `key` (B, N, H, D)."""
-        state, past = self.empty_state(key), key.new_zeros(len(key), self.W * self.C, *key.shape[2:])
+        state, past = self.empty_state(key), key.new_zeros(key.shape[0], self.W * self.C, *key.shape[2:])
         return Carry(past, past, (state.k_sums, state.v_sums, state.mass[:1]), 0)
 
     def go_on(self, query, key, value, carry: Carry, attend=fused_attention):
@@ -171,7 +173,7 @@ class CausalLinformer(NamedTuple):
 
     def from_start(self, query, key, value, empty, folds, attend):
         # a graph for any length has to be sure of more than one block
-        even = 2 if torch.compiler.is_exporting() else 1
+        even = 2 if is_graph() else 1
         blocks = even * ((query.shape[1] + even * self.C - 1) // (even * self.C))
         first = torch.full((1,), -self.W, device=query.device)
         sums = (empty.k_sums, empty.v_sums, empty.mass[:1])  # rows are alike in mass until their lengths differ
@@ -230,8 +232,8 @@ class CausalLinformer(NamedTuple):
         """
         N = query.shape[1]
         elements = SLAB_ELEMENTS["cpu" if query.device.type == "cpu" else "other"]
-        slab = max(1, elements // (self.C * len(query) * query.shape[2] * query.shape[3]))
-        if torch.compiler.is_exporting() or blocks <= slab:  # a graph for any length has no loop over it
+        slab = max(1, elements // (self.C * query.shape[0] * query.shape[2] * query.shape[3]))
+        if is_graph() or blocks <= slab:  # a graph for any length has no loop over it
             query = section(query, 0, blocks * self.C)
             key, value = (section(x, -shift, (self.W + blocks) * self.C) for x in (key, value))
             numbers, folded = self.numbers(first, 0, blocks, folds)
@@ -250,7 +252,7 @@ class CausalLinformer(NamedTuple):
         N, past = query.shape[1], self.W * self.C
         # split and not sliced, as the gradient of each slice is as long as the whole
         if shift:
-            tails = [x.new_zeros(len(x), past, *x.shape[2:]) for x in (key, value)]
+            tails = [x.new_zeros(x.shape[0], past, *x.shape[2:]) for x in (key, value)]
         else:
             (k_tail, key), (v_tail, value) = (x.split([past, x.shape[1] - past], dim=1) for x in (key, value))
             tails = [k_tail, v_tail]
@@ -288,7 +290,7 @@ class CausalLinformer(NamedTuple):
         k_added = fold(weights[:, :, 0], key.narrow(1, 0, T * self.C), T)  # (B, T, k, H, D)
         v_added = fold(weights[:, :, -1], value.narrow(1, 0, T * self.C), T)
         mass, mass_next = prefix(mass, weights.sum(-2))  # (B or 1, T, *P, k)
-        lay_out = lay_out_any_length if torch.compiler.is_exporting() else lay_out_blocks
+        lay_out = lay_out_any_length if is_graph() else lay_out_blocks
         keys, k_next = lay_out(key, k_sums, k_added, mass[:, :, 0], self.C, self.W)  # (B, T L, H, D)
         values, v_next = lay_out(value, v_sums, v_added, mass[:, :, -1], self.C, self.W)
         # a window's first blocks may lie before the first token
@@ -368,7 +370,7 @@ class CausalLinformer(NamedTuple):
 
 def take(x, index):
     """The tokens `index` (B, M) of x (B, N, ...): (B, M, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
 def select(condition, new, old):
@@ -381,7 +383,7 @@ def section(x, begin, size):
     left = max(-begin, 0)
     part = x[:, max(begin, 0) :]
     right = size - left - part.shape[1]
-    return F.pad(part, (0, 0, 0, 0, left, right)) if left or torch.compiler.is_exporting() or right else part
+    return F.pad(part, (0, 0, 0, 0, left, right)) if left or is_graph() or right else part
 
 
 def last_tokens(before, x, count):
@@ -393,7 +395,7 @@ def last_tokens(before, x, count):
 
 def reshape(x, *shape):
     """x.reshape(shape), also in a graph for any length, where torch cannot prove that a number of blocks divides."""
-    if not torch.compiler.is_exporting():
+    if not is_graph():
         return x.reshape(shape)
     strides = [1]
     for size in shape[:0:-1]:
@@ -404,7 +406,7 @@ def reshape(x, *shape):
 
 def first_tokens(x, N, dim):
     """A slice, and in a graph for any length, where torch cannot prove that there are N, a selection."""
-    if torch.compiler.is_exporting():
+    if is_graph():
         return x.index_select(dim, torch.arange(N, device=x.device))
     return x.narrow(dim, 0, N)
 
@@ -425,7 +427,7 @@ def prefix(start, added):
 
     A shift, as subtracting a block's own part from an inclusive sum would leak its rounding.
     """
-    B = max(len(start), len(added))
+    B = added.shape[0] if start.shape[0] == 1 else start.shape[0]
     terms = [x.expand(B, *x.shape[1:]) for x in (start[:, None], added.to(start.dtype))]
     sums = torch.cat(terms, dim=1).cumsum(1)
     return sums[:, :-1], sums[:, -1]

@@ -9,6 +9,11 @@ import torch
 ELEMENTS = 1024 * 512  # of states in a piece: tokens, of all sequences together, times width
 
 
+def is_graph():
+    """Whether a graph for other inputs is being made, by `torch.export` or `torch.jit.trace`."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def piece_tokens(x):
     """Tokens of `x` (B, N, D) in a piece."""
     return max(1, ELEMENTS // x.shape[2])

@@ -17,6 +17,8 @@ A row's tokens come first and its padding after them. Slots without a token get 
 import torch
 import torch.nn.functional as F
 
+from ordnung.modeling.ops.chunks import is_graph
+
 LEARNED = ("linear", "conv")
 # kinds whose weights sum to one, so that a projection's bias passes through them unchanged
 MEANS = ("mean_pool", "adaptive_mean_pool")
@@ -91,7 +93,7 @@ def project_rows(x, kind, weight, k, n, lengths=None):
         return torch.matmul(weight, x.transpose(1, 2)).transpose(1, 2)  # of (B, H, k, D)
     tokens = slot_tokens(kind, N, k, n, lengths, x.device)  # (B or 1, M)
     if kind == "adaptive_mean_pool":
-        if N <= k:
+        if N <= k and not is_graph():
             return x
         index = adaptive_slots(N, k, lengths, x.device) + k * torch.arange(B, device=x.device)[:, None]  # (B, N)
         sums = x.new_zeros(B * k, H, D).index_add(0, index.flatten(), x.reshape(B * N, H, D)).view(B, k, H, D)
@@ -100,10 +102,12 @@ def project_rows(x, kind, weight, k, n, lengths=None):
     if kind == "max_pool" and lengths is not None:
         padding = torch.arange(N, device=x.device) >= lengths[:, None]
         x = x.masked_fill(padding[..., None, None], -torch.inf)
-    missing = -N % s
-    if missing:
+    missing = (N + s - 1) // s * s - N
+    if is_graph() or missing:
         x = F.pad(x, (0, 0, 0, 0, 0, missing), value=-torch.inf if kind == "max_pool" else 0.0)
     segments = x.reshape(B, -1, s, H, D)  # (B, M, s, H, D)
+    if kind == "conv" and is_graph():  # whose einsum onnxruntime does not run
+        return (weight.t()[:, :, None] * segments).sum(2)
     if kind == "conv":
         return torch.einsum("hs,bmshd->bmhd", weight, segments)
     if kind == "max_pool":
@@ -122,7 +126,7 @@ def slot_tokens(kind, N, k, n, lengths, device):
     """(B or 1, M): number of tokens in each slot; B only where rows differ."""
     length = torch.full((1, 1), N, device=device) if lengths is None else lengths[:, None]
     if kind == "adaptive_mean_pool":
-        slot = torch.arange(min(N, k), device=device)
+        slot = torch.arange(k if is_graph() else min(N, k), device=device)
         # slot i holds the positions from ceil(i length / k) up to ceil((i + 1) length / k)
         fitted = ((slot + 1) * length + k - 1) // k - (slot * length + k - 1) // k
         return torch.where(length > k, fitted, (slot < length).long())
@@ -133,7 +137,7 @@ def slot_tokens(kind, N, k, n, lengths, device):
 
 def slot_bias(kind, N, k, n, lengths, dtype, device):
     """(B or 1, M), to be added to the logits of each slot, or None where that changes nothing."""
-    if kind == "linear" or (lengths is None and (kind != "adaptive_mean_pool" or N <= k)):
+    if kind == "linear" or (lengths is None and (kind != "adaptive_mean_pool" or (N <= k and not is_graph()))):
         return None
     tokens = slot_tokens(kind, N, k, n, lengths, device)
     weight = tokens if kind == "adaptive_mean_pool" else tokens > 0
