@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 import ordnung
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts.common import MergeKeyValues, ScriptError, closest, option, parse_options, required, run_script
-from ordnung.scripts.generate import check_folder
+from ordnung.scripts.common.errors import ScriptError, closest, run_script
+from ordnung.scripts.common.models import check_folder
+from ordnung.scripts.common.options import MergeKeyValues, option, parse_options, required
 
 
 @dataclass

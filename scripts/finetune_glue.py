@@ -1,15 +1,16 @@
 """Fine-tune a checkpoint on GLUE: `python scripts/finetune_glue.py --model_name_or_path out/demo --task_name sst2 ...`.
 
 Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or all. Runs on one process or, through `accelerate launch`,
-on several. See finetune.py for what the output folder receives; the same command goes on where it was stopped.
+on several. See finetuning/run.py for what the output folder receives; the same command goes on where it was stopped.
 """
 
 from dataclasses import dataclass
 
-from ordnung.scripts.common import parse_options, required, run_script
-from ordnung.scripts.finetune import run
-from ordnung.scripts.finetune_options import FinetuneOptions
-from ordnung.scripts.text_tasks import GLUE, choose_tasks
+from ordnung.scripts.common.errors import run_script
+from ordnung.scripts.common.options import parse_options, required
+from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.run import run
+from ordnung.scripts.finetuning.tasks import GLUE, choose_tasks
 
 
 @dataclass(kw_only=True)

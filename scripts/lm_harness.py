@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
-from ordnung.scripts.common import ScriptError, closest, option, parse_options, required, run_script, write_json
-from ordnung.scripts.machine import machine_info
+from ordnung.scripts.common.errors import ScriptError, closest, run_script
+from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)

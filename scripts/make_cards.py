@@ -10,8 +10,9 @@ import argparse
 import re
 from pathlib import Path
 
-from ordnung.scripts.card_tables import FIGURES, TABLES
-from ordnung.scripts.common import ScriptError, run_script, write_text
+from ordnung.scripts.common.errors import ScriptError, run_script
+from ordnung.scripts.common.files import write_text
+from ordnung.scripts.reports.card_tables import FIGURES, TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)

@@ -9,8 +9,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ordnung.scripts import sharing
-from ordnung.scripts.common import option, parse_options, required, run_script
+from ordnung.scripts.common.errors import run_script
+from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.hub import sharing
 
 
 @dataclass

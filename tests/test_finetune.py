@@ -21,8 +21,11 @@ from transformers import (
 )
 
 import ordnung
-from ordnung.scripts import bench_finetune, finetune, finetune_imdb, glue_metric, text_tasks
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts import bench_finetune, finetune_imdb
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning import glue_metric
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning import tasks as text_tasks
 
 
 def test_all_tasks(run_task, tasks):
@@ -197,8 +200,9 @@ def test_accumulation_changes_nothing(run_task):
 
 # Fine-tunes where the model is sharded. Each evaluation seems worse than those before, so that the first is the best.
 SHARDED = """
-from ordnung.scripts import finetune, finetune_glue
-from ordnung.scripts.finetune import Finetuning
+from ordnung.scripts import finetune_glue
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning.run import Finetuning
 scores = iter(range(0, -100, -1))
 finetune.mean_score = lambda _: next(scores)
 train = Finetuning.train
@@ -265,7 +269,7 @@ def test_trainer_follows_the_same_path(run_task, tasks, tmp_path):
     )
     trainer = Trainer(model, arguments, train_dataset=rows.remove_columns("idx"), processing_class=tokenizer)
     # Trainer decays kernel_logits, which the family exempts
-    from ordnung.scripts.pretrain_setup import parameter_groups
+    from ordnung.scripts.training.optimization import parameter_groups
 
     trainer.create_optimizer = lambda *_: (
         setattr(trainer, "optimizer", torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3)) or trainer.optimizer

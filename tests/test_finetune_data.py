@@ -9,8 +9,11 @@ import torch
 from tiny_tasks import TINY, metrics, table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from ordnung.scripts import finetune, finetune_data, limits, text_tasks
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common import limits
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning import data as finetune_data
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning import tasks as text_tasks
 
 
 class TestCutting:

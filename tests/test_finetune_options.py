@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from tiny_tasks import results
 
-from ordnung.scripts import finetune, finetune_data, finetune_report, glue_metric, text_tasks
-from ordnung.scripts.common import ScriptError
-from ordnung.scripts.finetune_options import FinetuneOptions
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning import data as finetune_data
+from ordnung.scripts.finetuning import glue_metric
+from ordnung.scripts.finetuning import report as finetune_report
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning import tasks as text_tasks
+from ordnung.scripts.finetuning.options import FinetuneOptions
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import (
 
 import ordnung  # noqa: F401
 from ordnung.scripts import generate
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common.errors import ScriptError
 
 SCRIPT = Path(generate.__file__)
 CONFIG = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "kernel_size": 4}

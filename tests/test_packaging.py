@@ -135,6 +135,7 @@ def test_sdist_holds_all_that_the_make_targets_need(built, source):
         "README.md",
         "Makefile",
         "pyproject.toml",
+        "setup.py",
         "constraints.txt",
         ".ci/run",
         "scripts/data/moby_dick.txt",

@@ -23,10 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.models.auto import modeling_auto
 
 from ordnung.modeling.registration import FAMILIES, heads_of
-from ordnung.scripts import finetune_glue, machine, pretrain, push_to_hub, sharing
-from ordnung.scripts.common import ScriptError
-from ordnung.scripts.model_card import HELD_OUT
-from ordnung.scripts.sharing import Target, check_target, push
+from ordnung.scripts import finetune_glue, pretrain, push_to_hub
+from ordnung.scripts.common import machine
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.hub import sharing
+from ordnung.scripts.hub.model_card import HELD_OUT
+from ordnung.scripts.hub.sharing import Target, check_target, push
 
 ROOT = Path(__file__).parents[1]
 TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -16,7 +16,9 @@ from transformers import (
 )
 
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
-from ordnung.scripts import corpus, finetune_glue, finetune_imdb, text_tasks
+from ordnung.scripts import finetune_glue, finetune_imdb
+from ordnung.scripts.common import corpus
+from ordnung.scripts.finetuning import tasks as text_tasks
 
 GOOD, BAD = "fine warm bright calm".split(), "dull cold grim harsh".split()
 FILLER = "the voyage of a ship and its captain on that sea was".split()
