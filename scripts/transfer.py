@@ -3,7 +3,7 @@
     python scripts/transfer.py --config scripts/configs/transfer_cpu.yaml --glue_path data/glue --imdb_path data/imdb
 
 Every variant is pretrained once by pretrain.py with the same text, tokenizer, steps and options, and then fine-tuned
-on each task with each seed by finetune_glue.py or finetune_imdb.py. The majority class and TF-IDF with logistic
+on each task with each seed by finetune.py. The majority class and TF-IDF with logistic
 regression are scored on the same data. The output folder receives results.json and results.md beside the runs.
 Finished runs are kept and stopped ones resumed: the same command goes on where it was stopped, and a variant, task or
 seed can be added later.

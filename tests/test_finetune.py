@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import ordnung
-from ordnung.scripts import bench_finetune, finetune_imdb
+from ordnung.scripts import bench_finetune
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.finetuning import glue_metric
 from ordnung.scripts.finetuning import run as finetune
@@ -113,7 +113,7 @@ def test_remote_code(run_task, tasks, tmp_path):
 
 
 def test_imdb_is_chosen_on_held_out_reviews_and_cut(run_task, tasks):
-    out = run_task("imdb", program=finetune_imdb, max_length=8, truncation="head_tail", load_best_model_at_end=True)
+    out = run_task("imdb", max_length=8, truncation="head_tail", load_best_model_at_end=True)
     run_results = results(out / "imdb/seed-0")
     assert run_results["training_rows"] == 44 and run_results["best"]["step"] in (6, 12)
     rows = datasets.Dataset.from_parquet(str(tasks / "imdb/test.parquet"))
@@ -121,7 +121,7 @@ def test_imdb_is_chosen_on_held_out_reviews_and_cut(run_task, tasks):
     longer = sum(len(ids) > 8 for ids in tokenizer(rows["text"][:])["input_ids"])
     assert run_results["truncated"]["test"] == {"rows": 20, "cut": longer, "to": 8} and longer > 0
     with pytest.raises(ScriptError, match="test split only"):
-        run_task("imdb", "else", finetune_imdb, load_best_model_at_end=True, validation_fraction=0)
+        run_task("imdb", "else", load_best_model_at_end=True, validation_fraction=0)
 
 
 def test_best_model_and_early_stopping(run_task):
@@ -200,14 +200,14 @@ def test_accumulation_changes_nothing(run_task):
 
 # Fine-tunes where the model is sharded. Each evaluation seems worse than those before, so that the first is the best.
 SHARDED = """
-from ordnung.scripts import finetune_glue
+from ordnung.scripts import finetune as program
 from ordnung.scripts.finetuning import run as finetune
 from ordnung.scripts.finetuning.run import Finetuning
 scores = iter(range(0, -100, -1))
 finetune.mean_score = lambda _: next(scores)
 train = Finetuning.train
 Finetuning.train = lambda self: check_sharded(self) or train(self)
-end(finetune_glue.main())
+end(program.main())
 """
 
 
@@ -229,7 +229,7 @@ def test_two_processes_equal_one(run_task, tasks, tmp_path, monkeypatch, kind):
     cache = {"HF_DATASETS_CACHE": str(tasks / "cache")}
     arguments += [part for name, value in best.items() for part in (f"--{name}", value)]
     if kind == "whole":
-        printed = launch("accelerate_cpu.yaml", SCRIPTS / "finetune_glue.py", [*arguments, "--use_cpu"], **cache)
+        printed = launch("accelerate_cpu.yaml", SCRIPTS / "finetune.py", [*arguments, "--use_cpu"], **cache)
     else:
         printed = launch_sharded(SHARDED, tmp_path, arguments, **cache)
     two, single = tmp_path / "two/mrpc/seed-0", single / "mrpc/seed-0"

@@ -64,7 +64,7 @@ def test_predictions_are_as_the_server_takes_them(tmp_path, task, files, answers
 
 def prepare(tasks, **options):
     options = FinetuneOptions(
-        model_name_or_path=str(tasks / "conv"), output_dir="any", dataset_path=str(tasks), **options
+        model_name_or_path=str(tasks / "conv"), output_dir="any", task_name=["sst2"], dataset_path=str(tasks), **options
     )
     tokenizer = finetune_data.prepare_tokenizer(options)
     return finetune.prepare_task(text_tasks.GLUE["sst2"], options, tokenizer).train, tokenizer

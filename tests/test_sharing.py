@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.models.auto import modeling_auto
 
 from ordnung.modeling.registration import FAMILIES, heads_of
-from ordnung.scripts import finetune_glue, pretrain, push_to_hub
+from ordnung.scripts import finetune, pretrain, push_to_hub
 from ordnung.scripts.common import machine
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.hub import sharing
@@ -446,7 +446,7 @@ def test_fine_tuning_ends_with_a_push_of_the_best_run_of_each_task(hub, train, t
     arguments = ["--model_name_or_path", str(source), "--dataset_path", str(data), "--max_steps", "3", "--use_cpu"]
     arguments += ["--output_dir", str(tmp_path / "tuned"), "--seeds", "0", "1", "--push_to_hub"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert finetune_glue.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "whale-glue"]) == 0
+    assert finetune.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "whale-glue"]) == 0
     assert set(hub.repositories) == {"ahab/whale-glue-sst2", "ahab/whale-glue-rte"}
     results = json.loads((tmp_path / "tuned" / "results.json").read_text())["tasks"]["sst2"]
     files = hub.repositories["ahab/whale-glue-sst2"].files()
@@ -461,11 +461,11 @@ def test_fine_tuning_ends_with_a_push_of_the_best_run_of_each_task(hub, train, t
     hub.faults["more-sst2/preupload"] = 100
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ScriptError, match=r"^sst2: [^\n]*\npush it again by: .*ahab/more-sst2 .*$"):
-        finetune_glue.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "more"])
+        finetune.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "more"])
     assert "model.safetensors" in hub.repositories["ahab/more-rte"].files()
     # the same command again pushes what is there already, and trains nothing
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert finetune_glue.main([*arguments, "--task_name", "sst2", "--hub_model_id", "other"]) == 0
+    assert finetune.main([*arguments, "--task_name", "sst2", "--hub_model_id", "other"]) == 0
     assert set(hub.repositories) >= {"ahab/other"}
 
 
@@ -475,10 +475,10 @@ def test_an_adapter_that_nobody_could_load_is_refused_before_it_is_trained(hub, 
     arguments += ["--output_dir", str(tmp_path / "tuned"), "--task_name", "sst2", "--push_to_hub", "--use_peft"]
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ScriptError, match="a local folder, is of no use to others: add --merge_adapter"):
-        finetune_glue.main(arguments)
+        finetune.main(arguments)
     assert not (tmp_path / "tuned").exists() and not hub.repositories
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert finetune_glue.main([*arguments, "--merge_adapter"]) == 0
+    assert finetune.main([*arguments, "--merge_adapter"]) == 0
     assert "model.safetensors" in hub.repositories["ahab/tuned"].files()
 
 

@@ -79,7 +79,7 @@ def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
     out = tmp_path / "out"
     stops = iter([0, 143])
     real = finetuning.run
-    monkeypatch.setattr(finetuning, "run", lambda tasks, options: next(stops) or real(tasks, options))
+    monkeypatch.setattr(finetuning, "run", lambda options: next(stops) or real(options))
     assert transfer_program.main(argv) == 143  # stopped in the second variant
     monkeypatch.setattr(finetuning, "run", real)
     monkeypatch.setattr(pretraining, "run", None)  # both are pretrained

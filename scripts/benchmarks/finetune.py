@@ -18,7 +18,7 @@ from ordnung.scripts.finetuning.data import prepare_tokenizer
 from ordnung.scripts.finetuning.model import build_model
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.run import Finetuning, prepare_task
-from ordnung.scripts.finetuning.tasks import TASKS, choose_tasks
+from ordnung.scripts.finetuning.tasks import choose_tasks
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.signals import StopSignals
 
@@ -59,11 +59,12 @@ def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: l
 
 def run(bench: FinetuneBenchOptions) -> int:
     """Time both loops and write the results; returns the exit status."""
-    (task,) = choose_tasks([bench.task_name], TASKS)
+    (task,) = choose_tasks([bench.task_name])
     logging.basicConfig(format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         names = ("model_name_or_path", "dataset_path", "max_length", "per_device_train_batch_size", "use_cpu")
-        options = FinetuneOptions(output_dir=folder, max_steps=10**6, **{name: getattr(bench, name) for name in names})
+        shared = {name: getattr(bench, name) for name in names}
+        options = FinetuneOptions(output_dir=folder, task_name=[task.name], max_steps=10**6, **shared)
         accelerator = make_accelerator(options)
         tokenizer = prepare_tokenizer(options)
         data = prepare_task(task, options, tokenizer)

@@ -13,7 +13,7 @@ from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.options import BaselineOptions
 from ordnung.scripts.finetuning.data import load_splits
 from ordnung.scripts.finetuning.glue_metric import Glue
-from ordnung.scripts.finetuning.tasks import TASKS, Task, choose_tasks
+from ordnung.scripts.finetuning.tasks import Task, choose_tasks
 
 # inverse regularisation strengths to choose from
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
@@ -82,7 +82,7 @@ def score(task: Task, options: BaselineOptions) -> dict[str, Any]:
 
 def run(options: BaselineOptions) -> int:
     """Score the tasks and write the results; returns the exit status."""
-    tasks = choose_tasks(options.task_name, TASKS)
+    tasks = choose_tasks(options.task_name)
     results = {"machine": machine_info(), "scikit_learn": package_version("scikit-learn"), "tasks": {}}
     for task in tasks:
         results["tasks"][task.name] = score(task, options)

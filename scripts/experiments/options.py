@@ -127,7 +127,7 @@ class CompareOptions:
 @dataclass(kw_only=True)
 class BaselineOptions:
     output_dir: str = required("Folder for results.json.")
-    task_name: list[str] = required(f"One or more of {', '.join(TASKS)}, or all.")
+    task_name: list[str] = required(f"One or more of {', '.join(TASKS)}; all: GLUE's.")
     dataset_path: str | None = option(None, "Local folder: a folder for each task, or the files of a single one.")
     dataset_name: str | None = option(None, "Data set of the Hub in place of the task's own.")
     max_train_samples: int | None = option(None, "Train on so many examples, chosen at random.")
@@ -155,7 +155,7 @@ class TransferOptions:
     def __post_init__(self):
         self.config_overrides, self.finetune = self.config_overrides or {}, self.finetune or {}
         self.finetune_by_task = self.finetune_by_task or {}
-        choose_tasks([*self.task_name, *self.finetune_by_task], TASKS)
+        choose_tasks([*self.task_name, *self.finetune_by_task])
         check_seeds(self.seeds)
         for options in (self.finetune, *self.finetune_by_task.values()):
             own = [name for name in OWN_OPTIONS if name in options]

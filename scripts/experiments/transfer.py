@@ -13,7 +13,6 @@ from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
-from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.pretraining import run as pretraining
 from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.runs import claim_output_dir
@@ -22,7 +21,7 @@ from ordnung.scripts.training.runs import claim_output_dir
 def finetune_options(options: TransferOptions, task: str, model: Path, output_dir: Path) -> FinetuneOptions:
     """The options of a variant's runs on a task."""
     own = {"model_name_or_path": str(model), "output_dir": str(output_dir), "seeds": options.seeds}
-    own["dataset_path"] = options.data_path(task)
+    own |= {"task_name": [task], "dataset_path": options.data_path(task)}
     words = compare.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
     return parse_options(FinetuneOptions, words)
 
@@ -111,9 +110,7 @@ def run(options: TransferOptions) -> int:
     for task in options.task_name:
         for name in options.variants:
             folder = output_dir / "finetune" / name / task
-            status = finetuning.run(
-                [TASKS[task]], finetune_options(options, task, output_dir / "pretrain" / name, folder)
-            )
+            status = finetuning.run(finetune_options(options, task, output_dir / "pretrain" / name, folder))
             if status:
                 return status
             variants[name]["tasks"][task] = json.loads((folder / "results.json").read_text())["tasks"][task]

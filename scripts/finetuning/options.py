@@ -1,4 +1,4 @@
-"""The options that the fine-tuning programs share."""
+"""The options of finetune.py."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -7,6 +7,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, option, required
+from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
 from ordnung.scripts.training.runs import check_seeds
 
@@ -16,6 +17,7 @@ class FinetuneOptions(HubOptions):
     """Every option, in the order of --help. Names follow transformers' TrainingArguments where it has one."""
 
     model_name_or_path: str = required("Checkpoint to fine-tune: folder or Hub name.")
+    task_name: list[str] = required(f"One or more of {', '.join(TASKS)}; all: GLUE's.")
     output_dir: str = required("Folder for results.json, results.md and a folder for each run.")
 
     # model

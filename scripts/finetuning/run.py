@@ -1,4 +1,4 @@
-"""Fine-tuning on text classification: the loop that finetune_glue.py and finetune_imdb.py share.
+"""Fine-tuning on text classification: tasks and seeds, one run after the other.
 
 The output folder receives results.json and results.md and, for each task and seed, a folder <task>/seed-<n> with the
 model, its tokenizer, metrics.jsonl, results.json and the predictions for test splits. Finished runs are kept and
@@ -14,7 +14,6 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ from ordnung.scripts.finetuning.model import bare, build_config, build_model, em
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
 from ordnung.scripts.finetuning.sharing import describe_run, find_targets, push_best
-from ordnung.scripts.finetuning.tasks import Task
+from ordnung.scripts.finetuning.tasks import Task, choose_tasks
 from ordnung.scripts.training import checkpointing
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.optimization import make_optimizer, make_scheduler
@@ -404,7 +403,7 @@ def mean_score(scores: dict[str, float]) -> float:
     return fmean(value for name, value in scores.items() if name != "loss")
 
 
-def run(tasks: Sequence[Task], options: FinetuneOptions) -> int:
+def run(options: FinetuneOptions) -> int:
     """Fine-tune on each task with each seed and write the results.
 
     All data, the tokenizer and the config are checked before the first run.
@@ -414,6 +413,7 @@ def run(tasks: Sequence[Task], options: FinetuneOptions) -> int:
     Raises:
         ScriptError: options, data or model do not fit; a run fails.
     """
+    tasks = choose_tasks(options.task_name)
     accelerator, output_dir = make_accelerator(options), Path(options.output_dir)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ordnung").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)

@@ -68,18 +68,17 @@ IMDB = Task("imdb", "stanfordnlp/imdb", None, ("text",), ("neg", "pos"), evaluat
 TASKS = {**GLUE, "imdb": IMDB}
 
 
-def choose_tasks(names: Sequence[str], known: dict[str, Task]) -> list[Task]:
-    """The tasks of these names, each once; "all" names every one.
+def choose_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names, each once; "all" names GLUE's.
 
     Raises:
         ScriptError: no name, or an unknown one.
     """
-    chosen = dict.fromkeys(name for given in names for name in (known if given == "all" else [given]))
+    chosen = dict.fromkeys(name for given in names for name in (GLUE if given == "all" else [given]))
+    known = f"{', '.join(TASKS)}, or all for GLUE's"
     for name in chosen:
-        if name not in known:
-            raise ScriptError(
-                f"unknown --task_name {name!r}{closest(name, known)}; the tasks are {', '.join(known)}, or all"
-            )
+        if name not in TASKS:
+            raise ScriptError(f"unknown --task_name {name!r}{closest(name, TASKS)}; the tasks are {known}")
     if not chosen:
-        raise ScriptError(f"give --task_name: one or more of {', '.join(known)}, or all")
-    return [known[name] for name in chosen]
+        raise ScriptError(f"give --task_name: one or more of {known}")
+    return [TASKS[name] for name in chosen]
