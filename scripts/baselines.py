@@ -1,6 +1,6 @@
-"""What needs no neural network: the majority class, and TF-IDF with logistic regression, on the same data and scores.
+"""Score the majority class and TF-IDF with logistic regression, which need no network.
 
-    python scripts/baselines.py --task_name sst2 imdb --dataset_path data/ --output_dir out/baselines
+    ordnung baselines --task_name sst2 imdb --dataset_path data/ --output_dir out/baselines
 
 A model below these has learned nothing that counting words would not. TF-IDF counts words and pairs of words with
 sublinear term frequencies; a pair of texts gives the weights of both, their absolute difference and their product.
@@ -10,13 +10,15 @@ and by their mean. Needs `pip install "ordnung[evidence]"` (scikit-learn).
 
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.experiments.baselines import run
 from ordnung.scripts.experiments.options import BaselineOptions
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(BaselineOptions, argv, __doc__))
+    options = parse_options(BaselineOptions, argv, __doc__)
+    from ordnung.scripts.experiments.baselines import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,38 @@
-"""The fine-tuning loop against a bare accelerate loop around the same model, on the same rows in the same order.
+"""Time the fine-tuning loop against a bare accelerate loop around the same model.
 
-    python scripts/bench_finetune.py --model_name_or_path out/demo --dataset_path data/glue --task_name sst2
+    ordnung bench-finetune --model_name_or_path out/demo --dataset_path data/glue --task_name sst2
 
 The bare loop is what a user would write: a DataLoader over tokenized data with transformers' padding collator, forward,
-backward, clipping, AdamW and the schedule, and nothing else. Both take the same steps, one after the other in each
-round, and change places from round to round. The ratio is the median over rounds of ours to theirs.
+backward, clipping, AdamW and the schedule, and nothing else. Both take the same steps on the same rows, one after the
+other in each round, and change places from round to round. The ratio is the median over rounds of ours to theirs.
 """
 
-from ordnung.scripts.benchmarks.finetune import run
-from ordnung.scripts.benchmarks.options import FinetuneBenchOptions
+from dataclasses import dataclass
+
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.finetuning.tasks import TASKS
+
+
+@dataclass(kw_only=True)
+class FinetuneBenchOptions:
+    model_name_or_path: str = required("Checkpoint: folder or Hub name.", section="model")
+    use_cpu: bool = option(False, "Stay on the CPU even where there is an accelerator.")
+    task_name: str = required(f"One of {', '.join(TASKS)}.", section="data")
+    dataset_path: str | None = option(None, "Local folder; default: the Hub.")
+    max_length: int | None = option(None, "Tokens of an example.")
+    per_device_train_batch_size: int = option(32, "Examples in a batch.", section="timing")
+    steps: int = option(50, "Steps of a round.")
+    rounds: int = option(5, "Rounds; one more before them is not counted.")
+    output_file: str | None = option(None, "JSON file for the results.", section="output")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(FinetuneBenchOptions, argv, __doc__))
+    options = parse_options(FinetuneBenchOptions, argv, __doc__)
+    from ordnung.scripts.benchmarks.finetune import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

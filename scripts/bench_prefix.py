@@ -1,7 +1,9 @@
-"""What predicting from every prefix costs: CubicPrefixLM, the loop that defines it, and the causal transformer.
+"""Measure what predicting from every prefix costs.
 
-    python scripts/bench_prefix.py                                   # some minutes on one CPU core
-    python scripts/bench_prefix.py --layers 2 3 --lengths 128 --repeats 3
+CubicPrefixLM is held against the loop that defines it and against the causal transformer.
+
+    ordnung bench-prefix                                   # some minutes on one CPU core
+    ordnung bench-prefix --layers 2 3 --lengths 128 --repeats 3
 
 Forward and backward of one sequence: `naive` runs one encoder pass for each prefix, `cubic` shares what prefixes have
 in common, `recomputed` is the same with gradient checkpointing, `stride` has `prefix_stride` 8, `causal` is None.
@@ -10,30 +12,37 @@ after a prompt: by encoding all anew, and with the generation state. Outputs are
 in turns. Results go to a JSON file.
 """
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
-from ordnung.scripts.benchmarks.prefix import run
 from ordnung.scripts.common.errors import run_script
+from ordnung.scripts.common.options import check_bounds, option, parse_options
+
+
+@dataclass(kw_only=True)
+class PrefixBenchOptions:
+    layers: list[int] = option([2, 3, 4], "Numbers of layers.", least=1, section="models")
+    hidden_size: int = option(128, "Width.", least=1)
+    num_attention_heads: int = option(4, "Heads.", least=1)
+    lengths: list[int] = option([64, 128, 256], "Tokens to train on.", least=2, section="data")
+    count_lengths: list[int] = option([512, 1024], "Tokens to count FLOPs at.", least=2)
+    decode_lengths: list[int] = option([192, 512], "Tokens before those decoded.", least=2)
+    decode_layers: int = option(3, "Layers of the models that decode.", least=1)
+    decode_steps: int = option(16, "Tokens decoded.", least=1)
+    repeats: int = option(5, "Times each is timed.", least=1, section="timing")
+    threads: int = option(1, "CPU threads.", least=1)
+    seed: int = option(0, "Of weights and tokens.")
+    output: str = option("out/bench_prefix.json", "JSON file for the results.", section="output")
+
+    def __post_init__(self):
+        check_bounds(self)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--layers", nargs="+", type=int, default=[2, 3, 4])
-    add("--lengths", nargs="+", type=int, default=[64, 128, 256], help="tokens")
-    add("--hidden_size", type=int, default=128)
-    add("--num_attention_heads", type=int, default=4)
-    add("--repeats", type=int, default=5)
-    add("--count_lengths", nargs="+", type=int, default=[512, 1024], help="tokens to count FLOPs at")
-    add("--decode_lengths", nargs="+", type=int, default=[192, 512], help="tokens before those decoded")
-    add("--decode_layers", type=int, default=3)
-    add("--decode_steps", type=int, default=16)
-    add("--threads", type=int, default=1)
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("out/bench_prefix.json"))
-    return run(parser.parse_args(argv))
+    options = parse_options(PrefixBenchOptions, argv, __doc__)
+    from ordnung.scripts.benchmarks.prefix import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

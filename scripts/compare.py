@@ -1,6 +1,6 @@
 """Pretrain variants on the same text and compare them.
 
-    python scripts/compare.py --config scripts/configs/compare_conv.yaml
+    ordnung compare --config compare_conv
 
 Every variant is a run of pretrain.py with the same data, tokenizer, steps and options, once with each seed; a seed
 chooses initial weights and the order of the data, and the text held out is the same for all. The output folder
@@ -10,13 +10,15 @@ resumed: the same command goes on where it was stopped, and a variant or seed ca
 
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.experiments.compare import run
 from ordnung.scripts.experiments.options import CompareOptions
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(CompareOptions, argv, __doc__))
+    options = parse_options(CompareOptions, argv, __doc__)
+    from ordnung.scripts.experiments.compare import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

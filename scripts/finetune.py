@@ -1,6 +1,6 @@
-"""Fine-tune a checkpoint on GLUE and IMDB.
+"""Fine-tune a checkpoint on GLUE's tasks and IMDB.
 
-    python scripts/finetune.py --model_name_or_path out/demo --task_name sst2 rte --seeds 0 1 2 --output_dir out/glue
+    ordnung finetune --model_name_or_path out/demo --task_name sst2 rte --seeds 0 1 2 --output_dir out/glue
 
 Runs on one process or, through `accelerate launch`, on several. The output folder receives results.json and results.md
 and, for each task and seed, a folder with the model; the same command goes on where it was stopped, and a task or seed
@@ -12,12 +12,14 @@ scored.
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.finetuning.options import FinetuneOptions
-from ordnung.scripts.finetuning.run import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(FinetuneOptions, argv, __doc__))
+    options = parse_options(FinetuneOptions, argv, __doc__)
+    from ordnung.scripts.finetuning.run import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,45 @@
-"""Write text with a checkpoint: `python scripts/generate.py --model_name_or_path out/demo --prompt "Call me"`.
+"""Write text with a checkpoint.
+
+    ordnung generate --model_name_or_path out/demo --prompt "Call me"
 
 Text appears on stdout as it is made, the speed on stderr. Without a sampling option decoding is what the checkpoint's
 generation config says, which is greedy if it says nothing.
 """
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
-from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.generation import run
-from ordnung.scripts.common.options import positive, probability
+from ordnung.scripts.common.errors import ScriptError, run_script
+from ordnung.scripts.common.options import check_bounds, option, parse_options, required
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(description="Write text with a checkpoint.")
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder or Hub name")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", help="one or more texts to continue; default: standard input")
-    source.add_argument("--prompt_file", nargs="+", type=Path, help="files to continue, each a prompt")
-    parser.add_argument("--max_new_tokens", type=positive(int), default=200)
-    parser.add_argument("--num_return_sequences", type=positive(int), default=1, help="texts per prompt")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    sampling = parser.add_argument_group("sampling (any of these switches it on)")
-    sampling.add_argument("--temperature", type=positive(float), help="1 samples from the model as it is")
-    sampling.add_argument("--top_k", type=positive(int), help="sample from the k likeliest tokens")
-    sampling.add_argument(
-        "--top_p", type=probability, help="sample from the likeliest tokens of this total probability"
+@dataclass(kw_only=True)
+class GenerateOptions:
+    model_name_or_path: str = required("Checkpoint: folder or Hub name.", section="model")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    prompt: list[str] | None = option(None, "One or more texts to continue; default: standard input.", section="data")
+    prompt_file: list[str] | None = option(None, "Or files to continue, each a prompt.")
+    max_new_tokens: int = option(200, "Most tokens of a text.", least=1, section="output")
+    num_return_sequences: int = option(1, "Texts per prompt.", least=1)
+    seed: int | None = option(None, "Makes sampling repeatable.")
+    temperature: float | None = option(
+        None, "1 samples from the model as it is.", above=0, section="sampling (any but the last switches it on)"
     )
-    parser.add_argument("--repetition_penalty", type=positive(float), help="above 1: tokens used before get unlikelier")
-    return parser
+    top_k: int | None = option(None, "Sample from the k likeliest tokens.", least=1)
+    top_p: float | None = option(None, "Sample from the likeliest tokens of this total probability.", above=0, most=1)
+    repetition_penalty: float | None = option(None, "Above 1: tokens used before get unlikelier.", above=0)
+
+    def __post_init__(self):
+        check_bounds(self)
+        if self.prompt and self.prompt_file:
+            raise ScriptError("give --prompt or --prompt_file, not both")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(build_parser().parse_args(argv))
+    options = parse_options(GenerateOptions, argv, __doc__)
+    from ordnung.scripts.common.generation import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

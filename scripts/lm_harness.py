@@ -9,8 +9,6 @@ ships are downloaded by it. Needs `pip install "ordnung[harness]"`.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
 from ordnung.scripts.common.errors import ScriptError, closest, run_script
 from ordnung.scripts.common.files import write_json
@@ -43,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(HarnessOptions, argv, __doc__)
     try:
         import lm_eval
+        import torch
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -1,6 +1,6 @@
 """Draw how a model mixes the tokens of a text, and how much of it a low rank holds.
 
-`python scripts/plot_mixing.py --model_name_or_path out/demo --text "Call me Ishmael." --output_dir out/mixing`
+    ordnung plot-mixing --model_name_or_path out/demo --text "Call me Ishmael." --output_dir out/mixing
 
 `mixing.png` shows the weights of every head of every layer: softmax weights, a convolution's Toeplitz matrix, weights
 of slots. `spectrum.png` shows the share of the sum of singular values that the first ones hold, as figure 1 of the
@@ -8,25 +8,33 @@ Linformer paper (Wang et al. 2020, arXiv 2006.04768), `spectrum.json` the figure
 checkpoints are drawn as the softmax models that they are.
 """
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
-from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import positive
-from ordnung.scripts.reports.mixing import run
+from ordnung.scripts.common.errors import ScriptError, run_script
+from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+
+
+@dataclass(kw_only=True)
+class MixingOptions:
+    model_name_or_path: str = required("Checkpoint: folder or Hub name.", section="model")
+    text: str | None = option(None, "The text.", section="data")
+    text_file: str | None = option(None, "Or a file with the text.")
+    max_length: int = option(512, "Tokens of it to use.", least=1)
+    rank: int | None = option(None, "Rank of the figures; default: a quarter of the tokens.", least=1)
+    output_dir: str = required("Folder for the images and figures.", section="output")
+
+    def __post_init__(self):
+        check_bounds(self)
+        if (self.text is None) == (self.text_file is None):
+            raise ScriptError("give one of --text and --text_file")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    parser = argparse.ArgumentParser(description="Draw how a model mixes the tokens of a text.")
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder or Hub name")
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", help="the text")
-    text.add_argument("--text_file", type=Path, help="file with the text")
-    parser.add_argument("--max_length", type=positive(int), default=512, help="tokens of it to use")
-    parser.add_argument("--rank", type=positive(int), help="rank of the figures; default: a quarter of the tokens")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the images and figures")
-    return run(parser.parse_args(argv))
+    options = parse_options(MixingOptions, argv, __doc__)
+    from ordnung.scripts.reports.mixing import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
-"""Train variants on tasks that a pass over the whole prefix can express and causal attention may not.
+"""Train variants on tasks that causal attention may not express.
 
-    python scripts/prefix_tasks.py --config scripts/configs/tasks_pointer.yaml
+    ordnung prefix-tasks --config tasks_pointer
 
 `pointer`: a permutation is shown, then at each query the model has to answer with what the permutation gives when it is
 applied once, twice, or up to `hops` times; causal tokens cannot look up where the values after them point (arXiv
-2412.02975). `triplets`:
-Triplet-Counting (ENTP, arXiv 2410.01600), where each token counts the pairs among all tokens so far that sum with the
-last one to a multiple of their number. Every variant sees the same sequences for the same number of steps; those that
-cost less than the dearest then go on to the same number of FLOPs. The output folder receives results.json, results.md
-and accuracy.png. Finished runs are kept: the same command goes on where it was stopped, and a variant or seed can be
-added later.
+2412.02975). `triplets`: Triplet-Counting (ENTP, arXiv 2410.01600), where each token counts the pairs among all tokens
+so far that sum with the last one to a multiple of their number. Every variant sees the same sequences for the same
+number of steps; those that cost less than the dearest then go on to the same number of FLOPs. The output folder
+receives results.json, results.md and accuracy.png. Finished runs are kept: the same command goes on where it was
+stopped, and a variant or seed can be added later.
 """
 
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.experiments.options import TaskOptions
-from ordnung.scripts.experiments.prefix_tasks import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(TaskOptions, argv, __doc__))
+    options = parse_options(TaskOptions, argv, __doc__)
+    from ordnung.scripts.experiments.prefix_tasks import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

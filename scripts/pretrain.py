@@ -1,19 +1,24 @@
-"""Pretrain a language model: `python scripts/pretrain.py --config scripts/configs/demo.yaml`.
+"""Pretrain a language model.
 
-Runs on one process or, through `accelerate launch --config_file scripts/configs/accelerate_*.yaml`, on several. The
-model and its tokenizer end up in the output folder, ready for `from_pretrained`; beside them are metrics.jsonl, the
-loss curve, results.json, run.yaml (all options, usable with --config), the best model and the checkpoints.
+    ordnung pretrain --config demo
+
+Runs on one process or, through `accelerate launch --config_file scripts/configs/accelerate_*.yaml scripts/pretrain.py`,
+on several. The model and its tokenizer end up in the output folder, ready for `from_pretrained`; beside them are
+metrics.jsonl, the loss curve, results.json, run.yaml (all options, usable with --config), the best model and the
+checkpoints.
 """
 
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.pretraining.options import PretrainOptions
-from ordnung.scripts.pretraining.run import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(PretrainOptions, argv, __doc__))
+    options = parse_options(PretrainOptions, argv, __doc__)
+    from ordnung.scripts.pretraining.run import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

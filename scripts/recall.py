@@ -1,6 +1,6 @@
-"""Train variants on multi-query associative recall and measure what each can look up, and from how far.
+"""Train variants on associative recall: what can each look up, and from how far?
 
-    python scripts/recall.py --config scripts/configs/recall_conv.yaml
+    ordnung recall --config recall_conv
 
 A sequence shows key-value pairs; after them keys come again, and at each the model has to answer with the key's value
 (MQAR, Arora et al. 2023, arXiv 2312.04927). Every variant trains on the same freshly drawn sequences for the same
@@ -12,12 +12,14 @@ where it was stopped, and a variant or seed can be added later.
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.experiments.options import RecallOptions
-from ordnung.scripts.experiments.recall import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(RecallOptions, argv, __doc__))
+    options = parse_options(RecallOptions, argv, __doc__)
+    from ordnung.scripts.experiments.recall import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

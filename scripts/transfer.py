@@ -1,23 +1,24 @@
 """Pretrain variants on the same text, then fine-tune each on the same tasks.
 
-    python scripts/transfer.py --config scripts/configs/transfer_cpu.yaml --glue_path data/glue --imdb_path data/imdb
+    ordnung transfer --config transfer_cpu --glue_path data/glue --imdb_path data/imdb
 
 Every variant is pretrained once by pretrain.py with the same text, tokenizer, steps and options, and then fine-tuned
-on each task with each seed by finetune.py. The majority class and TF-IDF with logistic
-regression are scored on the same data. The output folder receives results.json and results.md beside the runs.
-Finished runs are kept and stopped ones resumed: the same command goes on where it was stopped, and a variant, task or
-seed can be added later.
+on each task with each seed by finetune.py. The majority class and TF-IDF with logistic regression are scored on the
+same data. The output folder receives results.json and results.md beside the runs. Finished runs are kept and stopped
+ones resumed: the same command goes on where it was stopped, and a variant, task or seed can be added later.
 """
 
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.experiments.options import TransferOptions
-from ordnung.scripts.experiments.transfer import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    return run(parse_options(TransferOptions, argv, __doc__))
+    options = parse_options(TransferOptions, argv, __doc__)
+    from ordnung.scripts.experiments.transfer import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ordnung.scripts.benchmarks import run as bench_run
 from ordnung.scripts.benchmarks.cases import Case, Sample, Settings
 from ordnung.scripts.benchmarks.report import add_ratios, markdown
 from ordnung.scripts.benchmarks.variants import CAUSAL, VARIANTS, Shape, mamba_matmul_flops, pairs, state_bytes
+from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.machine import machine_info
 
 SHAPE = Shape(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, kernel_size=16)
@@ -363,25 +364,24 @@ def test_interrupt_keeps_finished_lengths(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (["--variants", "gpt3"], "gpt3"),
+        (["--variants", "gpt3"], "--variants gpt3; there are conv_lm, "),
         (["--variants", "conv_lm", "--baseline", "mamba"], "--baseline mamba must be among --variants"),
-        (["--hidden_size", "50"], "--hidden_size (50) must be a multiple of --num_attention_heads (4)"),
-        (["--lengths", "0"], "--lengths (0)"),
-        (["--decode_steps", "0"], "--decode_steps (0)"),
+        (["--hidden_size", "50"], r"--hidden_size \(50\) must be a multiple of --num_attention_heads \(4\)"),
+        (["--tasks", "decod"], "--tasks decod; did you mean 'decode'"),
+        (["--lengths", "16", "0"], "--lengths must be at least 1, not 0"),
+        (["--decode_steps", "0"], "--decode_steps must be at least 1, not 0"),
     ],
 )
-def test_bad_arguments(bad, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_bad_arguments(bad, message, tmp_path):
+    with pytest.raises(ScriptError, match=message):
         benchmark.main(arguments(tmp_path, *bad))
-    assert message in capsys.readouterr().err
 
 
-def test_cuda_is_refused_in_words_without_a_gpu(tmp_path, capsys):
+def test_cuda_is_refused_in_words_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ScriptError, match="torch sees no GPU"):
         benchmark.main(arguments(tmp_path, "--device", "cuda"))
-    assert "torch sees no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.cuda

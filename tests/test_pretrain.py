@@ -290,13 +290,13 @@ def test_trackers_get_what_metrics_jsonl_gets(run, monkeypatch):
 def test_the_loss_curve_can_be_drawn_again(run, tmp_path, capsys):
     out = run(max_steps=2)
     (out / "loss_curve.png").unlink()
-    plot_loss.main([str(out), "--output", str(tmp_path / "curve.svg"), "--title", "a title"])
+    plot_loss.main(["--run", str(out), "--output", str(tmp_path / "curve.svg"), "--title", "a title"])
     assert "<svg" in (tmp_path / "curve.svg").read_text()
-    plot_loss.main([str(out / "metrics.jsonl")])
+    plot_loss.main(["--run", str(out / "metrics.jsonl")])
     assert (out / "loss_curve.png").exists()
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ScriptError, match="holds no losses yet"):
-        plot_loss.main([str(tmp_path)])
+        plot_loss.main(["--run", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_the_loss_curve_can_be_drawn_again(run, tmp_path, capsys):
         ({"streaming": True}, "nothing can be held out of a stream"),
         ({"report_to": "trackoi"}, "trackoi: unknown tracker.*trackio"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: .*min_lr"),
-        ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
+        ({"config": "nowhere.yaml"}, "--config nowhere.yaml: no such file"),
         (
             {"model": ["--model_type=softmax_lm", "--config_overrides", TINY + ",max_position_embeddings=16"]},
             r"32 is above the model's max_position_embeddings \(16\); set max_position_embeddings=32 in --config_ov",

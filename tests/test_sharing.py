@@ -405,7 +405,7 @@ def test_training_ends_with_a_push(hub, train, monkeypatch):
 
 def test_a_failed_push_loses_nothing_that_was_trained(hub, train, tmp_path):
     hub.faults["PUT /lfs/"] = 100
-    with pytest.raises(ScriptError, match="push it again by: python scripts/push_to_hub.py") as caught:
+    with pytest.raises(ScriptError, match="push it again by: ordnung share ") as caught:
         train("--push_to_hub", "--hub_private", "--hub_revision", "small", "--hub_license", "mit")
     out = tmp_path / "whale"
     AutoModelForCausalLM.from_pretrained(out)

@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
-from ordnung.scripts.benchmarks.options import FinetuneBenchOptions
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.finetuning.data import prepare_tokenizer
@@ -57,8 +56,8 @@ def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: l
     return take
 
 
-def run(bench: FinetuneBenchOptions) -> int:
-    """Time both loops and write the results; returns the exit status."""
+def run(bench) -> int:
+    """Time both loops by bench_finetune.py's options and write the results; returns the exit status."""
     (task,) = choose_tasks([bench.task_name])
     logging.basicConfig(format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:

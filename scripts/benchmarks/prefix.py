@@ -3,6 +3,8 @@
 import math
 import statistics
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -224,14 +226,14 @@ def markdown(results: dict) -> str:
 
 
 def run(options) -> int:
-    """Measure, print and write the results; returns the exit status."""
+    """Measure as bench_prefix.py's options say, print and write the results; returns the exit status."""
     torch.set_num_threads(options.threads)
     rows = []
     for layers in options.layers:
         for length in sorted(options.lengths):
             rows.append(measure_training(options, layers, length))
             print(f"{layers} layers, {length} tokens: done", flush=True)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    settings = {name: value for name, value in asdict(options).items() if name != "output"}
     results = {
         "machine": machine_info(),
         "settings": settings,
@@ -239,7 +241,7 @@ def run(options) -> int:
         "counted": {str(layers): count(options, layers) for layers in options.layers},
         "decoding": [measure_decoding(options, length) for length in options.decode_lengths],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, results)
     print(f"\n{markdown(results)}\n\nWritten: {options.output}")
     return 0

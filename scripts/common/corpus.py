@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from ordnung.scripts.common.errors import ScriptError
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 # Long documents are tokenized in pieces of about this many characters: many at once, and in bounded memory.
 PIECE_CHARACTERS = 2**18
 # Documents are tokenized in groups of about this many characters; it is also the range a stream is shuffled over.
@@ -25,7 +26,7 @@ _SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 def find_files(patterns: Sequence[str], option: str) -> list[str]:
-    """Expand file names and glob patterns.
+    """Expand file names and glob patterns; a name that matches nothing may be that of a text which is installed.
 
     Raises:
         ScriptError: a pattern that matches no file.
@@ -33,6 +34,8 @@ def find_files(patterns: Sequence[str], option: str) -> list[str]:
     files = []
     for pattern in patterns:
         matches = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        if not matches and (DATA / pattern).is_file():
+            matches = [str(DATA / pattern)]
         if not matches:
             raise ScriptError(f"--{option} {pattern}: no such file")
         files += matches

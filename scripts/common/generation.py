@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
@@ -12,12 +13,12 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.models import check_folder
 
 
-def read_prompts(args):
+def read_prompts(options) -> list[str]:
     """The prompts as texts: from the command line, files or standard input (whole, less one final line break)."""
-    if args.prompt:
-        return args.prompt
+    if options.prompt:
+        return options.prompt
     try:
-        texts = [path.read_text(encoding="utf-8") for path in args.prompt_file or []] or [sys.stdin.read()]
+        texts = [Path(name).read_text(encoding="utf-8") for name in options.prompt_file or []] or [sys.stdin.read()]
     except OSError as error:
         raise ScriptError(f"cannot read the prompt file {error.filename}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -65,33 +66,33 @@ def encode(prompt, tokenizer, model):
     return torch.tensor([ids], device=model.device)
 
 
-def run(args) -> int:
-    """Write a text for each prompt; returns the exit status."""
+def run(options) -> int:
+    """Write a text for each prompt of generate.py's options; returns the exit status."""
     logging.disable_progress_bar()
-    model, tokenizer = load(args.model_name_or_path, args.trust_remote_code)
+    model, tokenizer = load(options.model_name_or_path, options.trust_remote_code)
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if options.keys() - {"repetition_penalty"}:
-        options["do_sample"] = True
-    if args.num_return_sequences > 1 and not options.get("do_sample", model.generation_config.do_sample):
+    sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if sampling.keys() - {"repetition_penalty"}:
+        sampling["do_sample"] = True
+    if options.num_return_sequences > 1 and not sampling.get("do_sample", model.generation_config.do_sample):
         raise ScriptError("--num_return_sequences above 1 needs sampling, else all are equal: add --temperature 1")
-    if args.seed is not None:
-        set_seed(args.seed)
+    if options.seed is not None:
+        set_seed(options.seed)
 
-    prompts = [encode(prompt, tokenizer, model) for prompt in read_prompts(args)]
-    many = len(prompts) * args.num_return_sequences > 1
+    prompts = [encode(prompt, tokenizer, model) for prompt in read_prompts(options)]
+    many = len(prompts) * options.num_return_sequences > 1
     new_tokens, start = 0, time.perf_counter()
     for i, input_ids in enumerate(prompts):
-        for j in range(args.num_return_sequences):
+        for j in range(options.num_return_sequences):
             if many:
                 print(f"--- prompt {i + 1}, text {j + 1} ---", flush=True)
             streamer = TextStreamer(tokenizer, skip_special_tokens=True)
             output = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=args.max_new_tokens,
+                max_new_tokens=options.max_new_tokens,
                 streamer=streamer,
-                **options,
+                **sampling,
             )
             new_tokens += output.shape[1] - input_ids.shape[1]
     seconds = time.perf_counter() - start

@@ -38,6 +38,11 @@ def available_memory_bytes() -> int | None:
     return _kib_field_bytes("MemAvailable")
 
 
+def is_command(argv: list[str]) -> bool:
+    """Whether these words were given to the command `ordnung`, not to a program's file."""
+    return Path(argv[0]).stem in ("ordnung", "cli") and len(argv) > 1
+
+
 def command_line(argv: list[str]) -> str:
     """The command as a shell takes it, access tokens left out."""
     shown, secret = [], False
@@ -50,7 +55,7 @@ def command_line(argv: list[str]) -> str:
             argument = f"{option}=..."
         shown.append(argument)
         secret = names_token and not equals and not secret
-    return shlex.join([Path(sys.executable).name, *shown])
+    return shlex.join(["ordnung", *shown[1:]] if is_command(argv) else [Path(sys.executable).name, *shown])
 
 
 def machine_info() -> dict:

@@ -39,7 +39,7 @@ from ordnung.modeling.standalone import WEIGHTS
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.hub.model_card import Subject, eval_result_files, head_of, make_card
-from ordnung.scripts.hub.options import HubOptions
+from ordnung.scripts.hub.options import COMMIT_MESSAGE, LICENSE, REVISION, HubOptions
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ class Target:
 
     repo_id: str
     private: bool = False
-    revision: str = "main"
-    commit_message: str = "Model, tokenizer, code and card"
-    license: str = "apache-2.0"
+    revision: str = REVISION
+    commit_message: str = COMMIT_MESSAGE
+    license: str = LICENSE
     language: list[str] | None = None
     token: str | None = field(default=None, repr=False)
 
@@ -197,6 +197,17 @@ def push(checkpoint: str | Path, target: Target, results: str | Path | None = No
     return target.url
 
 
+def show(folder: Path, target: Target):
+    """Print what an upload of the folder would do."""
+    where = f"{target.url}{' (private, if new)' if target.private else ''}"
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    print(f"{folder} would go to {where} as {target.commit_message!r}:\n")
+    for name, size in sorted(sizes.items()):
+        print(f"{size:>14,}  {name}")
+    print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files\n\nREADME.md:\n")
+    print((folder / "README.md").read_text(encoding="utf-8"), end="")
+
+
 def retry_command(checkpoint: str | Path, target: Target, results: str | Path | None) -> str:
     """The command that does the same push again; the token is left out."""
     options = ["--model_name_or_path", str(checkpoint), "--hub_model_id", target.repo_id]
@@ -208,7 +219,7 @@ def retry_command(checkpoint: str | Path, target: Target, results: str | Path | 
             options += [f"--{name}", str(value)]
     options += ["--language", *target.language] if target.language else []
     options += ["--private"] if target.private else []
-    return shlex.join(["python", "scripts/push_to_hub.py", *options])
+    return shlex.join(["ordnung", "share", *options])
 
 
 def upload(folder: Path, target: Target):

@@ -16,7 +16,6 @@ from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.pretraining.losses import position_buckets, token_losses
-from ordnung.scripts.pretraining.options import EvaluateOptions
 
 
 def windows(tokens: np.ndarray, block_size: int, stride: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +87,7 @@ def encode(documents: list[str], tokenizer, max_tokens: int | None) -> tuple[np.
     return tokens, len(tokens) / max(sum(sizes), 1)
 
 
-def load_documents(options: EvaluateOptions) -> list[str]:
+def load_documents(options) -> list[str]:
     """The documents of the files or the data set.
 
     Raises:
@@ -102,7 +101,7 @@ def load_documents(options: EvaluateOptions) -> list[str]:
     return corpus.load_files(options.text_file, "text_file", options.text_column, streaming=False)
 
 
-def load_model(options: EvaluateOptions) -> torch.nn.Module:
+def load_model(options) -> torch.nn.Module:
     """The causal language model, on the accelerator if there is one and it is wanted.
 
     Raises:
@@ -123,8 +122,8 @@ def load_model(options: EvaluateOptions) -> torch.nn.Module:
     return model
 
 
-def run(options: EvaluateOptions) -> int:
-    """Evaluate, print and write the results; returns the exit status."""
+def run(options) -> int:
+    """Evaluate as evaluate_lm.py's options say, print and write the results; returns the exit status."""
     logging.basicConfig(format="%(message)s")
     tokenizer = corpus.load_tokenizer(options.tokenizer_name or options.model_name_or_path, options.trust_remote_code)
     tokens, tokens_per_byte = encode(load_documents(options), tokenizer, options.max_tokens)

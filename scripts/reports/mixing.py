@@ -160,10 +160,10 @@ def draw_spectrum(results: dict, image: Path):
 
 
 def run(options) -> int:
-    """Draw, write and print; returns the exit status."""
+    """Draw, write and print what plot_mixing.py's options ask for; returns the exit status."""
     model, tokenizer = load(options.model_name_or_path)
     try:
-        text = options.text if options.text is not None else options.text_file.read_text(encoding="utf-8")
+        text = options.text if options.text is not None else Path(options.text_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ScriptError(f"--text_file {options.text_file} cannot be read: {error}") from None
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=options.max_length)["input_ids"]
@@ -178,13 +178,14 @@ def run(options) -> int:
 
     shares = [cumulative_share(layer) for layer in weights]
     rows = spectrum(shares, model.config.layer_types, rank)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_weights(weights, model.config.layer_types, options.output_dir / "mixing.png")
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    draw_weights(weights, model.config.layer_types, output_dir / "mixing.png")
     results = {"machine": machine_info(), "model": options.model_name_or_path, "tokens": tokens, "rank": rank}
     results["layers"] = rows
-    write_json(options.output_dir / "spectrum.json", results)
-    draw_spectrum(results, options.output_dir / "spectrum.png")
+    write_json(output_dir / "spectrum.json", results)
+    draw_spectrum(results, output_dir / "spectrum.png")
     print(markdown(results))
     for name in ("mixing.png", "spectrum.png", "spectrum.json"):
-        print(options.output_dir / name)
+        print(output_dir / name)
     return 0

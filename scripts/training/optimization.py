@@ -46,4 +46,4 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options, warmup_steps: int,
     try:
         return get_scheduler(options.lr_scheduler_type, optimizer, warmup_steps, max_steps, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ScriptError(f"--lr_scheduler_type {options.lr_scheduler_type.value}: {error}") from error
+        raise ScriptError(f"--lr_scheduler_type {options.lr_scheduler_type}: {error}") from error
