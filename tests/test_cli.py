@@ -83,6 +83,8 @@ def test_help_shows_every_option_once(command, helps):
     shown = re.findall(r"^  (?:-h, )?(--\S+)", text, re.M)
     assert text.startswith(f"usage: ordnung {command} [options]\n\n{cli.summary(cli.PROGRAMS[command])}\n")
     assert len(shown) == len(set(shown)) and {"--help", "--config"} <= set(shown)
+    assert not any(name.startswith("--no_") for name in shown)
+    assert not re.search(r"^  --\S.*, --", text, re.M)  # by one name
     sections = re.findall(r"^(\S.*):\n  -", text, re.M)
     of_data = [title for title in sections if title in ("model", "models", "data")]
     assert sections[: len(of_data)] == of_data == sorted(of_data, reverse=True) and sections[-1] == "other"
