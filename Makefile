@@ -25,7 +25,7 @@ lint: $(BIN)/ruff ## check style
 	$(BIN)/ruff format --check .
 
 import-time: $(INSTALLED) ## what `import ordnung` adds to importing torch and transformers
-	$(BIN)/python scripts/import_time.py
+	@$(BIN)/python -X importtime -c "import torch, transformers, ordnung" 2>&1 | grep -E "cumulative|ordnung"
 
 conformance: $(INSTALLED) ## transformers' own model tests on every family: make conformance CHECKOUT=/path/to/transformers
 	@test -n "$(CHECKOUT)" || { echo "Say where transformers' tests are: make conformance CHECKOUT=/path/to/transformers" >&2; exit 1; }

@@ -1,7 +1,9 @@
-"""What predicting from every prefix costs: CubicPrefixLM, the loop that defines it, and the causal transformer.
+"""Measure what predicting from every prefix costs.
 
-    python scripts/bench_prefix.py                                   # some minutes on one CPU core
-    python scripts/bench_prefix.py --layers 2 3 --lengths 128 --repeats 3
+CubicPrefixLM is held against the loop that defines it and against the causal transformer.
+
+    ordnung bench-prefix                                   # some minutes on one CPU core
+    ordnung bench-prefix --layers 2 3 --lengths 128 --repeats 3
 
 Forward and backward of one sequence: `naive` runs one encoder pass for each prefix, `cubic` shares what prefixes have
 in common, `recomputed` is the same with gradient checkpointing, `stride` has `prefix_stride` 8, `causal` is None.
@@ -10,264 +12,37 @@ after a prompt: by encoding all anew, and with the generation state. Outputs are
 in turns. Results go to a JSON file.
 """
 
-import argparse
-import math
-import statistics
-import time
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
-
-from ordnung import CubicPrefixLMConfig, CubicPrefixLMForCausalLM
-from ordnung.scripts.common import ScriptError, run_script, write_json
-from ordnung.scripts.evidence import markdown_table
-from ordnung.scripts.machine import machine_info
-from ordnung.scripts.pretrain_setup import recompute_activations
-
-VOCAB = 256
-ENCODER_ROWS = 16
+from ordnung.scripts.common.errors import run_script
+from ordnung.scripts.common.options import check_bounds, option, parse_options
 
 
-def build(options, layers: int, length: int, **fields) -> CubicPrefixLMForCausalLM:
-    torch.manual_seed(options.seed)
-    config = CubicPrefixLMConfig(
-        vocab_size=VOCAB,
-        hidden_size=options.hidden_size,
-        num_attention_heads=options.num_attention_heads,
-        num_hidden_layers=layers,
-        max_position_embeddings=length,
-        pad_token_id=None,
-        **{"prefix_group_tokens": max(length**2, 1 << 16), **fields},
-    )
-    return CubicPrefixLMForCausalLM(config).train()
+@dataclass(kw_only=True)
+class PrefixBenchOptions:
+    layers: list[int] = option([2, 3, 4], "Numbers of layers.", least=1, section="models")
+    hidden_size: int = option(128, "Width.", least=1)
+    num_attention_heads: int = option(4, "Heads.", least=1)
+    lengths: list[int] = option([64, 128, 256], "Tokens to train on.", least=2, section="data")
+    count_lengths: list[int] = option([512, 1024], "Tokens to count FLOPs at.", least=2)
+    decode_lengths: list[int] = option([192, 512], "Tokens before those decoded.", least=2)
+    decode_layers: int = option(3, "Layers of the models that decode.", least=1)
+    decode_steps: int = option(16, "Tokens decoded.", least=1)
+    repeats: int = option(5, "Times each is timed.", least=1, section="timing")
+    threads: int = option(1, "CPU threads.", least=1)
+    seed: int = option(0, "Of weights and tokens.")
+    output: str = option("out/bench_prefix.json", "JSON file for the results.", section="output")
 
-
-def predict(model, tokens):
-    return model(tokens, use_cache=False).logits
-
-
-def predict_naively(model, tokens):
-    """One encoder pass for each prefix, read at its last token."""
-    states = [model.model(tokens[:, : t + 1]).last_hidden_state[:, -1] for t in range(tokens.shape[1])]
-    return model.lm_head(torch.stack(states, dim=1))
-
-
-def encode(model, tokens):
-    return model.lm_head(model.model(tokens.expand(ENCODER_ROWS, -1)).last_hidden_state)
-
-
-def step(model, compute, tokens) -> float:
-    """Seconds of forward and backward."""
-    start = time.perf_counter()
-    compute(model, tokens).logsumexp(-1).mean().backward()
-    seconds = time.perf_counter() - start
-    model.zero_grad()
-    return seconds
-
-
-def saved_bytes(model, compute, tokens) -> int:
-    """Bytes that the forward pass keeps for the backward pass, parameters apart."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = compute(model, tokens)
-    del logits
-    return sum(held.values())
-
-
-@torch.no_grad()
-def counted_flops(model, compute, tokens) -> tuple[int, int]:
-    """FLOPs of the forward pass as torch counts them: all, and those of attention (all but the linear layers)."""
-    # unfused, since torch does not count its fused kernel on a CPU
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        compute(model, tokens)
-    model.set_attn_implementation("sdpa")
-    counts = counter.get_flop_counts()["Global"]
-    linear = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
-    return sum(counts.values()), sum(counts.values()) - linear
-
-
-def measure_training(options, layers: int, length: int) -> dict:
-    tokens = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(options.seed))
-    recomputed = build(options, layers, length)
-    recompute_activations(recomputed)
-    competitors = {
-        "naive": (build(options, layers, length), predict_naively),
-        "cubic": (build(options, layers, length), predict),
-        "recomputed": (recomputed, predict),
-        "stride": (build(options, layers, length, prefix_stride=8), predict),
-        "causal": (build(options, layers, length, prefix_stride=None), predict),
-        "encoder": (build(options, layers, length), encode),
-    }
-    with torch.no_grad():
-        expected = predict_naively(competitors["naive"][0], tokens)
-        error = (predict(competitors["cubic"][0], tokens) - expected).abs().max() / expected.abs().max()
-    if not error < 1e-4:
-        raise ScriptError(f"cubic differs from naive by {error:.1e} with {layers} layers and {length} tokens")
-    seconds = {name: [] for name in competitors}
-    for _ in range(options.repeats + 1):
-        for name, (model, compute) in competitors.items():
-            seconds[name].append(step(model, compute, tokens))
-    rows = {}
-    for name, (model, compute) in competitors.items():
-        flops, attention = counted_flops(model, compute, tokens)
-        rows[name] = {
-            "seconds": statistics.median(seconds[name][1:]),  # the first warms up
-            "all_seconds": seconds[name][1:],
-            "flops": 3 * flops,
-            "attention_flops": 3 * attention,
-            "saved_bytes": saved_bytes(model, compute, tokens),
-        }
-    return {"layers": layers, "length": length, "competitors": rows}
-
-
-@torch.no_grad()
-def measure_decoding(options, length: int) -> dict:
-    """Seconds a token after a prompt of `length` tokens, in turns of `decode_steps` tokens."""
-    steps, layers = options.decode_steps, options.decode_layers
-    tokens = torch.randint(VOCAB, (1, length + steps), generator=torch.Generator().manual_seed(options.seed))
-    strides = {"stride 1": 1, "stride 8": 8, "causal": None}
-    models = {name: build(options, layers, length + steps, prefix_stride=s).eval() for name, s in strides.items()}
-    seconds = {name: [] for name in ("encoded anew", *models)}
-    for _ in range(options.repeats + 1):
-        start = time.perf_counter()
-        for i in range(steps):
-            models["stride 1"].model(tokens[:, : length + i + 1])
-        seconds["encoded anew"].append((time.perf_counter() - start) / steps)
-        for name, model in models.items():
-            past = DynamicCache(config=model.config)
-            model(tokens[:, :length], past_key_values=past, use_cache=True, logits_to_keep=1)
-            start = time.perf_counter()
-            for i in range(steps):
-                model(tokens[:, length + i : length + i + 1], past_key_values=past, use_cache=True)
-            seconds[name].append((time.perf_counter() - start) / steps)
-    prefill = {}
-    for n in (length // 2, length):
-        prompt = tokens[:, :n]
-        last = counted_flops(models["stride 1"], lambda m, x: m(x, use_cache=True, logits_to_keep=1), prompt)
-        prefill[n] = {"flops": last[0], "attention_flops": last[1]}
-    return {
-        "length": length,
-        "layers": layers,
-        "seconds": {name: statistics.median(values[1:]) for name, values in seconds.items()},
-        "prefill": prefill,
-    }
-
-
-def count(options, layers: int) -> dict[str, dict[str, int]]:
-    """FLOPs of the forward pass at lengths too long to time everything at."""
-    counts = {}
-    for length in options.count_lengths:
-        flops, attention = counted_flops(build(options, layers, length), predict, torch.zeros(1, length, dtype=int))
-        counts[str(length)] = {"flops": flops, "attention_flops": attention}
-    return counts
-
-
-def growth(values: dict[int | str, float]) -> str:
-    """Exponent of N from the first to the last length that there are values for."""
-    lengths = sorted(values, key=int)
-    first, last = lengths[0], lengths[-1]
-    if first == last:
-        return "-"
-    return f"{math.log(values[last] / values[first]) / math.log(int(last) / int(first)):.2f}"
-
-
-def markdown(results: dict) -> str:
-    """The tables of a results dictionary."""
-    header = ["layers", "N", "naive s", "cubic s", "faster", "FLOP ratio", "recomputed s", "stride 8 s", "causal s"]
-    header += ["of encoder's FLOP rate", "saved MB: naive", "cubic", "recomputed"]
-    body = []
-    for row in results["training"]:
-        c = row["competitors"]
-        rate = {name: c[name]["flops"] / c[name]["seconds"] for name in c}
-        body.append(
-            [
-                str(row["layers"]),
-                str(row["length"]),
-                f"{c['naive']['seconds']:.3f}",
-                f"{c['cubic']['seconds']:.3f}",
-                f"{c['naive']['seconds'] / c['cubic']['seconds']:.2f}×",
-                f"{c['naive']['flops'] / c['cubic']['flops']:.2f}",
-                *(f"{c[name]['seconds']:.3f}" for name in ("recomputed", "stride", "causal")),
-                f"{rate['cubic'] / rate['encoder']:.0%}",
-                *(f"{c[name]['saved_bytes'] / 1e6:.1f}" for name in ("naive", "cubic", "recomputed")),
-            ]
-        )
-    exponents = []
-    for layers, counts in results["counted"].items():
-        row = [{n: value[what] for n, value in counts.items()} for what in ("attention_flops", "flops")]
-        two = results["counted"].get("2", counts)
-        middle = {n: value["attention_flops"] - two[n]["attention_flops"] for n, value in counts.items()}
-        timed = [row for row in results["training"] if row["layers"] == int(layers)]
-        seconds = {row["length"]: row["competitors"]["cubic"]["seconds"] for row in timed}
-        exponents.append([layers, *map(growth, row), growth(middle) if all(middle.values()) else "-", growth(seconds)])
-    lengths = sorted(int(n) for n in counts)
-    parts = [
-        markdown_table(header, body),
-        f"Exponent of N in what CubicPrefixLM computes: FLOPs counted from {lengths[0]} to {lengths[-1]} tokens, those "
-        "of attention between the first and the last layer by subtracting what 2 layers have; seconds over the lengths "
-        "above:",
-        markdown_table(["layers", "attention FLOPs", "all FLOPs", "attention between", "seconds"], exponents),
-    ]
-    for decoding in results["decoding"]:
-        anew = decoding["seconds"]["encoded anew"]
-        rows = [[name, f"{s * 1e3:.2f}", f"{anew / s:.2f}×"] for name, s in decoding["seconds"].items()]
-        parts += [
-            f"One more token after {decoding['length']}, {decoding['layers']} layers:",
-            markdown_table(["", "ms", "against encoding anew"], rows),
-            "Prefill: "
-            + "; ".join(
-                f"{n} tokens {v['flops']:,} FLOPs, {v['attention_flops']:,} of attention"
-                for n, v in decoding["prefill"].items()
-            ),
-        ]
-    return "\n\n".join(parts)
+    def __post_init__(self):
+        check_bounds(self)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--layers", nargs="+", type=int, default=[2, 3, 4])
-    add("--lengths", nargs="+", type=int, default=[64, 128, 256], help="tokens")
-    add("--hidden_size", type=int, default=128)
-    add("--num_attention_heads", type=int, default=4)
-    add("--repeats", type=int, default=5)
-    add("--count_lengths", nargs="+", type=int, default=[512, 1024], help="tokens to count FLOPs at")
-    add("--decode_lengths", nargs="+", type=int, default=[192, 512], help="tokens before those decoded")
-    add("--decode_layers", type=int, default=3)
-    add("--decode_steps", type=int, default=16)
-    add("--threads", type=int, default=1)
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("out/bench_prefix.json"))
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    rows = []
-    for layers in options.layers:
-        for length in sorted(options.lengths):
-            rows.append(measure_training(options, layers, length))
-            print(f"{layers} layers, {length} tokens: done", flush=True)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    results = {
-        "machine": machine_info(),
-        "settings": settings,
-        "training": rows,
-        "counted": {str(layers): count(options, layers) for layers in options.layers},
-        "decoding": [measure_decoding(options, length) for length in options.decode_lengths],
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.output, results)
-    print(f"\n{markdown(results)}\n\nWritten: {options.output}")
-    return 0
+    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
+    options = parse_options(PrefixBenchOptions, argv, __doc__)
+    from ordnung.scripts.benchmarks.prefix import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
 """Convert a BERT, RoBERTa or GPT-2 checkpoint into a family of this package.
 
-`python scripts/convert.py --source bert-base-uncased --model_type softmax_lm --output_dir out/softmax-bert`
+    ordnung convert --source bert-base-uncased --model_type softmax_lm --output_dir out/softmax-bert
+
+It is written with its tokenizer and its code, so that others load it without ordnung.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer
-
 import ordnung
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts.common import MergeKeyValues, ScriptError, closest, option, parse_options, required, run_script
-from ordnung.scripts.generate import check_folder
+from ordnung.scripts.common.errors import ScriptError, closest, run_script
+from ordnung.scripts.common.options import MergeKeyValues, option, parse_options, required
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ConvertOptions:
-    source: str = required("Checkpoint to convert: folder or Hub name.")
+    source: str = required("Checkpoint to convert: folder or Hub name.", section="model")
     model_type: str = required(f"Family to convert into: {', '.join(FAMILIES)}.")
-    output_dir: str = required("Folder to write; a new or an empty one.")
     head: str | None = option(None, "Class to make, such as Model or ForSequenceClassification; default: as before.")
     config_overrides: str | None = option(None, "Config fields to change: projected_size=256.", action=MergeKeyValues)
+    output_dir: str = required("Folder to write; a new or an empty one.", section="output")
     plain: bool = option(False, "Leave out the code that lets the folder load without ordnung installed.")
 
     def __post_init__(self):
@@ -35,8 +34,14 @@ class ConvertOptions:
             raise ScriptError(f"--output_dir {folder} is not empty; name a new folder")
 
 
-def main(argv: list[str] | None = None):
-    options = parse_options(ConvertOptions, argv, description="Convert a checkpoint into a family of this package.")
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
+    options = parse_options(ConvertOptions, argv, __doc__)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer
+
+    from ordnung.scripts.common.models import check_folder
+
     check_folder(options.source)
     try:
         model, report = ordnung.convert(
@@ -61,6 +66,7 @@ def main(argv: list[str] | None = None):
     else:
         ordnung.save_standalone(model, options.output_dir, tokenizer)
     print(options.output_dir)
+    return 0
 
 
 if __name__ == "__main__":

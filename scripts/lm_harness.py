@@ -9,11 +9,11 @@ ships are downloaded by it. Needs `pip install "ordnung[harness]"`.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
-from ordnung.scripts.common import ScriptError, closest, option, parse_options, required, run_script, write_json
-from ordnung.scripts.machine import machine_info
+from ordnung.scripts.common.errors import ScriptError, closest, run_script
+from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(HarnessOptions, argv, __doc__)
     try:
         import lm_eval
+        import torch
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and model_cards/*.md, and the cards' figures, from model_cards/results.
+"""Write the tables of README.md and model_cards/*.md, and the cards' figures, from model_cards/results.
 
     python scripts/make_cards.py            # rewrite what stands between the markers
     python scripts/make_cards.py --check    # exit status 1 if a table is not what the results give
@@ -6,12 +6,14 @@
 A table of `card_tables.py` stands between `<!-- table: NAME -->` and `<!-- end -->`; nothing else of a file is touched.
 """
 
-import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from ordnung.scripts.card_tables import FIGURES, TABLES
-from ordnung.scripts.common import ScriptError, run_script, write_text
+from ordnung.scripts.common.errors import ScriptError, run_script
+from ordnung.scripts.common.files import write_text
+from ordnung.scripts.common.options import option, parse_options
+from ordnung.scripts.reports.card_tables import FIGURES, TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
@@ -32,10 +34,14 @@ def fill(text: str) -> str:
     return MARKER.sub(table, text)
 
 
+@dataclass
+class CardOptions:
+    check: bool = option(False, "Write nothing; exit status 1 if a table is out of date.")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is out of date")
-    check = parser.parse_args(argv).check
+    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
+    check = parse_options(CardOptions, argv, __doc__).check
     stale, shown = 0, set()
     for path in [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")

@@ -1,78 +1,34 @@
-"""Draw a run's loss curve: `python scripts/plot_loss.py out/demo` (a run's folder or its metrics.jsonl)."""
+"""Draw the loss curve of a pretraining run, also of one that is still running.
 
-import argparse
+ordnung plot-loss --run out/demo
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
-from ordnung.scripts.common import ScriptError, read_json_lines, run_script
+from ordnung.scripts.common.errors import run_script
+from ordnung.scripts.common.options import option, parse_options, required
 
 
-def read_metrics(path: str | Path) -> tuple[list[dict], list[dict]]:
-    """Lines of a metrics.jsonl: (training lines, evaluation lines).
-
-    Raises:
-        ScriptError: no such file, or nothing in it to draw.
-    """
-    try:
-        lines = read_json_lines(path)
-    except (OSError, ValueError) as error:
-        raise ScriptError(f"{path} cannot be read: {error}") from None
-    train = [line for line in lines if "loss" in line]
-    evaluation = [line for line in lines if "eval_loss" in line]
-    if not train and not evaluation:
-        raise ScriptError(f"{path} holds no losses yet")
-    return train, evaluation
+@dataclass(kw_only=True)
+class PlotOptions:
+    run: str = required("The run's folder, or its metrics.jsonl.", section="data")
+    output: str | None = option(None, "Image file; default: loss_curve.png beside metrics.jsonl.", section="output")
+    title: str | None = option(None, "Above the curve.")
 
 
-def plot_loss(metrics: str | Path, image: str | Path, title: str | None = None):
-    """Draw training and evaluation loss against steps, with tokens above and perplexity on the right.
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
+    options = parse_options(PlotOptions, argv, __doc__)
+    from ordnung.scripts.pretraining.report import plot_loss
 
-    Args:
-        metrics: a run's metrics.jsonl.
-        image: file to write; its ending chooses the format.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    train, evaluation = read_metrics(metrics)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    if train:
-        axes.plot([x["step"] for x in train], [x["loss"] for x in train], color="C0", alpha=0.6, label="training")
-    if evaluation:
-        steps, losses = [x["step"] for x in evaluation], [x["eval_loss"] for x in evaluation]
-        best = evaluation[int(np.argmin(losses))]
-        label = f"held out (best: perplexity {best['eval_perplexity']:.4g} at step {best['step']})"
-        axes.plot(steps, losses, color="C3", marker="o", markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    last = (train or evaluation)[-1]
-    per_step = last["tokens"] / last["step"] if last["step"] else 1.0
-    tokens = axes.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
-    tokens.set_xlabel("training tokens")
-    # clipped: matplotlib also asks for values far outside of what it draws
-    functions = (lambda x: np.exp(np.clip(x, -50, 50)), lambda x: np.log(np.clip(x, 1e-20, None)))
-    perplexity = axes.secondary_yaxis("right", functions=functions)
-    perplexity.set_yscale("log")
-    perplexity.set_ylabel("perplexity")
-    figure.savefig(image, dpi=150)
-    plt.close(figure)
-
-
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Draw a pretraining run's loss curve.")
-    parser.add_argument("run", help="the run's folder, or its metrics.jsonl")
-    parser.add_argument("--output", help="image file; default: loss_curve.png beside metrics.jsonl")
-    parser.add_argument("--title")
-    options = parser.parse_args(argv)
     metrics = Path(options.run)
     if metrics.is_dir():
         metrics = metrics / "metrics.jsonl"
     image = options.output or metrics.with_name("loss_curve.png")
     plot_loss(metrics, image, options.title)
     print(image)
+    return 0
 
 
 if __name__ == "__main__":

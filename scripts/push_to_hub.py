@@ -1,4 +1,6 @@
-"""Share a checkpoint: `python scripts/push_to_hub.py --model_name_or_path out/demo --hub_model_id your-name/whale`.
+"""Share a checkpoint on the Hugging Face Hub.
+
+    ordnung share --model_name_or_path out/demo --hub_model_id your-name/whale
 
 Writes a stand-alone folder with tokenizer and model card to `hub` inside the checkpoint and uploads it in one commit.
 Others load it with `from_pretrained("your-name/whale", trust_remote_code=True)`, without ordnung. Broken off, the same
@@ -9,40 +11,32 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ordnung.scripts import sharing
-from ordnung.scripts.common import option, parse_options, required, run_script
+from ordnung.scripts.common.errors import run_script
+from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.hub.options import COMMIT_MESSAGE, LICENSE, REVISION
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PushOptions:
     """Every option, in the order of --help."""
 
-    model_name_or_path: str = required("Folder of a checkpoint with its tokenizer, or of an adapter.")
-    hub_model_id: str = required("Repository: user/name, or name for your own.")
+    model_name_or_path: str = required("Folder of a checkpoint with its tokenizer, or of an adapter.", section="model")
     results: str | None = option(None, "Results file for the card; default: the checkpoint's results.json, if any.")
+    hub_model_id: str = required("Repository: user/name, or name for your own.", section="sharing")
     private: bool = option(False, "Make a new repository that only you can see.")
-    revision: str = option(sharing.Target.revision, "Branch to push to; made if need be.")
-    commit_message: str = option(sharing.Target.commit_message, "What the commit says.")
-    license: str = option(sharing.Target.license, "Licence of the weights, as the Hub names it.")
+    revision: str = option(REVISION, "Branch to push to; made if need be.")
+    commit_message: str = option(COMMIT_MESSAGE, "What the commit says.")
+    license: str = option(LICENSE, "Licence of the weights, as the Hub names it.")
     language: list[str] | None = option(None, "ISO 639 codes of the language trained on.")
     token: str | None = option(None, "Access token; better HF_TOKEN or `hf auth login`, which leave no trace.")
     dry_run: bool = option(False, "Write the folder and show it; upload nothing.")
 
 
-def show(folder: Path, target: sharing.Target):
-    """Print what an upload of the folder would do."""
-    where = f"{target.url}{' (private, if new)' if target.private else ''}"
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    print(f"{folder} would go to {where} as {target.commit_message!r}:\n")
-    for name, size in sorted(sizes.items()):
-        print(f"{size:>14,}  {name}")
-    print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files\n\nREADME.md:\n")
-    print((folder / "README.md").read_text(encoding="utf-8"), end="")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
     options = parse_options(PushOptions, argv, __doc__)
+    from ordnung.scripts.hub import sharing
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ordnung").setLevel(logging.INFO)
     target = sharing.Target(
@@ -57,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = Path(options.model_name_or_path)
     if options.dry_run:
         target = sharing.with_namespace(target, "your-name")
-        show(sharing.write_folder(checkpoint, target, options.results), target)
+        sharing.show(sharing.write_folder(checkpoint, target, options.results), target)
     else:
         print(sharing.push(checkpoint, sharing.check_target(target), options.results))
     return 0

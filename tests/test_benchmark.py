@@ -11,11 +11,16 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from ordnung.scripts import bench_checks, bench_measure, bench_mixer, benchmark
-from ordnung.scripts.bench_cases import Case, Sample, Settings
-from ordnung.scripts.bench_report import add_ratios, markdown
-from ordnung.scripts.bench_variants import CAUSAL, VARIANTS, Shape, mamba_matmul_flops, pairs, state_bytes
-from ordnung.scripts.machine import machine_info
+from ordnung.scripts import benchmark
+from ordnung.scripts.benchmarks import checks as bench_checks
+from ordnung.scripts.benchmarks import measure as bench_measure
+from ordnung.scripts.benchmarks import mixer as bench_mixer
+from ordnung.scripts.benchmarks import run as bench_run
+from ordnung.scripts.benchmarks.cases import Case, Sample, Settings
+from ordnung.scripts.benchmarks.report import add_ratios, markdown
+from ordnung.scripts.benchmarks.variants import CAUSAL, VARIANTS, Shape, mamba_matmul_flops, pairs, state_bytes
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.machine import machine_info
 
 SHAPE = Shape(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, kernel_size=16)
 SETTINGS = Settings(shape=SHAPE, decode_steps=2)
@@ -244,13 +249,13 @@ def test_ratios_divide_medians_and_flops():
 
 def test_hopeless_cases_are_not_tried():
     done = {"task": "forward", "status": "ok", "length": 100, "probe_seconds": 10.0}
-    assert benchmark.hopeless(None, 200, 15) is None
-    assert benchmark.hopeless(done, 200, 25) is None
-    assert "at least 20 s" in benchmark.hopeless(done, 200, 15)
-    assert benchmark.hopeless({**done, "task": "decode"}, 200, 15) is None
+    assert bench_run.hopeless(None, 200, 15) is None
+    assert bench_run.hopeless(done, 200, 25) is None
+    assert "at least 20 s" in bench_run.hopeless(done, 200, 15)
+    assert bench_run.hopeless({**done, "task": "decode"}, 200, 15) is None
     skipped = {"task": "forward", "status": "skipped", "length": 100, "reason": "too slow"}
-    again = {**skipped, "length": 200, "reason": benchmark.hopeless(skipped, 200, 15)}
-    assert again["reason"] == benchmark.hopeless(again, 400, 15) == "at N=100: too slow"
+    again = {**skipped, "length": 200, "reason": bench_run.hopeless(skipped, 200, 15)}
+    assert again["reason"] == bench_run.hopeless(again, 400, 15) == "at N=100: too slow"
 
 
 def test_every_variant_passes_its_checks():
@@ -341,14 +346,14 @@ def test_parts(tmp_path):
 
 
 def test_interrupt_keeps_finished_lengths(tmp_path, monkeypatch):
-    measure = benchmark.measure
+    measure = bench_run.measure
 
     def interrupted(task, names, lengths, *rest):
         if lengths == [32]:
             raise KeyboardInterrupt
         return measure(task, names, lengths, *rest)
 
-    monkeypatch.setattr(benchmark, "measure", interrupted)
+    monkeypatch.setattr(bench_run, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         benchmark.main(arguments(tmp_path, "--tasks", "forward", "--lengths", "16", "32"))
     results = json.loads((tmp_path / "speed.json").read_text())
@@ -359,25 +364,24 @@ def test_interrupt_keeps_finished_lengths(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (["--variants", "gpt3"], "gpt3"),
+        (["--variants", "gpt3"], "--variants gpt3; there are conv_lm, "),
         (["--variants", "conv_lm", "--baseline", "mamba"], "--baseline mamba must be among --variants"),
-        (["--hidden_size", "50"], "--hidden_size (50) must be a multiple of --num_attention_heads (4)"),
-        (["--lengths", "0"], "--lengths (0)"),
-        (["--decode_steps", "0"], "--decode_steps (0)"),
+        (["--hidden_size", "50"], r"--hidden_size \(50\) must be a multiple of --num_attention_heads \(4\)"),
+        (["--tasks", "decod"], "--tasks decod; did you mean 'decode'"),
+        (["--lengths", "16", "0"], "--lengths must be at least 1, not 0"),
+        (["--decode_steps", "0"], "--decode_steps must be at least 1, not 0"),
     ],
 )
-def test_bad_arguments(bad, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_bad_arguments(bad, message, tmp_path):
+    with pytest.raises(ScriptError, match=message):
         benchmark.main(arguments(tmp_path, *bad))
-    assert message in capsys.readouterr().err
 
 
-def test_cuda_is_refused_in_words_without_a_gpu(tmp_path, capsys):
+def test_cuda_is_refused_in_words_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ScriptError, match="torch sees no GPU"):
         benchmark.main(arguments(tmp_path, "--device", "cuda"))
-    assert "torch sees no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.cuda

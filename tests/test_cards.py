@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from ordnung.modeling.registration import FAMILIES, heads_of
-from ordnung.scripts import card_tables, make_cards
-from ordnung.scripts.common import ScriptError
-from ordnung.scripts.model_card import PIPELINE_TAGS, head_of
+from ordnung.scripts import make_cards
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.hub.model_card import PIPELINE_TAGS, head_of
+from ordnung.scripts.reports import card_tables
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))

@@ -14,7 +14,7 @@ from transformers.utils import logging
 import ordnung
 from ordnung.modeling.convert import SOURCES
 from ordnung.scripts import convert as script
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common.errors import ScriptError
 
 SMALL = {"vocab_size": 50, "max_position_embeddings": 40}
 ENCODER = {

@@ -13,8 +13,10 @@ from accelerate.state import AcceleratorState
 from tiny_tasks import FILLER, TINY
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from ordnung.scripts import corpus, evaluate_lm, lm_harness, pretrain
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts import evaluate_lm, lm_harness, pretrain
+from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.pretraining import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +112,13 @@ def test_bytes_are_those_of_the_tokens(run, checkpoint, tmp_path, max_tokens):
 
 def test_windows():
     tokens = np.arange(11)
-    blocks, firsts = evaluate_lm.windows(tokens, 4, None)
+    blocks, firsts = perplexity.windows(tokens, 4, None)
     assert blocks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and firsts.tolist() == [1, 1]
-    blocks, firsts = evaluate_lm.windows(tokens, 4, 2)
+    blocks, firsts = perplexity.windows(tokens, 4, 2)
     assert blocks[:, -1].tolist() == [3, 5, 7, 9, 10] and firsts.tolist() == [1, 2, 2, 2, 3]
-    blocks, firsts = evaluate_lm.windows(tokens, 20, 3)
+    blocks, firsts = perplexity.windows(tokens, 20, 3)
     assert blocks.tolist() == [tokens.tolist()] and firsts.tolist() == [1]
-    blocks, firsts = evaluate_lm.windows(tokens, 11, 3)
+    blocks, firsts = perplexity.windows(tokens, 11, 3)
     assert len(blocks) == 1
 
 

@@ -10,9 +10,16 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from ordnung.scripts import compare, pretrain, recall
-from ordnung.scripts.common import ScriptError
-from ordnung.scripts.evidence import claim_output_dir, spread, summarise, variant_configs
+from ordnung.scripts import compare as compare_program
+from ordnung.scripts import recall as recall_program
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.tables import spread, summarise
+from ordnung.scripts.experiments import compare, recall
+from ordnung.scripts.experiments.options import CompareOptions, RecallOptions
+from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.training.runs import claim_output_dir
 
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -30,7 +37,7 @@ def write_config(path, **options):
 class TestRecallTask:
     @pytest.fixture
     def options(self):
-        return recall.RecallOptions(
+        return RecallOptions(
             output_dir="none",
             variants=VARIANTS,
             sequence_length=40,
@@ -119,7 +126,7 @@ class TestRecallTask:
     )
     def test_bad_options(self, wrong, message):
         with pytest.raises(ScriptError, match=message):
-            recall.RecallOptions(
+            RecallOptions(
                 **{
                     "output_dir": "",
                     "variants": VARIANTS,
@@ -151,7 +158,7 @@ class TestRecallProgram:
         )
 
     def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
-        recall.main(argv)
+        recall_program.main(argv)
         folder = tmp_path / "out"
         results = json.loads((folder / "results.json").read_text())
         assert (folder / "accuracy.png").stat().st_size > 0
@@ -168,16 +175,16 @@ class TestRecallProgram:
         monkeypatch.setattr(
             recall, "train", lambda options, config, seed: trained.append(seed) or train(options, config, seed)
         )
-        recall.main([*argv, "--seeds", "0", "1", "2"])
+        recall_program.main([*argv, "--seeds", "0", "1", "2"])
         assert trained == [2, 2]
         again = json.loads((folder / "results.json").read_text())
         for name, result in results["variants"].items():
             assert again["variants"][name]["accuracy"][0]["values"][:2] == result["accuracy"][0]["values"]
 
         with pytest.raises(ScriptError, match="max_steps 20, not 9"):
-            recall.main([*argv, "--max_steps", "9"])
+            recall_program.main([*argv, "--max_steps", "9"])
         with pytest.raises(ScriptError, match='variant conv .*"kernel_size": 4.*, not .*"kernel_size": 5'):
-            recall.main([*argv, "--variants", "conv={model_type: conv_lm, kernel_size: 5}"])
+            recall_program.main([*argv, "--variants", "conv={model_type: conv_lm, kernel_size: 5}"])
 
 
 class TestCompareProgram:
@@ -211,7 +218,7 @@ class TestCompareProgram:
         )
 
     def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
-        assert compare.main(argv) == 0
+        assert compare_program.main(argv) == 0
         folder = tmp_path / "out"
         results = json.loads((folder / "results.json").read_text())
         assert (folder / "positions.png").stat().st_size > 0
@@ -233,22 +240,22 @@ class TestCompareProgram:
 
         # one run is lost, and a seed is added
         (folder / "runs" / "conv-seed1" / "results.json").unlink()
-        ran, main = [], pretrain.main
-        monkeypatch.setattr(pretrain, "main", lambda argv: ran.append(argv) or main(argv))
-        assert compare.main([*argv, "--seeds", "0", "1", "2"]) == 0
-        folders = [line[line.index("--output_dir") + 1].rsplit("/", 1)[1] for line in ran]
+        ran, run = [], pretraining.run
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or run(options))
+        assert compare_program.main([*argv, "--seeds", "0", "1", "2"]) == 0
+        folders = [options.output_dir.rsplit("/", 1)[1] for options in ran]
         assert folders == ["conv-seed1", "conv-seed2", "softmax-seed2"]
         again = json.loads((folder / "results.json").read_text())["variants"]
         assert again["conv"]["eval_loss"]["values"][:2] == pytest.approx(conv["eval_loss"]["values"])
 
         with pytest.raises(ScriptError, match='"max_steps": 3.*, not .*"max_steps": 4'):
-            compare.main([*argv, "--pretrain", "max_steps=4"])
+            compare_program.main([*argv, "--pretrain", "max_steps=4"])
 
     def test_equal_compute(self, argv, tmp_path):
         variants = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
         argv += ["--variants", json.dumps(variants), "--seeds", "0", "--pretrain", "eval_steps=1,max_steps=2"]
         argv += ["--equal_compute", "softmax"]
-        assert compare.main(argv) == 0
+        assert compare_program.main(argv) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())["variants"]
         cubic, longer = results["cubic"], results["softmax_equal_compute"]
         assert results["softmax"]["steps"] == cubic["steps"] == 2 < longer["steps"]
@@ -262,13 +269,13 @@ class TestCompareProgram:
         # a dearer variant makes equal compute longer
         deeper = {"deeper": {"model_type": "cubic_prefix_lm", "num_hidden_layers": 3}}
         with pytest.raises(ScriptError, match=f"softmax_equal_compute-seed0 was trained for {longer['steps']} steps"):
-            compare.main([*argv, "--variants", json.dumps(deeper)])
+            compare_program.main([*argv, "--variants", json.dumps(deeper)])
         assert not (tmp_path / "out" / "runs" / "deeper-seed0").exists()
 
     def test_a_stopped_run_stops_the_comparison(self, argv, tmp_path, monkeypatch):
         ran = []
-        monkeypatch.setattr(pretrain, "main", lambda argv: ran.append(argv) or 143)
-        assert compare.main(argv) == 143
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or 143)
+        assert compare_program.main(argv) == 143
         assert len(ran) == 1 and not (tmp_path / "out" / "results.json").exists()
 
     @pytest.mark.parametrize(
@@ -288,13 +295,13 @@ class TestCompareProgram:
     )
     def test_bad_options(self, argv, wrong, message):
         with pytest.raises(ScriptError, match=message):
-            compare.main([*argv, *wrong])
+            compare_program.main([*argv, *wrong])
 
     def test_a_mistake_found_in_the_data_can_be_mended(self, argv, monkeypatch):
-        monkeypatch.setattr(pretrain, "main", lambda argv: 143)
+        monkeypatch.setattr(pretraining, "run", lambda options: 143)
         with pytest.raises(ScriptError, match="at least 258, not 5"):
-            compare.main([*argv, "--pretrain", "train_tokenizer_vocab_size=5"])
-        assert compare.main(argv) == 143
+            compare_program.main([*argv, "--pretrain", "train_tokenizer_vocab_size=5"])
+        assert compare_program.main(argv) == 143
 
 
 @pytest.mark.parametrize(
@@ -333,12 +340,9 @@ def test_a_folder_of_other_things_is_not_claimed(tmp_path):
 
 @pytest.mark.parametrize("family", ["conv", "linformer"])
 def test_shipped_tables_make_models(family):
-    for name, program, options_type in (
-        ("compare", compare, compare.CompareOptions),
-        ("recall", recall, recall.RecallOptions),
-    ):
-        path = f"{program.__file__.rsplit('/', 1)[0]}/configs/{name}_{family}.yaml"
-        options = compare.parse_options(options_type, ["--config", path])
+    for name, options_type in (("compare", CompareOptions), ("recall", RecallOptions)):
+        path = f"{recall_program.__file__.rsplit('/', 1)[0]}/configs/{name}_{family}.yaml"
+        options = parse_options(options_type, ["--config", path])
         configs = variant_configs(options.variants, options.config_overrides)
         assert {config.model_type for config in configs.values()} == {f"{family}_lm", "softmax_lm"}
         assert len(options.seeds) >= 3

@@ -21,8 +21,11 @@ from transformers import (
 )
 
 import ordnung
-from ordnung.scripts import bench_finetune, finetune, finetune_imdb, glue_metric, text_tasks
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts import bench_finetune
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning import glue_metric
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning import tasks as text_tasks
 
 
 def test_all_tasks(run_task, tasks):
@@ -110,7 +113,7 @@ def test_remote_code(run_task, tasks, tmp_path):
 
 
 def test_imdb_is_chosen_on_held_out_reviews_and_cut(run_task, tasks):
-    out = run_task("imdb", program=finetune_imdb, max_length=8, truncation="head_tail", load_best_model_at_end=True)
+    out = run_task("imdb", max_length=8, truncation="head_tail", load_best_model_at_end=True)
     run_results = results(out / "imdb/seed-0")
     assert run_results["training_rows"] == 44 and run_results["best"]["step"] in (6, 12)
     rows = datasets.Dataset.from_parquet(str(tasks / "imdb/test.parquet"))
@@ -118,7 +121,7 @@ def test_imdb_is_chosen_on_held_out_reviews_and_cut(run_task, tasks):
     longer = sum(len(ids) > 8 for ids in tokenizer(rows["text"][:])["input_ids"])
     assert run_results["truncated"]["test"] == {"rows": 20, "cut": longer, "to": 8} and longer > 0
     with pytest.raises(ScriptError, match="test split only"):
-        run_task("imdb", "else", finetune_imdb, load_best_model_at_end=True, validation_fraction=0)
+        run_task("imdb", "else", load_best_model_at_end=True, validation_fraction=0)
 
 
 def test_best_model_and_early_stopping(run_task):
@@ -197,13 +200,14 @@ def test_accumulation_changes_nothing(run_task):
 
 # Fine-tunes where the model is sharded. Each evaluation seems worse than those before, so that the first is the best.
 SHARDED = """
-from ordnung.scripts import finetune, finetune_glue
-from ordnung.scripts.finetune import Finetuning
+from ordnung.scripts import finetune as program
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning.run import Finetuning
 scores = iter(range(0, -100, -1))
 finetune.mean_score = lambda _: next(scores)
 train = Finetuning.train
 Finetuning.train = lambda self: check_sharded(self) or train(self)
-end(finetune_glue.main())
+end(program.main())
 """
 
 
@@ -225,7 +229,7 @@ def test_two_processes_equal_one(run_task, tasks, tmp_path, monkeypatch, kind):
     cache = {"HF_DATASETS_CACHE": str(tasks / "cache")}
     arguments += [part for name, value in best.items() for part in (f"--{name}", value)]
     if kind == "whole":
-        printed = launch("accelerate_cpu.yaml", SCRIPTS / "finetune_glue.py", [*arguments, "--use_cpu"], **cache)
+        printed = launch("accelerate_cpu.yaml", SCRIPTS / "finetune.py", [*arguments, "--use_cpu"], **cache)
     else:
         printed = launch_sharded(SHARDED, tmp_path, arguments, **cache)
     two, single = tmp_path / "two/mrpc/seed-0", single / "mrpc/seed-0"
@@ -265,7 +269,7 @@ def test_trainer_follows_the_same_path(run_task, tasks, tmp_path):
     )
     trainer = Trainer(model, arguments, train_dataset=rows.remove_columns("idx"), processing_class=tokenizer)
     # Trainer decays kernel_logits, which the family exempts
-    from ordnung.scripts.pretrain_setup import parameter_groups
+    from ordnung.scripts.training.optimization import parameter_groups
 
     trainer.create_optimizer = lambda *_: (
         setattr(trainer, "optimizer", torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3)) or trainer.optimizer

@@ -9,8 +9,11 @@ import torch
 from tiny_tasks import TINY, metrics, table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from ordnung.scripts import finetune, finetune_data, limits, text_tasks
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common import limits
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning import data as finetune_data
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning import tasks as text_tasks
 
 
 class TestCutting:
@@ -29,7 +32,7 @@ class TestCutting:
         assert ((kept == 0).sum(), (kept == 1).sum(), (kept == -1).sum()) == (*expected, 3)
 
     def test_as_the_tokenizer_cuts(self, tasks):
-        options = finetune.FinetuneOptions(model_name_or_path=str(tasks / "conv"), output_dir="any")
+        options = finetune.FinetuneOptions(model_name_or_path=str(tasks / "conv"), output_dir="any", task_name=["sst2"])
         tokenizer = finetune_data.prepare_tokenizer(options)
         task = text_tasks.TASKS["mrpc"]
         rows = table(task, 30, 3)
@@ -49,7 +52,7 @@ class TestCutting:
 
 class TestTemplate:
     def test_pairs_are_separated_and_the_saved_tokenizer_does_the_same(self, tasks, tmp_path):
-        options = finetune.FinetuneOptions(model_name_or_path=str(tasks / "conv"), output_dir="any")
+        options = finetune.FinetuneOptions(model_name_or_path=str(tasks / "conv"), output_dir="any", task_name=["sst2"])
         tokenizer = finetune_data.prepare_tokenizer(options)
         end = tokenizer.eos_token_id
         a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the ship", "a sea"))
@@ -59,7 +62,7 @@ class TestTemplate:
             assert each("the ship", "a sea")["input_ids"] == [end, *a, end, *b, end]
 
     def test_tokenizers_with_special_tokens_keep_theirs(self, bert):
-        options = finetune.FinetuneOptions(model_name_or_path=str(bert), output_dir="any")
+        options = finetune.FinetuneOptions(model_name_or_path=str(bert), output_dir="any", task_name=["sst2"])
         ids = finetune_data.prepare_tokenizer(options)("the ship", "sea")["input_ids"]
         assert (
             AutoTokenizer.from_pretrained(bert).convert_ids_to_tokens(ids) == "[CLS] the ship [SEP] sea [SEP]".split()

@@ -22,8 +22,9 @@ from transformers import (
     XLNetConfig,
 )
 
-from ordnung.scripts import finetune_model, limits
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common import limits
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning import model as finetune_model
 
 
 def assert_reported_scores_hold(run_folder, tasks, folder=None, auto=AutoModelForSequenceClassification):

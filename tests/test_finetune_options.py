@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from tiny_tasks import results
 
-from ordnung.scripts import finetune, finetune_data, finetune_report, glue_metric, text_tasks
-from ordnung.scripts.common import ScriptError
-from ordnung.scripts.finetune_options import FinetuneOptions
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning import data as finetune_data
+from ordnung.scripts.finetuning import glue_metric
+from ordnung.scripts.finetuning import report as finetune_report
+from ordnung.scripts.finetuning import run as finetune
+from ordnung.scripts.finetuning import tasks as text_tasks
+from ordnung.scripts.finetuning.options import FinetuneOptions
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_predictions_are_as_the_server_takes_them(tmp_path, task, files, answers
 
 def prepare(tasks, **options):
     options = FinetuneOptions(
-        model_name_or_path=str(tasks / "conv"), output_dir="any", dataset_path=str(tasks), **options
+        model_name_or_path=str(tasks / "conv"), output_dir="any", task_name=["sst2"], dataset_path=str(tasks), **options
     )
     tokenizer = finetune_data.prepare_tokenizer(options)
     return finetune.prepare_task(text_tasks.GLUE["sst2"], options, tokenizer).train, tokenizer

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ordnung.scripts import glue_metric
-from ordnung.scripts.glue_metric import Glue
+from ordnung.scripts.finetuning import glue_metric
+from ordnung.scripts.finetuning.glue_metric import Glue
 
 
 def test_scores_equal_their_definitions():

@@ -104,6 +104,16 @@ def test_install_import_and_load(kind, built, source, environment, checkpoint, t
 
     name = f"ordnung-{ordnung.__version__}.dist-info"
     underscored = f"__editable___ordnung_{ordnung.__version__.replace('.', '_')}_finder.py"
+    if kind == "wheel":
+        # outside the clone, the command pretrains on what is installed with it
+        command = [python.with_name("ordnung"), "pretrain", "--config", "demo", "--max_steps", "2", "--use_cpu"]
+        tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "kernel_size": 4}
+        tiny = ",".join(f"{name}={value}" for name, value in tiny.items())
+        run(*command, "--config_overrides", tiny, "--max_eval_blocks", "4", "--block_size", "32", cwd=tmp_path)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out/demo")
+        assert json.loads((tmp_path / "out/demo/results.json").read_text())["machine"]["command"].startswith(
+            "ordnung pretrain --config demo"
+        )
     allowed = {
         "editable": {name, f"__editable__.ordnung-{ordnung.__version__}.pth", underscored, "__pycache__"},
     }.get(kind, {name, "ordnung"})
@@ -119,8 +129,8 @@ def test_install_import_and_load(kind, built, source, environment, checkpoint, t
 @pytest.mark.slow
 def test_wheel_holds_all_code_and_nothing_else(built, source):
     code = {path for folder in CODE_FOLDERS for path in (source / folder).rglob("*.py")} | {source / "__init__.py"}
-    configs = {path for path in (source / "scripts" / "configs").iterdir() if path.suffix in (".yaml", ".json")}
-    expected = {f"ordnung/{path.relative_to(source).as_posix()}" for path in code | configs}
+    data = {path for folder in ("configs", "data") for path in (source / "scripts" / folder).iterdir()}
+    expected = {f"ordnung/{path.relative_to(source).as_posix()}" for path in code | data}
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == expected
@@ -135,6 +145,7 @@ def test_sdist_holds_all_that_the_make_targets_need(built, source):
         "README.md",
         "Makefile",
         "pyproject.toml",
+        "setup.py",
         "constraints.txt",
         ".ci/run",
         "scripts/data/moby_dick.txt",

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ordnung.modeling import registration
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common.errors import ScriptError
 
 # Every way in which a family's mixers hold projections; a family without an entry is tried as it comes.
 VARIANTS = {

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, set_seed
 
 import ordnung  # noqa: F401
 from ordnung.scripts import plot_mixing
-from ordnung.scripts.common import ScriptError
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.reports import mixing
 
 HYBRID = {"kernel_size": 5, "layer_types": ["conv", "full_attention", "conv"], "position_embedding_type": "rope"}
 MODELS = {
@@ -57,7 +58,7 @@ def test_weights_times_values_are_what_the_mixer_computes(name):
 @torch.no_grad()
 def test_weights_of_slots_share_out_one(name):
     model_type, fields = SLOTS[name]
-    for weights in plot_mixing.mixing_weights(make(model_type, **fields), torch.randint(1, VOCAB, (1, 19))):
+    for weights in mixing.mixing_weights(make(model_type, **fields), torch.randint(1, VOCAB, (1, 19))):
         # k slots; in the causal form after the tokens of two blocks
         assert weights.shape == (4, 19, {"linformer": 4, "linformer-causal": 16}[name])
         torch.testing.assert_close(weights.sum(-1), torch.ones(4, 19))
@@ -67,7 +68,7 @@ def test_a_channel_kernel_is_drawn_as_the_mean_of_its_head():
     model = make("conv_lm", kernel_size=5, kernel_sharing="channel")
     with torch.no_grad():
         model.layers[0].mixer.kernel_logits.normal_()
-    weights = plot_mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))[0]
+    weights = mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))[0]
     kernel = model.layers[0].mixer.kernel()
     assert weights.shape == (4, 9, 9)
     torch.testing.assert_close(weights[1, 8, 4:], kernel[8:16].mean(0).flip(0))
@@ -77,15 +78,15 @@ def test_a_channel_kernel_is_drawn_as_the_mean_of_its_head():
 def test_fused_attention_is_refused_in_words():
     model = make("softmax_lm", attn_implementation="sdpa")
     with pytest.raises(ValueError, match="attn_implementation='sdpa': set 'eager'"):
-        plot_mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))
+        mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))
 
 
 def test_shares_of_known_matrices():
     identity, constant = torch.eye(8), torch.full((8, 8), 0.125)
-    shares = plot_mixing.cumulative_share(torch.stack([identity, constant]))
+    shares = mixing.cumulative_share(torch.stack([identity, constant]))
     torch.testing.assert_close(shares[0], torch.arange(1, 9) / 8.0, check_dtype=False)
     torch.testing.assert_close(shares[1], torch.ones(8), check_dtype=False)
-    [row] = plot_mixing.spectrum([shares], ["full_attention"], 2)
+    [row] = mixing.spectrum([shares], ["full_attention"], 2)
     assert row.pop("curve") == [round((i / 8 + 1) / 2, 4) for i in range(1, 9)]
     assert row == {"layer": 0, "layer_type": "full_attention", "mean": 0.625, "least": 0.25, "heads": [0.25, 1.0]}
 

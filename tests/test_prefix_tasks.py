@@ -7,9 +7,12 @@ import pytest
 import torch
 import yaml
 
-from ordnung.scripts import compare, prefix_tasks
-from ordnung.scripts.common import ScriptError, parse_options
-from ordnung.scripts.evidence import variant_configs
+from ordnung.scripts import prefix_tasks as program
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.experiments import prefix_tasks
+from ordnung.scripts.experiments.options import CompareOptions, TaskOptions
+from ordnung.scripts.experiments.variants import variant_configs
 
 VARIANTS = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "position_embedding_type": "learned"}
@@ -46,7 +49,7 @@ def test_triplets_are_counted():
 
 
 def test_only_scored_prefixes_cost():
-    options = prefix_tasks.TaskOptions(output_dir="none", task="pointer", variants=VARIANTS, symbols=20, queries=2)
+    options = TaskOptions(output_dir="none", task="pointer", variants=VARIANTS, symbols=20, queries=2)
     config = variant_configs(VARIANTS, TINY, vocab_size=options.vocab_size)["cubic"]
     few = prefix_tasks.step_flops(options, config)
     options.symbols, options.queries = 2, 20
@@ -79,7 +82,7 @@ def argv(tmp_path):
 
 
 def test_program_from_end_to_end(argv, tmp_path, capsys):
-    prefix_tasks.main(argv)
+    program.main(argv)
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
     cubic, softmax = (results["variants"][name] for name in ("cubic", "softmax"))
@@ -97,11 +100,11 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
 
     written = (out / "runs" / "cubic-seed0.json").read_text()
     capsys.readouterr()
-    prefix_tasks.main(argv)
+    program.main(argv)
     assert capsys.readouterr().out.count("finished, kept") == 4
     assert (out / "runs" / "cubic-seed0.json").read_text() == written
     with pytest.raises(ScriptError, match="was trained for 60 steps.*equal compute takes"):
-        prefix_tasks.main([*argv, "--variants", "cubic3={model_type: cubic_prefix_lm, num_hidden_layers: 3}"])
+        program.main([*argv, "--variants", "cubic3={model_type: cubic_prefix_lm, num_hidden_layers: 3}"])
 
 
 @pytest.mark.parametrize(
@@ -115,16 +118,16 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
 )
 def test_wrong_options_are_refused_in_words(argv, wrong, message):
     with pytest.raises(ScriptError, match=message):
-        prefix_tasks.main([*argv, *wrong])
+        program.main([*argv, *wrong])
 
 
 def test_shipped_tables_make_models_of_equal_size():
-    folder = prefix_tasks.__file__.rsplit("/", 1)[0]
+    folder = program.__file__.rsplit("/", 1)[0]
     for name, options_type in (
-        ("tasks_pointer", prefix_tasks.TaskOptions),
-        ("tasks_triplets", prefix_tasks.TaskOptions),
-        ("tasks_triplets_short", prefix_tasks.TaskOptions),
-        ("compare_cubic", compare.CompareOptions),
+        ("tasks_pointer", TaskOptions),
+        ("tasks_triplets", TaskOptions),
+        ("tasks_triplets_short", TaskOptions),
+        ("compare_cubic", CompareOptions),
     ):
         options = parse_options(options_type, ["--config", f"{folder}/configs/{name}.yaml"])
         configs = variant_configs(options.variants, {"vocab_size": 64, **options.config_overrides})

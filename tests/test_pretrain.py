@@ -19,9 +19,14 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from ordnung.scripts import plot_loss, pretrain, pretrain_setup
-from ordnung.scripts.common import ScriptError, parse_options
-from ordnung.scripts.pretrain_options import PretrainOptions
+from ordnung.scripts import plot_loss, pretrain
+from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.pretraining.model import build_run_config
+from ordnung.scripts.pretraining.options import PretrainOptions
+from ordnung.scripts.pretraining.run import Pretraining
+from ordnung.scripts.training.optimization import parameter_groups
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2"
 SOFTMAX = ["--model_type", "softmax_lm", "--config_overrides", TINY + ",position_embedding_type=rope"]
@@ -45,7 +50,7 @@ def data(tmp_path_factory):
 def tokenizer(data):
     """Folder of a tokenizer trained on the data, so that most runs need not train one."""
     texts = [(data / "text.txt").read_text()]
-    trained = pretrain_setup.corpus.train_tokenizer(texts, 300, masked=True)
+    trained = corpus.train_tokenizer(texts, 300, masked=True)
     trained.save_pretrained(data / "tokenizer")
     return data / "tokenizer"
 
@@ -205,7 +210,7 @@ def test_the_shipped_run_config_is_valid():
     file = Path(pretrain.__file__).parent / "configs" / "demo.yaml"
     options = parse_options(PretrainOptions, ["--config", str(file), "--max_steps", "7"])
     assert options.max_steps == 7
-    assert pretrain_setup.build_run_config(options).model_type == "conv_lm"
+    assert build_run_config(options).model_type == "conv_lm"
 
 
 def test_a_model_continues_from_a_checkpoint_or_a_config_file(run, tmp_path):
@@ -244,7 +249,7 @@ def test_weight_decay_spares_biases_norms_and_what_the_model_names():
     config = AutoConfig.for_model("conv_lm", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=30)
     model = AutoModelForCausalLM.from_config(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared = pretrain_setup.parameter_groups(model, 0.1)
+    decayed, spared = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     decayed, spared = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, spared))
     assert decayed | spared == set(names.values()) and not decayed & spared
@@ -285,13 +290,13 @@ def test_trackers_get_what_metrics_jsonl_gets(run, monkeypatch):
 def test_the_loss_curve_can_be_drawn_again(run, tmp_path, capsys):
     out = run(max_steps=2)
     (out / "loss_curve.png").unlink()
-    plot_loss.main([str(out), "--output", str(tmp_path / "curve.svg"), "--title", "a title"])
+    plot_loss.main(["--run", str(out), "--output", str(tmp_path / "curve.svg"), "--title", "a title"])
     assert "<svg" in (tmp_path / "curve.svg").read_text()
-    plot_loss.main([str(out / "metrics.jsonl")])
+    plot_loss.main(["--run", str(out / "metrics.jsonl")])
     assert (out / "loss_curve.png").exists()
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ScriptError, match="holds no losses yet"):
-        plot_loss.main([str(tmp_path)])
+        plot_loss.main(["--run", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -327,7 +332,7 @@ def test_the_loss_curve_can_be_drawn_again(run, tmp_path, capsys):
         ({"streaming": True}, "nothing can be held out of a stream"),
         ({"report_to": "trackoi"}, "trackoi: unknown tracker.*trackio"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: .*min_lr"),
-        ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
+        ({"config": "nowhere.yaml"}, "--config nowhere.yaml: no such file"),
         (
             {"model": ["--model_type=softmax_lm", "--config_overrides", TINY + ",max_position_embeddings=16"]},
             r"32 is above the model's max_position_embeddings \(16\); set max_position_embeddings=32 in --config_ov",
@@ -459,14 +464,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_at_a_checkpoint(run, tmp_path, monkeypatch, number):
     whole = run("whole")
-    step = pretrain.Pretraining.train_step
+    step = Pretraining.train_step
 
     def step_with_signal(self, signals):
         if self.step == 2:
             signal.raise_signal(number)
         return step(self, signals)
 
-    monkeypatch.setattr(pretrain.Pretraining, "train_step", step_with_signal)
+    monkeypatch.setattr(Pretraining, "train_step", step_with_signal)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(AssertionError, match=f"{128 + number} == 0"):
         run()
@@ -483,7 +488,8 @@ def test_a_killed_save_leaves_the_previous_checkpoint(data, tokenizer, tmp_path)
     """The process dies, without any cleaning up, when the second checkpoint is nearly written."""
     program = """
 import os, sys, torch
-from ordnung.scripts import checkpointing, pretrain
+from ordnung.scripts import pretrain
+from ordnung.scripts.training import checkpointing
 digests = checkpointing._digests
 checkpointing._digests = lambda folder: os._exit(9) if "checkpoint-4" in folder.name else digests(folder)
 pretrain.main(sys.argv[1:])
@@ -501,12 +507,12 @@ pretrain.main(sys.argv[1:])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
-    loss = pretrain.Pretraining._loss
+    loss = Pretraining._loss
 
     def broken(self, batch):
         return loss(self, batch) * (math.nan if self.step == 5 and self.model.training else 1)
 
-    monkeypatch.setattr(pretrain.Pretraining, "_loss", broken)
+    monkeypatch.setattr(Pretraining, "_loss", broken)
     with pytest.raises(ScriptError, match="loss nan.*at step 6.*last good checkpoint is .*checkpoint-4"):
         run()
     assert not (tmp_path / "out" / "results.json").exists()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from ordnung.scripts import corpus, pretrain_setup
-from ordnung.scripts.blocks import IGNORED, BatchMaker, MemoryBlocks, StreamedBlocks, pack
-from ordnung.scripts.common import ScriptError, parse_key_values
-from ordnung.scripts.pretrain_options import PretrainOptions
+from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_key_values
+from ordnung.scripts.pretraining import data as pretrain_setup
+from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, MemoryBlocks, StreamedBlocks, pack
+from ordnung.scripts.pretraining.options import PretrainOptions
 
 WORDS = "whale ship the a of and sailed harpoon, white wind; storm. night\nday wind\n\n mast\n élan 日本 🐋".split(" ")
 

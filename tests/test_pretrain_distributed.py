@@ -12,15 +12,17 @@ from accelerate.state import AcceleratorState
 from launching import SCRIPTS, launch, launch_sharded
 from transformers import AutoModelForCausalLM
 
-from ordnung.scripts import corpus, pretrain
+from ordnung.scripts import pretrain
+from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
 
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
 
 # Trains where the model is sharded.
 SHARDED = """
-from ordnung.scripts.common import parse_options
-from ordnung.scripts.pretrain import Pretraining
-from ordnung.scripts.pretrain_options import PretrainOptions
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.pretraining.run import Pretraining
+from ordnung.scripts.pretraining.options import PretrainOptions
 run = Pretraining(parse_options(PretrainOptions))
 check_sharded(run)
 end(run.train())
@@ -145,5 +147,5 @@ def test_every_shipped_config_is_tested():
 @pytest.mark.parametrize("options", ["conv_lm"], indirect=True)
 def test_fsdp_on_the_cpu_is_refused_in_words(options, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(pretrain.ScriptError, match="FSDP needs an accelerator device.*accelerate_cpu.yaml"):
+    with pytest.raises(ScriptError, match="FSDP needs an accelerator device.*accelerate_cpu.yaml"):
         run_here(options, tmp_path / "out")

@@ -74,8 +74,7 @@ def test_commands_start(command, checkpoint):
     smaller = {
         "scripts/convert.py": "--source bert",
         "scripts/evaluate_lm.py": "--max_tokens 400 --block_size 32 --stride 16 --use_cpu",
-        "scripts/finetune_glue.py": "--dataset_path data --max_steps 2 --seeds 0 --use_cpu",
-        "scripts/finetune_imdb.py": "--dataset_path data/imdb --max_steps 2 --max_length 16 --use_cpu",
+        "scripts/finetune.py": "--dataset_path data --max_steps 2 --seeds 0 --max_length 16 --use_cpu",
         "scripts/plot_mixing.py": "--max_length 16",
         "scripts/push_to_hub.py": "--license apache-2.0",
         "scripts/generate.py": "--max_new_tokens 3",

@@ -23,10 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.models.auto import modeling_auto
 
 from ordnung.modeling.registration import FAMILIES, heads_of
-from ordnung.scripts import finetune_glue, machine, pretrain, push_to_hub, sharing
-from ordnung.scripts.common import ScriptError
-from ordnung.scripts.model_card import HELD_OUT
-from ordnung.scripts.sharing import Target, check_target, push
+from ordnung.scripts import finetune, pretrain, push_to_hub
+from ordnung.scripts.common import machine
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.hub import sharing
+from ordnung.scripts.hub.model_card import HELD_OUT
+from ordnung.scripts.hub.sharing import Target, check_target, push
 
 ROOT = Path(__file__).parents[1]
 TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -403,7 +405,7 @@ def test_training_ends_with_a_push(hub, train, monkeypatch):
 
 def test_a_failed_push_loses_nothing_that_was_trained(hub, train, tmp_path):
     hub.faults["PUT /lfs/"] = 100
-    with pytest.raises(ScriptError, match="push it again by: python scripts/push_to_hub.py") as caught:
+    with pytest.raises(ScriptError, match="push it again by: ordnung share ") as caught:
         train("--push_to_hub", "--hub_private", "--hub_revision", "small", "--hub_license", "mit")
     out = tmp_path / "whale"
     AutoModelForCausalLM.from_pretrained(out)
@@ -444,7 +446,7 @@ def test_fine_tuning_ends_with_a_push_of_the_best_run_of_each_task(hub, train, t
     arguments = ["--model_name_or_path", str(source), "--dataset_path", str(data), "--max_steps", "3", "--use_cpu"]
     arguments += ["--output_dir", str(tmp_path / "tuned"), "--seeds", "0", "1", "--push_to_hub"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert finetune_glue.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "whale-glue"]) == 0
+    assert finetune.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "whale-glue"]) == 0
     assert set(hub.repositories) == {"ahab/whale-glue-sst2", "ahab/whale-glue-rte"}
     results = json.loads((tmp_path / "tuned" / "results.json").read_text())["tasks"]["sst2"]
     files = hub.repositories["ahab/whale-glue-sst2"].files()
@@ -459,11 +461,11 @@ def test_fine_tuning_ends_with_a_push_of_the_best_run_of_each_task(hub, train, t
     hub.faults["more-sst2/preupload"] = 100
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ScriptError, match=r"^sst2: [^\n]*\npush it again by: .*ahab/more-sst2 .*$"):
-        finetune_glue.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "more"])
+        finetune.main([*arguments, "--task_name", "sst2", "rte", "--hub_model_id", "more"])
     assert "model.safetensors" in hub.repositories["ahab/more-rte"].files()
     # the same command again pushes what is there already, and trains nothing
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert finetune_glue.main([*arguments, "--task_name", "sst2", "--hub_model_id", "other"]) == 0
+    assert finetune.main([*arguments, "--task_name", "sst2", "--hub_model_id", "other"]) == 0
     assert set(hub.repositories) >= {"ahab/other"}
 
 
@@ -473,10 +475,10 @@ def test_an_adapter_that_nobody_could_load_is_refused_before_it_is_trained(hub, 
     arguments += ["--output_dir", str(tmp_path / "tuned"), "--task_name", "sst2", "--push_to_hub", "--use_peft"]
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ScriptError, match="a local folder, is of no use to others: add --merge_adapter"):
-        finetune_glue.main(arguments)
+        finetune.main(arguments)
     assert not (tmp_path / "tuned").exists() and not hub.repositories
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert finetune_glue.main([*arguments, "--merge_adapter"]) == 0
+    assert finetune.main([*arguments, "--merge_adapter"]) == 0
     assert "model.safetensors" in hub.repositories["ahab/tuned"].files()
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -9,21 +10,28 @@ from tiny_tasks import TINY, sentences
 
 import ordnung
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts import baselines, compare, finetune_glue, finetune_imdb, pretrain, transfer
-from ordnung.scripts.common import ScriptError, parse_options
-from ordnung.scripts.evidence import variant_configs
+from ordnung.scripts import baselines as baselines_program
+from ordnung.scripts import transfer as transfer_program
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.experiments import baselines, compare, transfer
+from ordnung.scripts.experiments.options import TransferOptions
+from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.finetuning import run as finetuning
+from ordnung.scripts.finetuning.tasks import GLUE
+from ordnung.scripts.pretraining import run as pretraining
 
 
 def test_majority(tasks, tmp_path):
     rows = {"label": [1, 0, 1, 1], "sentence": list("abcd")}
-    assert baselines.fit_majority(rows, finetune_glue.GLUE["sst2"])(rows).tolist() == [1, 1, 1, 1]
-    assert baselines.fit_majority(rows, finetune_glue.GLUE["stsb"])(rows).tolist() == [0.75] * 4
+    assert baselines.fit_majority(rows, GLUE["sst2"])(rows).tolist() == [1, 1, 1, 1]
+    assert baselines.fit_majority(rows, GLUE["stsb"])(rows).tolist() == [0.75] * 4
 
 
 def test_tfidf_finds_the_telling_words(tasks, tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'ordnung[evidence]'")
     argv = ["--task_name", "sst2", "stsb", "mnli", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)]
-    assert baselines.main(argv) == 0
+    assert baselines_program.main(argv) == 0
     tasks = json.loads((tmp_path / "results.json").read_text())["tasks"]
     learned, constant = (tasks["sst2"][kind]["metrics"]["validation"]["accuracy"] for kind in ("tfidf", "majority"))
     assert learned > 0.8 > constant
@@ -34,14 +42,14 @@ def test_tfidf_finds_the_telling_words(tasks, tmp_path):
 def test_without_scikit_learn(tasks, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with pytest.raises(ScriptError, match="scikit-learn cannot be imported.*ordnung\\[evidence\\]"):
-        baselines.main(["--task_name", "sst2", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)])
+        baselines_program.main(["--task_name", "sst2", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)])
 
 
 @pytest.fixture
 def argv(tasks, tmp_path, monkeypatch):
     """A recipe of two tiny variants on two tasks; the second baseline is what a constant would have scored."""
     monkeypatch.setitem(baselines.BASELINES, "tfidf", baselines.fit_majority)
-    monkeypatch.setattr(finetune_glue.run.__globals__["datasets"].config, "HF_DATASETS_CACHE", tasks / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tasks / "cache")
     texts = [text for text, _ in sentences(400, 7)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = {
@@ -70,12 +78,12 @@ def argv(tasks, tmp_path, monkeypatch):
 def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
     out = tmp_path / "out"
     stops = iter([0, 143])
-    real = finetune_glue.main
-    monkeypatch.setattr(finetune_glue, "main", lambda words: next(stops) or real(words))
-    assert transfer.main(argv) == 143  # stopped in the second variant
-    monkeypatch.setattr(finetune_glue, "main", real)
-    monkeypatch.setattr(pretrain, "main", None)  # both are pretrained
-    assert transfer.main(argv) == 0
+    real = finetuning.run
+    monkeypatch.setattr(finetuning, "run", lambda options: next(stops) or real(options))
+    assert transfer_program.main(argv) == 143  # stopped in the second variant
+    monkeypatch.setattr(finetuning, "run", real)
+    monkeypatch.setattr(pretraining, "run", None)  # both are pretrained
+    assert transfer_program.main(argv) == 0
     results = json.loads((out / "results.json").read_text())
     for name in ("conv", "softmax"):
         result = results["variants"][name]
@@ -98,10 +106,10 @@ def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
     assert f"Not above majority class: {', '.join(below) or 'none'}." in table
     assert table.count("\n| conv ") == 2 and "TF-IDF + logistic regression" in table
     # a further seed runs, what is there is kept
-    monkeypatch.setattr(baselines, "main", None)
-    assert transfer.main([*argv, "--seeds", "0", "1", "2"]) == 0
+    monkeypatch.setattr(baselines, "run", None)
+    assert transfer_program.main([*argv, "--seeds", "0", "1", "2"]) == 0
     with pytest.raises(ScriptError, match="holds runs with pretrain"):
-        transfer.main([*argv, "--pretrain", "max_steps=5"])
+        transfer_program.main([*argv, "--pretrain", "max_steps=5"])
 
 
 @pytest.mark.parametrize(
@@ -117,20 +125,18 @@ def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_told_before_anything_is_trained(argv, tmp_path, monkeypatch, wrong, message):
-    monkeypatch.setattr(pretrain, "main", None)
+    monkeypatch.setattr(pretraining, "run", None)
     with pytest.raises(ScriptError, match=message):
-        transfer.main([*argv, *wrong])
+        transfer_program.main([*argv, *wrong])
 
 
 def test_shipped_recipes_are_valid():
     folder = f"{ordnung.__path__[0]}/scripts/configs"
     for name in ("transfer_cpu", "transfer_longer", "transfer_gpu"):
-        options = parse_options(transfer.TransferOptions, ["--config", f"{folder}/{name}.yaml"])
+        options = parse_options(TransferOptions, ["--config", f"{folder}/{name}.yaml"])
         models = {config.model_type for config in variant_configs(options.variants, options.config_overrides).values()}
         assert models == set(FAMILIES) if name == "transfer_cpu" else {"conv_lm", "softmax_lm"} <= models
         assert len(options.seeds) >= 3
         compare.check_pretrain({**options.pretrain, "train_file": "any.parquet"})
         for task in options.task_name:
-            kind = finetune_imdb.FinetuneOptions if task == "imdb" else finetune_glue.GlueOptions
-            words = transfer.finetune_arguments(options, task, folder, folder)
-            assert parse_options(kind, words).num_train_epochs >= 1
+            assert transfer.finetune_options(options, task, folder, folder).num_train_epochs >= 1

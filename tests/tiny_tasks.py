@@ -16,7 +16,9 @@ from transformers import (
 )
 
 import ordnung  # noqa: F401  (its model types enter the Auto classes)
-from ordnung.scripts import corpus, finetune_glue, finetune_imdb, text_tasks
+from ordnung.scripts import finetune
+from ordnung.scripts.common import corpus
+from ordnung.scripts.finetuning import tasks as text_tasks
 
 GOOD, BAD = "fine warm bright calm".split(), "dull cold grim harsh".split()
 FILLER = "the voyage of a ship and its captain on that sea was".split()
@@ -81,13 +83,13 @@ def runner(tasks, outputs):
     Its keyword arguments are further options, None removes one.
     """
 
-    def run_task(task="sst2", output="out", program=finetune_glue, status=0, **options):
+    def run_task(task="sst2", output="out", status=0, **options):
         AcceleratorState._reset_state(reset_partial_state=True)
         options = {
             "model_name_or_path": tasks / "conv",
             "output_dir": outputs / output,
-            "dataset_path": tasks / task if program is finetune_imdb else tasks,
-            "task_name": None if program is finetune_imdb else task,
+            "dataset_path": tasks / task if task == "imdb" else tasks,
+            "task_name": task,
             "per_device_train_batch_size": 8,
             "num_train_epochs": 2,
             "learning_rate": 1e-3,
@@ -99,7 +101,7 @@ def runner(tasks, outputs):
         for name, value in options.items():
             if value is not None:
                 argv += [f"--{name}", *(value.split() if name == "task_name" else map(str, np.atleast_1d(value)))]
-        assert program.main(argv) == status
+        assert finetune.main(argv) == status
         return outputs / output
 
     return run_task

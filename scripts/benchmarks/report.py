@@ -1,0 +1,155 @@
+"""Tables and the figure of `benchmark.py`, made from its results alone."""
+
+from pathlib import Path
+
+from ordnung.scripts.benchmarks.mixer import PARTS
+from ordnung.scripts.common.tables import markdown_table
+
+TITLES = {
+    "forward": "Forward",
+    "train": "Training step",
+    "prefill": "Prefill",
+    "decode": "Decode, one token",
+    "mixer": "Parts",
+}
+
+
+def add_ratios(rows: list[dict], baseline: str) -> None:
+    """Give each timed row `ratios`: how many times faster than another row of its task and length, by name.
+
+    `measured` divides the median times, `predicted` the FLOPs. Models are compared with `baseline`, parts with those
+    that `PARTS` names.
+    """
+    timed = {(row["task"], row["length"], row["name"]): row for row in rows if "seconds" in row}
+    for (task, length, name), row in timed.items():
+        others = PARTS[name].compared_with if task == "mixer" else (baseline,)
+        row["ratios"] = {
+            other: {
+                "measured": reference["seconds"]["median"] / row["seconds"]["median"],
+                "predicted": reference["flops"] / row["flops"],
+            }
+            for other in others
+            if (reference := timed.get((task, length, other))) is not None
+        }
+
+
+def _time_cell(row: dict) -> str:
+    """Microseconds per token, half the interquartile range in per cent, and the ratios: measured (predicted)."""
+    scale = 1e6 / row["tokens"]
+    seconds = row["seconds"]
+    spread = 50 * (seconds["q3"] - seconds["q1"]) / seconds["median"]
+    cell = f"{seconds['median'] * scale:.4g} ±{spread:.0f}%"
+    for name, ratio in row.get("ratios", {}).items():
+        if row["name"] == "convolution":
+            return f"{cell}, {100 / ratio['measured']:.1f}% ({100 / ratio['predicted']:.1f}%) of the block"
+        if name != row["name"]:
+            of = f" {name.rsplit('_', 1)[1]}" if row["task"] == "mixer" else ""
+            cell += f", {ratio['measured']:.2f}x ({ratio['predicted']:.2f}x){of}"
+    return cell
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.4g}"
+
+
+def _state_cell(row: dict) -> str:
+    predicted = row["predicted_state_bytes"]
+    return _mib(row["state_bytes"]) + (f" ({_mib(predicted)})" if predicted is not None else "")
+
+
+def markdown(results: dict) -> str:
+    """All tables of a results dictionary as `benchmark.py` writes it."""
+    rows = results["results"]
+    machine, settings = results["machine"], results["settings"]
+    device = (
+        machine["gpu"][0]["name"] if settings["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    )
+    shape = settings["shape"]
+    kernel = f", K={shape['kernel_size']}" if "conv_lm" in results["variants"] else ""
+    parts = [
+        f"{device}, {settings['dtype']}, batch {settings['batch_size']}, width {shape['hidden_size']}, "
+        f"{shape['num_hidden_layers']} layers, {shape['num_attention_heads']} heads, vocabulary {shape['vocab_size']}"
+        f"{kernel}; torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
+        f"Times are medians with half the interquartile range; ratios against {results['baseline']}: measured "
+        "(predicted from FLOPs), above 1 is faster.",
+    ]
+
+    def section(title, task, cell, wanted):
+        chosen = [row for row in rows if row["task"] == task and wanted(row)]
+        if not chosen:
+            return
+        lengths = sorted({row["length"] for row in chosen})
+        cells = {(row["name"], row["length"]): cell(row) for row in chosen}
+        names = dict.fromkeys(row["name"] for row in chosen)
+        body = [[name, *(cells.get((name, length), "-") for length in lengths)] for name in names]
+        parts.append(f"**{title}**\n\n" + markdown_table(["N", *map(str, lengths)], body))
+
+    for task, title in TITLES.items():
+        section(f"{title}, µs per token", task, _time_cell, lambda row: "seconds" in row)
+    for task, title in TITLES.items():
+        peak = f"Peak memory above the weights, {title.lower()}, MiB"
+        section(peak, task, lambda row: _mib(row["peak_bytes"]), lambda row: row.get("peak_bytes") is not None)
+    section(
+        "Generation state of one sequence, MiB (predicted)", "decode", _state_cell, lambda row: "state_bytes" in row
+    )
+
+    failures = [f"{name}: deviates by {c['deviation']:.2g}" for name, c in results["checks"].items() if not c["passed"]]
+    if failures:
+        parts.append("**Wrong outputs, not timed**\n\n" + "\n".join(f"- {line}" for line in failures))
+    left_out = [row for row in rows if row["status"] != "ok"]
+    if left_out:
+        lines = (
+            f"- {row['task']}, {row['name']}, N={row['length']}: {row['status']}, {row['reason']}" for row in left_out
+        )
+        parts.append("**Left out**\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(results: dict, path: Path) -> None:
+    """Log-log panels against N: time per token of every task, peak memory of forward and training, generation state."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in results["results"] if row["status"] == "ok"]
+    panels = []
+    for task, title in TITLES.items():
+        timed = [
+            (row, row["seconds"]["median"] * 1e6 / row["tokens"])
+            for row in rows
+            if row["task"] == task and "seconds" in row
+        ]
+        panels.append((f"{title}: µs per token", timed))
+    for task in ("forward", "train"):
+        peaks = [(row, row["peak_bytes"] / 2**20) for row in rows if row["task"] == task and row["peak_bytes"]]
+        panels.append((f"{TITLES[task]}: peak MiB above the weights", peaks))
+    panels.append(
+        ("Generation state, MiB", [(row, row["state_bytes"] / 2**20) for row in rows if "state_bytes" in row])
+    )
+    panels = [(title, points) for title, points in panels if points]
+    if not panels:
+        return
+
+    columns = min(3, len(panels))
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(5.2 * columns, 4 * -(-len(panels) // columns))
+    )
+    axes = [axes] if len(panels) == 1 else list(axes.flat)
+    names = list(dict.fromkeys(row["name"] for _, points in panels for row, _ in points))
+    styles = {name: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"} for i, name in enumerate(names)}
+    for axis, (title, points) in zip(axes, panels):
+        for name in dict.fromkeys(row["name"] for row, _ in points):
+            line = sorted((row["length"], value) for row, value in points if row["name"] == name)
+            axis.plot(*zip(*line), marker="o", markersize=3, label=name, **styles[name])
+        axis.set(title=title, xlabel="N", xscale="log", yscale="log")
+        axis.set_xticks(lengths := sorted({row["length"] for row, _ in points}), map(str, lengths))
+        axis.xaxis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,111 @@
+"""The command `ordnung`: the programs of this folder under one name, and transformers' server and chat.
+
+`ordnung pretrain ...` is `python -m ordnung.scripts.pretrain ...`, and in a clone `python scripts/pretrain.py ...`.
+"""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+from ordnung import __version__
+from ordnung.scripts.common.errors import ScriptError, closest, run_script
+
+# By heading: commands, and the programs that they are.
+GROUPS = {
+    "train": {"pretrain": "pretrain", "finetune": "finetune", "convert": "convert"},
+    "use": {
+        "generate": "generate",
+        "evaluate": "evaluate_lm",
+        "lm-eval": "lm_harness",
+        "plot-loss": "plot_loss",
+        "plot-mixing": "plot_mixing",
+        "share": "push_to_hub",
+    },
+    "compare": {
+        "compare": "compare",
+        "transfer": "transfer",
+        "baselines": "baselines",
+        "recall": "recall",
+        "prefix-tasks": "prefix_tasks",
+        "benchmark": "benchmark",
+        "bench-prefix": "bench_prefix",
+        "bench-finetune": "bench_finetune",
+    },
+}
+PROGRAMS = {command: program for group in GROUPS.values() for command, program in group.items()}
+SERVING = {
+    "serve": "Answer requests as OpenAI's API does: `transformers serve`, with ordnung's families.",
+    "chat": "Talk in the terminal to a model that is served: `transformers chat`.",
+}
+
+
+def summary(program: str) -> str:
+    """The first line of a program's description, read without importing it."""
+    source = Path(__file__).with_name(f"{program}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).split("\n")[0]
+
+
+def overview() -> str:
+    """All commands, with a line each."""
+    groups = {title: {command: summary(name) for command, name in group.items()} for title, group in GROUPS.items()}
+    groups["serve"] = SERVING
+    width = max(len(command) for group in groups.values() for command in group)
+    lines = ["usage: ordnung COMMAND [options]", "", "`ordnung COMMAND --help` lists the options of one."]
+    for title, group in groups.items():
+        lines += ["", f"{title}:", *(f"  {command:{width}}  {line}" for command, line in group.items())]
+    return "\n".join(lines)
+
+
+def hand_over(command: str, argv: list[str]):
+    """Run transformers' own command.
+
+    Raises:
+        ScriptError: what it needs is not installed.
+    """
+    if command == "serve" and "--help" not in argv:
+        import ordnung
+        from ordnung.modeling.registration import FAMILIES, heads_of
+
+        classes = [getattr(ordnung, name) for model_type in FAMILIES for name in heads_of(model_type).values()]
+        from transformers.cli.serving import model_manager
+
+        # the server looks a checkpoint's class up in the namespace of transformers, as it has it
+        for model_class in classes:
+            setattr(model_manager.transformers, model_class.__name__, model_class)
+    from transformers.cli.transformers import app
+
+    try:
+        app(args=[command, *argv], prog_name="ordnung")
+    except ImportError as error:
+        raise ScriptError(" ".join(str(error).split())) from error
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Run a command given as words (`sys.argv[1:]` if None); returns the exit status.
+
+    Raises:
+        ScriptError: there is no such command; as the command.
+    """
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(overview())
+    elif command == "--version":
+        print(__version__)
+    elif command in SERVING:
+        hand_over(command, rest)
+    elif command in PROGRAMS:
+        return importlib.import_module(f"ordnung.scripts.{PROGRAMS[command]}").main(rest)
+    else:
+        hint = closest(command, [*PROGRAMS, *SERVING])
+        raise ScriptError(f"unknown command {command!r}{hint}; `ordnung --help` lists all")
+    return 0
+
+
+def start():
+    """What the installed command calls."""
+    run_script(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,28 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: str | Path, text: str):
+    """Write a file so that a reader, or a crash half-way, sees the whole old content or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value: Any):
+    """Write JSON atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json_lines(path: str | Path) -> list[dict]:
+    """The objects of a JSON lines file; a last line that was not written to its end is left out."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,95 @@
+"""What a result was measured on: written into every results file so that numbers can be compared and repeated."""
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+TOKEN_OPTIONS = ("--hub-token", "--token")  # results files and cards are for others to see
+
+
+def _field(path: str, key: str) -> str | None:
+    """Value of the first `key : value` line of a Linux information file, or None without such a file or line."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key) and ":" in line), None)
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, or None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _kib_field_bytes(key: str) -> int | None:
+    value = _field("/proc/meminfo", key)
+    return int(value.split()[0]) * 1024 if value else None
+
+
+def available_memory_bytes() -> int | None:
+    """Main memory that new allocations can take without swapping, or None where the system does not say (not Linux)."""
+    return _kib_field_bytes("MemAvailable")
+
+
+def is_command(argv: list[str]) -> bool:
+    """Whether these words were given to the command `ordnung`, not to a program's file."""
+    return Path(argv[0]).stem in ("ordnung", "cli") and len(argv) > 1
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as a shell takes it, access tokens left out."""
+    shown, secret = [], False
+    for argument in argv:
+        option, equals, _ = argument.partition("=")
+        names_token = option.replace("_", "-") in TOKEN_OPTIONS  # options are taken with either
+        if secret:
+            argument = "..."
+        elif names_token and equals:
+            argument = f"{option}=..."
+        shown.append(argument)
+        secret = names_token and not equals and not secret
+    return shlex.join(["ordnung", *shown[1:]] if is_command(argv) else [Path(sys.executable).name, *shown])
+
+
+def machine_info() -> dict:
+    """Describe the machine, the software and the running command.
+
+    Returns a JSON-serialisable dict; what the system does not tell is None. `memory_bytes` is installed main memory,
+    `cores` the cores this process may use, `threads` those torch computes with now: set them before calling this.
+    """
+    import torch
+
+    import ordnung
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _kib_field_bytes("MemTotal"),
+        "gpu": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": package_version("transformers"),
+        "accelerate": package_version("accelerate"),
+        "datasets": package_version("datasets"),
+        "ordnung": ordnung.__version__,
+        "command": command_line(sys.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def described(machine: dict) -> str:
+    """What `machine_info` found, in a line for the head of a table."""
+    device = ", ".join(gpu["name"] for gpu in machine["gpu"]) or f"{machine['cpu']}, {machine['threads']} threads"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "ordnung"))
+    return f"{device}, {versions}, {machine['date'][:10]}."

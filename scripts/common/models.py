@@ -1,0 +1,92 @@
+"""Models by name: their configs, made and checked, and the folders that they lie in."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ordnung.scripts.common.errors import ScriptError, closest
+
+
+def build_config(
+    model_type: str | None,
+    config_name: str | None,
+    overrides: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    **kwargs,
+) -> PreTrainedConfig:
+    """A model config by type name, or from a JSON file, folder or Hub name, with some fields changed.
+
+    Args:
+        overrides: field names and values, checked against the config class.
+        defaults: values for fields that `overrides` leaves alone; passed over where the class has no such field.
+        kwargs: passed to `AutoConfig.from_pretrained`.
+    Raises:
+        ScriptError: unknown model type, unknown field, wrong value.
+    """
+    import ordnung  # noqa: F401  (its model types enter the Auto classes)
+
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise ScriptError(
+            f"unknown model_type {model_type!r}{closest(model_type, CONFIG_MAPPING.keys())}; "
+            "ordnung's own are conv_lm and softmax_lm, and any type of transformers works too"
+        )
+    try:
+        if model_type is not None:
+            config_class, values = CONFIG_MAPPING[model_type], {}
+        else:
+            config = AutoConfig.from_pretrained(config_name, **kwargs)
+            config_class, values = type(config), config.to_dict()
+        fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+        values |= {name: value for name, value in (defaults or {}).items() if name in fields}
+        values |= check_overrides(config_class, overrides)
+        return config_class.from_dict(values)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ScriptError(f"the config of {model_type or config_name} cannot be made: {reason}") from error
+
+
+def check_overrides(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Check override names against the fields of a config class and fit numbers to the fields' types.
+
+    Raises:
+        ScriptError: a name that is no field.
+    """
+    hints = {field.name: field.type for field in dataclasses.fields(config_class)}
+    aliases = config_class.attribute_map
+    fitted = {}
+    for name, value in overrides.items():
+        field = aliases.get(name, name)
+        if field not in hints:
+            raise ScriptError(
+                f"config_overrides names {name!r}, which is no field of {config_class.__name__}"
+                f"{closest(name, [*hints, *aliases])}"
+            )
+        fitted[name] = _fit(value, hints[field])
+    return fitted
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    allowed = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
+    if type(value) is int and float in allowed and int not in allowed:
+        return float(value)
+    if type(value) in (int, float, bool) and str in allowed and not allowed & {int, float, bool}:
+        return str(value)
+    return value
+
+
+def check_folder(name):
+    """Say what is wrong with a local path before it is looked up as a Hub name, which takes a minute offline."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / config).is_file() for config in ("config.json", "adapter_config.json")):
+            raise ScriptError(f"{name} holds no config.json: give the folder that save_pretrained or pretrain.py wrote")
+    elif path.exists():
+        raise ScriptError(f"{name} is a file: give the checkpoint's folder")
+    elif len(path.parts) > 2 or name.startswith((".", "~")) or (len(path.parts) == 2 and path.parent.is_dir()):
+        raise ScriptError(f"no such checkpoint folder: {name}")

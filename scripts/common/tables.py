@@ -1,0 +1,24 @@
+"""What results are summed up and shown with: mean and spread over seeds, tables."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+def summarise(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation (None of a single value) beside the values, one per seed."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_deviation": deviation, "values": list(values)}
+
+
+def spread(summary: dict[str, Any], decimals: int, scale: float = 1.0) -> str:
+    """A summary, times `scale`, as text: mean ± sample standard deviation."""
+    values = [value for value in (summary["mean"], summary["standard_deviation"]) if value is not None]
+    return " ± ".join(f"{value * scale:,.{decimals}f}" for value in values)
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal."""
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *body]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)

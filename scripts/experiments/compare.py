@@ -1,0 +1,310 @@
+"""Variants pretrained on the same text, and their losses held against each other."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import read_json_lines, write_json, write_text
+from ordnung.scripts.common.machine import described, machine_info
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.experiments.options import CompareOptions
+from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks, load_documents
+from ordnung.scripts.pretraining.losses import position_buckets, position_losses
+from ordnung.scripts.pretraining.options import PretrainOptions
+from ordnung.scripts.training.runs import claim_output_dir
+
+# Options of pretrain.py that the comparison sets for each run.
+OWN_OPTIONS = ("output_dir", "seed", "model_type", "config_name", "model_name_or_path", "config_overrides")
+OWN_OPTIONS += ("overwrite_output_dir", "resume_from_checkpoint")
+# Those that have done their work once the text is split and the tokenizer made.
+DATA_OPTIONS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
+DATA_OPTIONS += ("tokenizer_name", "train_tokenizer_vocab_size")
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """The command line of a program with these options."""
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{name}", *map(str, items)]
+    return words
+
+
+def check_pretrain(options: dict[str, Any]) -> PretrainOptions:
+    """The options of pretrain.py that all runs share, parsed.
+
+    Raises:
+        ScriptError: wrong options, or such that the runs cannot be compared position by position.
+    """
+    own = [name for name in OWN_OPTIONS if name in options]
+    if own:
+        raise ScriptError(f"--pretrain {own[0]}: the comparison sets it for each run, leave it out")
+    model = {"model_type": "any", "output_dir": "any"}
+    shared = parse_options(PretrainOptions, arguments({**options, **model}))
+    if shared.objective != "causal" or shared.streaming or shared.respect_document_boundaries:
+        raise ScriptError(
+            "variants are compared as causal models on full blocks of text in memory: leave objective, streaming and "
+            "respect_document_boundaries out of --pretrain"
+        )
+    return shared
+
+
+def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
+    """Split the text and make the tokenizer, once for all runs.
+
+    Returns:
+        options of pretrain.py: files with a document per line, and the tokenizer's folder.
+    Raises:
+        ScriptError: nothing held out; as `load_documents` and the functions of `corpus`.
+    """
+    folder, unfinished = output_dir / "data", output_dir / ".tmp-data"
+    if not folder.exists():
+        train, held_out = load_documents(shared)
+        if held_out is None:
+            raise ScriptError("a comparison needs held-out text: --pretrain validation_fraction must be above 0")
+        if shared.tokenizer_name:
+            tokenizer = corpus.load_tokenizer(shared.tokenizer_name, shared.trust_remote_code)
+        else:
+            tokenizer = corpus.train_tokenizer(train, shared.train_tokenizer_vocab_size, masked=False)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tokenizer.save_pretrained(unfinished / "tokenizer")
+        for name, documents in (("train", train), ("held_out", held_out)):
+            write_text(unfinished / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+        unfinished.rename(folder)
+    return {
+        "train_file": str(folder / "train.jsonl"),
+        "validation_file": str(folder / "held_out.jsonl"),
+        "tokenizer_name": str(folder / "tokenizer"),
+    }
+
+
+def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[dict, dict]]:
+    """Table entry and own options of pretrain.py of all that is trained, by name: the variants, then `equal_compute`.
+
+    A step is taken to cost three forward passes of a block, so the ratio of steps is that of forward FLOPs.
+    """
+    runs = {name: (variant, {}) for name, variant in options.variants.items()}
+    if not options.equal_compute:
+        return runs
+    configs = variant_configs(options.variants, options.config_overrides, vocab_size=len(tokenizer))
+    with torch.device("meta"):
+        models = {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
+    block_size = options.pretrain.get("block_size", PretrainOptions.block_size)
+    flops = {name: model.flops(block_size) for name, model in models.items()}
+    for name in options.equal_compute:
+        ratio, given = max(flops.values()) / flops[name], options.pretrain
+        steps = {key: round(ratio * given[key]) for key in ("max_steps", "eval_steps") if given.get(key)}
+        runs[f"{name}_equal_compute"] = (options.variants[name], steps)
+    return runs
+
+
+def check_lengths(folders: list[Path], steps: dict[str, int]):
+    """Raise a ScriptError where a finished run has another length than equal compute takes now."""
+    for folder in folders:
+        if steps and (folder / "results.json").exists():
+            taken = json.loads((folder / "results.json").read_text())["steps"]
+            if taken != steps["max_steps"]:
+                raise ScriptError(
+                    f"{folder} was trained for {taken} steps, and beside these variants equal compute takes "
+                    f"{steps['max_steps']}: delete it"
+                )
+
+
+def collect(folders: list[Path], shared: PretrainOptions, held_out: HeldOut) -> dict[str, Any]:
+    """The results of one variant from its finished runs, one for each seed."""
+    runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    by_position, curves = [], []  # of each run: losses by position; held-out losses by step
+    for folder in folders:
+        lines = read_json_lines(folder / "metrics.jsonl")
+        curves.append({line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line})
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=shared.trust_remote_code)
+        if not shared.use_cpu and torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        by_position.append(position_losses(model, held_out.blocks, shared.per_device_eval_batch_size))
+    summaries = {
+        name: summarise([run["evaluation"][name] for run in runs])
+        for name in ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    }
+    return {
+        "parameters": runs[0]["parameters"],
+        "steps": runs[0]["steps"],
+        "tokens": runs[0]["tokens"],
+        "forward_flops_per_token": model.flops(shared.block_size) / shared.block_size,
+        "receptive_field": getattr(model.config, "receptive_field", None),
+        **summaries,
+        "training_seconds": summarise([run["seconds"] for run in runs]),
+        "tokens_per_second": summarise([run["tokens"] / run["seconds"] for run in runs]),
+        "curve": [
+            {"step": step, "eval_loss": summarise([curve[step] for curve in curves])} for step in sorted(curves[0])
+        ],
+        "loss_by_position": [
+            {"first": first, "last": last, **summarise([float(x[first - 1 : last].mean()) for x in by_position])}
+            for first, last in position_buckets(shared.block_size)
+        ],
+        "runs": [str(folder) for folder in folders],
+    }
+
+
+def hold_against(variants: dict[str, dict], baseline: str):
+    """Give each variant `perplexity_change`, its perplexity over the baseline's with the same seed, less one."""
+    references = variants[baseline]["eval_perplexity"]["values"]
+    for result in variants.values():
+        pairs = zip(result["eval_perplexity"]["values"], references)
+        result["perplexity_change"] = summarise([own / reference - 1 for own, reference in pairs])
+
+
+def markdown(results: dict) -> str:
+    """The tables of a results dictionary."""
+    variants = results["variants"]
+    settings = results["settings"]["pretrain"]
+    header = ["variant", "parameters", "loss", "perplexity", "bits per byte"]
+    header += ["training s", "tokens/s", "MFLOPs/token", "receptive field"]
+    body = [
+        [
+            name,
+            f"{result['parameters']:,}",
+            spread(result["eval_loss"], 4),
+            spread(result["eval_perplexity"], 2),
+            spread(result["eval_bits_per_byte"], 4),
+            spread(result["training_seconds"], 0),
+            spread(result["tokens_per_second"], 0),
+            f"{result['forward_flops_per_token'] / 1e6:.3f}",
+            "all" if result["receptive_field"] is None else str(result["receptive_field"]),
+        ]
+        for name, result in variants.items()
+    ]
+    if results["baseline"] is not None:
+        header.insert(4, f"against {results['baseline']}")
+        for line, result in zip(body, variants.values()):
+            line.insert(4, spread(result["perplexity_change"], 1, scale=100) + " %")
+    steps = {name: result.get("steps", settings["max_steps"]) for name, result in variants.items()}
+    lengths = set(steps.values())
+    if len(lengths) > 1:
+        header.insert(2, "steps")
+        for line in body:
+            line.insert(2, f"{steps[line[0]]:,}")
+    buckets = next(iter(variants.values()))["loss_by_position"]
+    positions = [
+        [name, *(spread(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
+    ]
+    return "\n\n".join(
+        [
+            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, mean ± sample standard deviation "
+            f"over seeds {', '.join(map(str, results['seeds']))}. {described(results['machine'])}",
+            markdown_table(header, body),
+            "Loss (nats per token) by position in the block:",
+            markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
+        ]
+    )
+
+
+def plot(results: dict, image: Path):
+    """Loss by position, with bands of one standard deviation; with a baseline, also each seed's difference from it.
+
+    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    variants, baseline = results["variants"], results["baseline"]
+    lengths = {result.get("steps") for result in variants.values()}
+    count = 1 + bool(baseline) + (len(lengths) > 1)
+    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5), layout="constrained", squeeze=False)
+    by_position = panels[0, : 1 + bool(baseline)]
+    for name, result in variants.items():
+        buckets = result["loss_by_position"]
+        places = range(len(buckets))
+        curves = [np.array([bucket["values"] for bucket in buckets])]  # (buckets, seeds)
+        if baseline:
+            references = variants[baseline]["loss_by_position"]
+            curves.append(curves[0] - np.array([bucket["values"] for bucket in references]))
+        for panel, curve in zip(by_position, curves):
+            mean = curve.mean(1)
+            (line,) = panel.plot(places, mean, marker="o", markersize=3, label=name)
+            if curve.shape[1] > 1:
+                deviation = curve.std(1, ddof=1)
+                panel.fill_between(places, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
+    labels = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
+    for panel in by_position:
+        panel.set_xticks(places, labels, rotation=30)
+        panel.set(xlabel="position in the block (tokens before)", ylabel="held-out loss (nats per token)")
+    if baseline:
+        by_position[1].set(title=f"difference from {baseline}, seed by seed", ylabel="nats per token")
+    if len(lengths) > 1:
+        _plot_course(panels[0, -1], variants)
+    for panel in panels[0]:
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(image, dpi=150)
+    plt.close(figure)
+
+
+def _plot_course(panel, variants: dict[str, dict]):
+    """Held-out loss against training FLOPs, a line for each seed and one for their mean."""
+    for i, result in enumerate(variants.values()):
+        flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
+        curve = result["curve"][1:]  # without the loss before training
+        places, losses = [flops * point["step"] for point in curve], [point["eval_loss"] for point in curve]
+        panel.plot(places, [loss["values"] for loss in losses], color=f"C{i}", alpha=0.35, linewidth=1)
+        panel.plot(places, [loss["mean"] for loss in losses], color=f"C{i}", linewidth=2)
+    panel.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
+
+
+def run(options: CompareOptions) -> int:
+    """Train, compare and write the results; returns the exit status, that of the run that was stopped if one was."""
+    output_dir, shared = Path(options.output_dir), check_pretrain(options.pretrain)
+    variant_configs(options.variants, options.config_overrides)  # a wrong table is told before anything is written
+    settings = {"pretrain": options.pretrain, "config_overrides": options.config_overrides}
+    claim_output_dir(output_dir, settings, options.variants)
+    data = prepare_data(output_dir, shared)
+    common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data
+    tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])
+    variants = with_equal_compute(options, tokenizer)
+
+    folders = {name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in variants}
+    for name, (_, steps) in variants.items():
+        check_lengths(folders[name], steps)
+    # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
+    for i, seed in enumerate(options.seeds):
+        for name, (variant, steps) in variants.items():
+            folder = folders[name][i]
+            if (folder / "results.json").exists():
+                print(f"{folder}: finished, kept")
+                continue
+            overrides = {**options.config_overrides, **variant}
+            own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
+            own |= {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "auto"}
+            status = pretraining.run(parse_options(PretrainOptions, arguments({**common, **steps, **own})))
+            if status:
+                return status
+
+    documents = corpus.load_files([data["validation_file"]], "validation_file", "text", streaming=False)
+    held_out = held_out_blocks(shared, documents, tokenizer)
+    variants = {name: collect(folders[name], shared, held_out) for name in variants}
+    if options.baseline is not None:
+        hold_against(variants, options.baseline)
+    results = {
+        "machine": machine_info(),
+        "settings": {**settings, "variants": options.variants},
+        "seeds": options.seeds,
+        "baseline": options.baseline,
+        "variants": variants,
+    }
+    write_json(output_dir / "results.json", results)
+    write_text(output_dir / "results.md", markdown(results) + "\n")
+    plot(results, output_dir / "positions.png")
+    print(f"{markdown(results)}\n\nWritten: results.json, results.md and positions.png in {output_dir}")
+    return 0

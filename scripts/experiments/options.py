@@ -1,0 +1,154 @@
+"""The options of the programs that make evidence."""
+
+from dataclasses import dataclass
+
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, required
+from ordnung.scripts.finetuning.tasks import TASKS, choose_tasks
+from ordnung.scripts.training.runs import check_seeds
+
+
+@dataclass(kw_only=True)
+class VariantOptions:
+    """What is compared; a program adds on what."""
+
+    variants: str = required(
+        "Models by name: model_type and the config fields that differ.", section="models", action=MergeKeyValues
+    )
+    config_overrides: str | None = option(None, "Config fields of all variants.", action=MergeKeyValues)
+    seeds: list[int] = option([0, 1, 2], "Each variant trains with each.")
+    output_dir: str = required("Folder for results.json, results.md, a figure and the runs.", section="output")
+
+    def __post_init__(self):
+        check_bounds(self)
+        check_seeds(self.seeds)
+        self.config_overrides = self.config_overrides or {}
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(VariantOptions):
+    """Training on a synthetic task."""
+
+    max_steps: int = option(2000, "Optimizer steps.", least=1, section="optimisation")
+    batch_size: int = option(32, "Sequences in a step.", least=1)
+    learning_rate: float = option(1e-3, "AdamW's learning rate, constant after the warm-up.")
+    weight_decay: float = option(0.0, "AdamW's weight decay, for matrices.")
+    warmup_steps: int = option(100, "Steps of linear warm-up.")
+
+
+@dataclass(kw_only=True)
+class RecallOptions(TrainingOptions):
+    sequence_length: int = option(64, "Tokens in a sequence.", least=1, section="data")
+    num_pairs: list[int] = option([2, 4, 8, 16], "Key-value pairs in a sequence; training batches take them in turn.")
+    num_queries: int = option(16, "Queries in a sequence, each for one of its keys.", least=1)
+    alphabet_size: int = option(32, "Different keys, and as many different values.", least=1)
+    distance_edges: list[int] = option(
+        [1, 11, 21, 31, 41, 51, 64],
+        "Distances from query to key (tokens) where the ranges to report begin, and the end.",
+    )
+    eval_sequences: int = option(512, "Sequences to measure on, for each number of pairs.", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        room = self.sequence_length - self.num_queries
+        if not 1 <= min(self.num_pairs) <= max(self.num_pairs) <= min(self.alphabet_size, room // 2):
+            raise ScriptError(
+                f"--num_pairs {self.num_pairs} must be from 1 to {min(self.alphabet_size, room // 2)}: there are "
+                f"{self.alphabet_size} keys, and {self.num_queries} queries need room in {self.sequence_length} tokens"
+            )
+        if self.distance_edges != sorted(set(self.distance_edges)) or len(self.distance_edges) < 2:
+            raise ScriptError(f"--distance_edges {self.distance_edges} must be two or more rising numbers")
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + 2 * self.alphabet_size
+
+
+@dataclass(kw_only=True)
+class TaskOptions(TrainingOptions):
+    task: str = required("What to train on.", choices=["pointer", "triplets"], section="data")
+    symbols: int = option(
+        16, "pointer: numbers permuted. triplets: given tokens, which the others follow from.", least=2
+    )
+    hops: int = option(7, "pointer: most times to apply the permutation; a query asks for any number.", least=1)
+    queries: int = option(16, "pointer: queries in a sequence.", least=1)
+    sequence_length: int = option(64, "triplets: tokens in a sequence.")
+    eval_sequences: int = option(256, "Sequences to measure on.", least=1)
+    evaluations: int = option(20, "Times to measure in the course of a run.", least=1)
+    equal_compute: bool = option(True, "Let the cheaper variants go on to the FLOPs of the dearest.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.task == "triplets" and self.sequence_length <= self.symbols:
+            raise ScriptError(
+                f"--sequence_length {self.sequence_length} must exceed --symbols {self.symbols}, the tokens given"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return (1 + self.hops) * self.symbols if self.task == "pointer" else self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.symbols + self.queries if self.task == "pointer" else self.sequence_length
+
+
+@dataclass(kw_only=True)
+class CompareOptions(VariantOptions):
+    pretrain: str = required(
+        "Options of pretrain.py for all runs: max_steps=100,block_size=128.", section="training", action=MergeKeyValues
+    )
+    baseline: str | None = option(None, "Variant that perplexity is held against.")
+    equal_compute: list[str] | None = option(
+        None, "Variants to train once more, as NAME_equal_compute, for as many FLOPs as the dearest variant takes."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.baseline is not None and self.baseline not in self.variants:
+            raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
+        self.equal_compute = self.equal_compute or []
+        unknown = [name for name in self.equal_compute if name not in self.variants]
+        if unknown:
+            raise ScriptError(f"--equal_compute {unknown[0]} must be one of the variants {', '.join(self.variants)}")
+        if self.equal_compute and "max_steps" not in self.pretrain:
+            raise ScriptError("--equal_compute lengthens max_steps: give it in --pretrain")
+
+
+@dataclass(kw_only=True)
+class BaselineOptions:
+    task_name: list[str] = required(f"One or more of {', '.join(TASKS)}; all: GLUE's.", section="data")
+    dataset_path: str | None = option(None, "Local folder: a folder for each task, or the files of a single one.")
+    dataset_name: str | None = option(None, "Data set of the Hub in place of the task's own.")
+    max_train_samples: int | None = option(None, "Train on so many examples, chosen at random.")
+    output_dir: str = required("Folder for results.json.", section="output")
+
+
+# Options of finetune.py that are set for each run.
+OWN_OPTIONS = ("output_dir", "model_name_or_path", "seeds", "task_name", "dataset_path")
+
+
+@dataclass(kw_only=True)
+class TransferOptions(VariantOptions):
+    pretrain: str = required(
+        "Options of pretrain.py for all variants: max_steps=100.", section="training", action=MergeKeyValues
+    )
+    task_name: list[str] = option(
+        ["sst2", "mrpc", "rte", "cola", "imdb"], f"Tasks to fine-tune on, of {', '.join(TASKS)}."
+    )
+    finetune: str | None = option(None, "Options of finetune.py for all tasks.", action=MergeKeyValues)
+    finetune_by_task: str | None = option(None, "Those of single tasks, by task, which win.", action=MergeKeyValues)
+    glue_path: str | None = option(None, "Local folder with a folder for each GLUE task; default: the Hub.")
+    imdb_path: str | None = option(None, "Local folder of IMDB; default: the Hub.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.finetune, self.finetune_by_task = self.finetune or {}, self.finetune_by_task or {}
+        choose_tasks([*self.task_name, *self.finetune_by_task])
+        for options in (self.finetune, *self.finetune_by_task.values()):
+            own = [name for name in OWN_OPTIONS if name in options]
+            if own:
+                raise ScriptError(f"--finetune {own[0]}: it is set for each run, leave it out")
+
+    def data_path(self, task: str) -> str | None:
+        return self.imdb_path if task == "imdb" else self.glue_path

@@ -1,0 +1,232 @@
+"""Tasks that a pass over the whole prefix can express and causal attention may not."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.experiments.options import TaskOptions
+from ordnung.scripts.experiments.task_training import fit, train_all, write_results
+from ordnung.scripts.experiments.variants import variant_configs
+
+# Sequences to measure on are drawn with this seed, those to train on with the run's.
+EVALUATION_SEED = 2**32
+
+
+def draw(options: TaskOptions, count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and labels (count, tokens) of new sequences of the task."""
+    if options.task == "pointer":
+        return draw_pointers(count, options.symbols, options.hops, options.queries, random)
+    return draw_triplets(count, options.symbols, options.sequence_length, random)
+
+
+def draw_pointers(
+    count: int, symbols: int, hops: int, queries: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences that show a permutation p of 0 to m - 1 and ask for p applied several times.
+
+    p is one cycle through all m, so that no number of times is a shorter way round. Token i < m is p(i); then each of
+    `queries` tokens k m + x, with k from 1 to `hops` and x drawn at random, has the label p(p(...p(x))), k times.
+
+    Returns:
+        tokens (count, m + queries) and labels of the same shape, -100 where nothing is asked.
+    """
+    cycle = random.random((count, symbols)).argsort(axis=1)
+    pointers = np.empty_like(cycle)
+    np.put_along_axis(pointers, cycle, np.roll(cycle, -1, axis=1), 1)
+    places, times = random.integers(symbols, size=(count, queries)), random.integers(1, hops + 1, (count, queries))
+    asked = np.take_along_axis(cycle, places, 1)
+    answers = np.take_along_axis(cycle, (places + times) % symbols, 1)
+    return (
+        np.concatenate([pointers, times * symbols + asked], axis=1),
+        np.concatenate([np.full_like(pointers, -100), answers], axis=1),
+    )
+
+
+def draw_triplets(count: int, given: int, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences of Triplet-Counting: `given` random tokens below `length`, each later one follows from those before.
+
+    x[n] = |{(i, j) : x[i] + x[j] + x[n - 1] = 0 mod n}| mod n, i and j from 0 to n - 1.
+
+    Returns:
+        tokens (count, length), and labels of the same shape: the next token where it follows, else -100.
+    """
+    x = np.zeros((count, length + 1), dtype=np.int64)
+    x[:, :given] = random.integers(length, size=(count, given))
+    rows = np.arange(count)[:, None]
+    for n in range(given, length + 1):
+        residues = x[:, :n] % n
+        of_residue = np.zeros((count, n), dtype=np.int64)  # how many tokens have each residue
+        np.add.at(of_residue, (rows, residues), 1)
+        x[:, n] = np.take_along_axis(of_residue, -(residues + residues[:, -1:]) % n, 1).sum(1) % n
+    labels = x[:, 1:].copy()
+    labels[:, : given - 1] = -100
+    return x[:, :-1], labels
+
+
+def step_flops(options: TaskOptions, config: PreTrainedConfig) -> int:
+    """FLOPs of a training step, counted as three forward passes; unscored prefixes of CubicPrefixLM are left out."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    flops = model.flops(options.tokens)
+    if hasattr(model.model, "prefix_flops"):
+        scored = torch.from_numpy(draw(options, 1, np.random.default_rng(0))[1] != -100)
+        flops += model.model.prefix_flops(options.tokens, scored) - model.model.prefix_flops(options.tokens)
+    return 3 * options.batch_size * flops
+
+
+@torch.no_grad()
+def accuracy(options: TaskOptions, model: PreTrainedModel) -> dict[str, float | list[float]]:
+    """Share of right answers, and of sequences with right answers only; for pointers, also of answers by hops."""
+    model.eval()
+    tokens, labels = map(
+        torch.from_numpy, draw(options, options.eval_sequences, np.random.default_rng(EVALUATION_SEED))
+    )
+    right = []
+    for part, answers in zip(tokens.split(options.batch_size), labels.split(options.batch_size)):
+        logits = model(part, labels=answers, shift_labels=answers, use_cache=False).logits
+        right.append((logits.argmax(-1) == answers) | (answers == -100))
+    right = torch.cat(right)
+    scored = labels != -100
+    result = {"answers": share(right[scored]), "sequences": share(right.all(1))}
+    if options.task == "pointer":
+        times = tokens // options.symbols
+        result["answers_by_hops"] = [share(right[scored & (times == k)]) for k in range(1, options.hops + 1)]
+    return result
+
+
+def share(right: torch.Tensor) -> float:
+    return float(right.float().mean())
+
+
+def train_and_measure(options: TaskOptions, config: PreTrainedConfig, seed: int, steps: int, path: Path) -> dict:
+    """Train and measure one model, or read the results of a run that has finished."""
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["curve"][-1]["step"] != steps:
+            raise ScriptError(
+                f"{path} was trained for {result['curve'][-1]['step']} steps, and beside these variants equal compute "
+                f"takes {steps}: delete it"
+            )
+        print(f"{path}: finished, kept")
+        return result
+    spaced = np.geomspace(max(1, options.max_steps / options.evaluations), steps, options.evaluations)
+    due = {*np.round(spaced).astype(int).tolist(), options.max_steps, steps}
+    random, curve, measuring, start = np.random.default_rng(seed), [], 0.0, time.perf_counter()
+
+    def measure(step: int, model: PreTrainedModel) -> None:
+        nonlocal measuring
+        if step in due:
+            before = time.perf_counter()
+            curve.append({"step": step, "seconds": before - start - measuring, **accuracy(options, model)})
+            measuring += time.perf_counter() - before
+
+    model, losses = fit(options, config, seed, lambda step: draw(options, options.batch_size, random), measure, steps)
+    result = {"parameters": model.num_parameters(), "curve": curve, "last_losses": float(np.mean(losses[-100:]))}
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, result)
+    last = curve[-1]
+    print(f"{path.stem}: {steps} steps, {last['answers']:.3f} right, {last['seconds']:.0f} s", flush=True)
+    return result
+
+
+def collect(options: TaskOptions, flops: int, runs: list[dict]) -> dict:
+    """The results of one variant from its runs, one for each seed."""
+    steps = [point["step"] for point in runs[0]["curve"]]
+
+    def at(i: int) -> dict:
+        points = [run["curve"][i] for run in runs]
+        point = {"step": steps[i], "flops": flops * steps[i]}
+        point |= {name: summarise([p[name] for p in points]) for name in ("answers", "sequences", "seconds")}
+        if "answers_by_hops" in points[0]:
+            point["answers_by_hops"] = [summarise(values) for values in zip(*(p["answers_by_hops"] for p in points))]
+        return point
+
+    curve = [at(i) for i in range(len(steps))]
+    return {
+        "parameters": runs[0]["parameters"],
+        "flops_per_step": flops,
+        "curve": curve,
+        "equal_steps": curve[steps.index(options.max_steps)],
+        "equal_compute": curve[-1],
+    }
+
+
+def markdown(results: dict) -> str:
+    """The table of a results dictionary."""
+    settings, machine = results["settings"], results["machine"]
+    hops = range(1, settings["hops"] + 1) if settings["task"] == "pointer" else []
+    header = ["variant", "parameters", "MFLOPs a step", "steps", "seconds", "answers right"]
+    header += [f"{k} hop" + "s" * (k > 1) for k in hops] + ["sequences right"]
+    body = [
+        [
+            name,
+            f"{result['parameters']:,}",
+            f"{result['flops_per_step'] / 1e6:,.0f}",
+            f"{point['step']:,}",
+            spread(point["seconds"], 0),
+            spread(point["answers"], 3),
+            *(spread(point["answers_by_hops"][k - 1], 3) for k in hops),
+            spread(point["sequences"], 3),
+        ]
+        for which in ("equal_steps", "equal_compute")
+        for name, result in results["variants"].items()
+        for point in [result[which]]
+        if which == "equal_steps" or point["step"] != result["equal_steps"]["step"]
+    ]
+    sizes = ("symbols", "hops", "queries") if hops else ("symbols", "sequence_length")
+    task = ", ".join(f"{name} {settings[name]}" for name in sizes)
+    return "\n\n".join(
+        [
+            f"{settings['task']}, {task}: mean ± sample standard deviation over seeds "
+            f"{', '.join(map(str, results['seeds']))}, at equal steps and, where a variant appears twice, at the FLOPs "
+            f"of the dearest. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
+            markdown_table(header, body),
+        ]
+    )
+
+
+def plot(results: dict, image: Path):
+    """Share of right answers against steps and against FLOPs, one line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for i, (name, result) in enumerate(results["variants"].items()):
+        for panel, x in zip(panels, ("step", "flops")):
+            places = [point[x] for point in result["curve"]]
+            values = np.array([point["answers"]["values"] for point in result["curve"]])
+            panel.plot(places, values, color=f"C{i}", alpha=0.35, linewidth=1)
+            panel.plot(places, values.mean(1), color=f"C{i}", linewidth=2, label=name)
+    for panel, label in zip(panels, ("steps", "training FLOPs")):
+        panel.set(xscale="log", xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].axvline(results["settings"]["max_steps"], color="grey", linestyle="--", linewidth=1)
+    panels[0].set_ylabel("share of answers that are right")
+    panels[0].legend(fontsize=8)
+    figure.savefig(image, dpi=150)
+    plt.close(figure)
+
+
+def run(options: TaskOptions) -> int:
+    """Train and measure all variants and write the results; returns the exit status."""
+    shared = {"max_position_embeddings": options.tokens, **options.config_overrides}
+    configs = variant_configs(options.variants, shared, vocab_size=options.vocab_size)
+    flops = {name: step_flops(options, config) for name, config in configs.items()}
+    dearest = max(flops.values()) if options.equal_compute else 0
+    steps = {name: max(options.max_steps, options.max_steps * dearest // cost) for name, cost in flops.items()}
+    results, runs = train_all(
+        options, configs, lambda name, seed, path: train_and_measure(options, configs[name], seed, steps[name], path)
+    )
+    results["variants"] = {name: collect(options, flops[name], runs[name]) for name in configs}
+    write_results(options.output_dir, results, markdown, plot)
+    return 0

@@ -1,0 +1,295 @@
+"""Data for fine-tuning: splits read and checked, texts tokenized and cut to length, padded batches."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import processors
+from transformers import PreTrainedTokenizerBase
+
+from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.tasks import Task
+
+# The readers of local files by their ending. GLUE's own .tsv files hold bare quotation marks, and words such as "null".
+READERS = {
+    ".parquet": ("parquet", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
+}
+# Fewer rows than this are tokenized faster by one process.
+ROWS_PER_WORKER = 20_000
+
+
+def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Dataset]:
+    """The splits of a task with the columns that it needs, checked: train, those that are scored, test splits if any.
+
+    Raises:
+        ScriptError: data that cannot be read, no such split or column, an empty split, a label out of range, no text.
+    """
+    needed = ("train", *task.evaluation)
+    if options.dataset_path:
+        source, found = _load_folder(Path(options.dataset_path), task)
+    else:
+        source = options.dataset_name or task.dataset
+        config = task.config_name
+        try:
+            # a data set of the user's own may hold one task alone, and then has no configuration of its name
+            if options.dataset_name and config not in datasets.get_dataset_config_names(source):
+                config = None
+            found = datasets.load_dataset(source, config)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ScriptError(
+                f"{source} cannot be loaded for {task.name}: {reason}; name a local folder by --dataset_path"
+            ) from error
+    missing = [split for split in needed if split not in found]
+    if missing:
+        raise ScriptError(f"{source} has no split {missing[0]!r}, only {', '.join(found) or 'none'}")
+    splits = {split: found[split] for split in (*needed, *task.tests) if split in found}
+    for split, data in splits.items():
+        labelled = split in needed
+        _check(data, f"{source} ({split})", task, labelled)
+        used = [*task.columns, "idx", *(["label"] if labelled else [])]
+        splits[split] = data.select_columns([name for name in used if name in data.column_names])
+    if options.max_train_samples is not None:
+        # at random, as IMDB's rows come sorted by label; the same whatever the seed of a run
+        order = np.random.default_rng(0).permutation(len(splits["train"]))
+        splits["train"] = splits["train"].select(np.sort(order[: options.max_train_samples]))
+    return splits
+
+
+def _load_folder(folder: Path, task: Task) -> tuple[str, dict[str, datasets.Dataset]]:
+    """The files of a task in `folder`, or in the folder in it that has the task's name."""
+    folder = folder / task.name if (folder / task.name).is_dir() else folder
+    if not folder.is_dir():
+        raise ScriptError(f"--dataset_path {folder}: there is no such folder")
+    found = {}
+    for split in ("train", *task.evaluation, *task.tests):
+        files = [folder / f"{split}{ending}" for ending in READERS if (folder / f"{split}{ending}").exists()]
+        if len(files) > 1:
+            raise ScriptError(f"{files[0]} and {files[1].name}: which of the two? Leave one")
+        for path in files:
+            reader, settings = READERS[path.suffix]
+            try:
+                # by a name of its own: files of a folder need not have the same columns, as unlabelled tests have not
+                found[split] = datasets.load_dataset(reader, data_files={split: str(path)}, split=split, **settings)
+            except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+                if "corresponds to no data" in str(error):
+                    raise ScriptError(f"{folder} ({split}) is empty") from error
+                raise ScriptError(f"{path} cannot be read: {error.__cause__ or error}") from error
+    return str(folder), found
+
+
+def _check(data: datasets.Dataset, source: str, task: Task, labelled: bool):
+    needed = [*task.columns, "label"] if labelled else task.columns
+    missing = [name for name in needed if name not in data.column_names]
+    if missing:
+        raise ScriptError(
+            f"{source} has no column {missing[0]!r}, only {', '.join(data.column_names)}; {task.name} needs "
+            f"{', '.join(needed)}"
+        )
+    if len(data) == 0:
+        raise ScriptError(f"{source} is empty")
+    for column in task.columns:
+        row = next((row for row, text in enumerate(data[column]) if not isinstance(text, str)), None)
+        if row is not None:
+            raise ScriptError(f"{source}, row {row}: {column} is {data[row][column]!r}, not a text")
+    if not labelled:
+        return
+    names = getattr(data.features["label"], "names", None)
+    if names is not None and task.labels and tuple(names) != task.labels:
+        raise ScriptError(f"{source} has the labels {', '.join(names)}; {task.name} has {', '.join(task.labels)}")
+    labels = data["label"][:]
+    # an entry that is no number makes text of a .csv file's whole column: it is looked at first
+    odd = (
+        row for row, label in enumerate(labels) if isinstance(label, str) and not label.replace(".", "", 1).isdigit()
+    )
+    for row in (next(odd, 0), *range(len(labels))):
+        label = labels[row]
+        number = isinstance(label, (int, float)) and math.isfinite(label)
+        if task.regression and not (number and 0 <= label <= 5):
+            raise ScriptError(f"{source}, row {row}: label {label!r} is no similarity from 0 to 5")
+        if not task.regression and not (number and label in range(len(task.labels))):
+            meaning = ", ".join(f"{i} {name}" for i, name in enumerate(task.labels))
+            cure = "; -1 marks rows without a label" if label == -1 else ""
+            raise ScriptError(f"{source}, row {row}: label {label!r} is none of {meaning}{cure}")
+
+
+def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer, fit for classification: it pads, and it closes and separates texts.
+
+    A tokenizer that adds no special token at all, as those of causal models do, would join the texts of a pair without
+    a trace. It gets a template with its end-of-text token around and between the texts, which it is saved with.
+
+    Raises:
+        ScriptError: no tokenizer, none of the fast kind, no token to pad with.
+    """
+    name = options.tokenizer_name or options.model_name_or_path
+    tokenizer = corpus.load_tokenizer(name, options.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ScriptError(f"the tokenizer {name} is not one of the tokenizers library, which cutting texts needs")
+    if options.pad_token is not None:
+        if options.pad_token not in tokenizer.get_vocab():
+            raise ScriptError(f"--pad_token {options.pad_token} is no token of {name}: name one of its vocabulary")
+        tokenizer.pad_token = options.pad_token
+    if tokenizer.pad_token_id is None:
+        end = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+        raise ScriptError(
+            f"the tokenizer {name} has no pad token, which batches need: name one of its tokens by --pad_token"
+            + (f" '{end}'" if end else "")
+        )
+    if tokenizer.num_special_tokens_to_add(pair=True) == 0:
+        end = tokenizer.convert_ids_to_tokens(corpus.end_of_document(tokenizer))
+        template = processors.TemplateProcessing(
+            single=f"{end} $A {end}",
+            pair=f"{end} $A {end} $B:1 {end}:1",
+            special_tokens=[(end, corpus.end_of_document(tokenizer))],
+        )
+        tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+def kept_positions(segments: np.ndarray, max_length: int, truncation: str) -> np.ndarray:
+    """Which tokens of an example that is too long stay.
+
+    The longer text of a pair gives first. `head_tail` keeps a quarter from the head and the rest from the tail, as the
+    best of Sun et al. 2019 (arXiv 1905.05583, section 5.3.1) does.
+
+    Args:
+        segments: (tokens,) 0 and 1 for the tokens of the first and second text, -1 for special tokens, which all stay.
+    Returns:
+        indices, in order.
+    """
+    special = np.flatnonzero(segments < 0)
+    texts = [np.flatnonzero(segments == segment) for segment in (0, 1)]
+    room = max(max_length - len(special), 0)
+    shorter = min(len(texts[0]), len(texts[1]), room // 2)
+    sizes = [room - shorter, shorter] if len(texts[0]) >= len(texts[1]) else [shorter, room - shorter]
+    kept = [special]
+    for text, size in zip(texts, sizes):
+        size = min(size, len(text))
+        head = {"head": size, "tail": 0, "head_tail": size // 4}[truncation]
+        kept += [text[:head], text[len(text) - (size - head) :]]
+    return np.sort(np.concatenate(kept))
+
+
+@dataclass
+class Encoder:
+    """Tokenizes a batch of rows and cuts each to `max_length` tokens; `datasets.Dataset.map` calls it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    columns: tuple[str, ...]
+    max_length: int
+    truncation: str
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        encoded = self.tokenizer(*(list(rows[column]) for column in self.columns), verbose=False)
+        ids, types, cut = [], [], []
+        for encoding in encoded.encodings:
+            tokens, kinds = encoding.ids, encoding.type_ids
+            cut.append(len(tokens) > self.max_length)
+            if cut[-1]:
+                segments = np.array([-1 if segment is None else segment for segment in encoding.sequence_ids])
+                kept = kept_positions(segments, self.max_length, self.truncation)
+                tokens, kinds = np.array(tokens)[kept], np.array(kinds)[kept]
+            ids.append(np.asarray(tokens, dtype=np.int32))
+            types.append(np.asarray(kinds, dtype=np.int8))
+        return {"input_ids": ids, "token_type_ids": types, "cut": cut}
+
+
+def encode(data: datasets.Dataset, encoder: Encoder, workers: int | None) -> "Examples":
+    """Tokenize a split, in parallel where it is large; `datasets` keeps the outcome for the next run."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or min(cores, len(data) // ROWS_PER_WORKER)
+    encoded = data.map(
+        encoder,
+        batched=True,
+        num_proc=workers if workers > 1 else None,
+        remove_columns=list(encoder.columns),
+        desc="tokenizing",
+    )
+    return Examples.of(encoded)
+
+
+@dataclass
+class Examples:
+    """Tokenized rows in memory.
+
+    Args:
+        ids, types: token ids and token type ids of all rows, one after the other.
+        starts: (n + 1,) where each row begins.
+        labels: (n,) label numbers or similarities; None for a test split.
+        numbers: (n,) the rows' own numbers, which predictions are submitted under.
+        cut: how many rows were longer than the model takes.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray | None
+    numbers: np.ndarray
+    cut: int
+
+    @classmethod
+    def of(cls, encoded: datasets.Dataset) -> "Examples":
+        table = encoded.with_format("arrow")[:]
+        rows = table["input_ids"].combine_chunks()
+        types = table["token_type_ids"].combine_chunks()
+        return cls(
+            ids=rows.flatten().to_numpy(),
+            types=types.flatten().to_numpy(),
+            starts=np.concatenate([[0], np.cumsum(rows.value_lengths().to_numpy())]),
+            labels=table["label"].to_numpy() if "label" in table.column_names else None,
+            numbers=table["idx"].to_numpy() if "idx" in table.column_names else np.arange(len(rows)),
+            cut=int(np.sum(table["cut"].to_numpy())),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def subset(self, rows: np.ndarray) -> "Examples":
+        """Some of the rows; `cut` still counts all."""
+        places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
+        flat = np.concatenate(places)
+        starts = np.concatenate([[0], np.cumsum(self.lengths[rows])])
+        return Examples(self.ids[flat], self.types[flat], starts, self.labels[rows], self.numbers[rows], self.cut)
+
+
+@dataclass
+class Batches:
+    """Pads rows to the longest of them and makes them tensors."""
+
+    tokenizer: PreTrainedTokenizerBase
+    regression: bool
+    names: set[str]  # what the model's forward takes
+    multiple: int = 1  # lengths are rounded up to it
+
+    def __call__(self, examples: Examples, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest); labels."""
+        lengths = examples.lengths[rows]
+        longest = -(-int(lengths.max()) // self.multiple) * self.multiple
+        places = np.arange(longest) - (longest - lengths[:, None]) * (self.tokenizer.padding_side == "left")
+        real = (places >= 0) & (places < lengths[:, None])
+        flat = (examples.starts[rows][:, None] + places)[real]
+        ids = np.full(real.shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        ids[real] = examples.ids[flat]
+        batch = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
+        # GPT-2's forward takes types and its tokenizer gives none: the saved model would be used without them
+        if "token_type_ids" in self.names and "token_type_ids" in self.tokenizer.model_input_names:
+            batch["token_type_ids"] = np.full(real.shape, self.tokenizer.pad_token_type_id, dtype=np.int64)
+            batch["token_type_ids"][real] = examples.types[flat]
+        if examples.labels is not None:
+            batch["labels"] = examples.labels[rows].astype(np.float32 if self.regression else np.int64)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

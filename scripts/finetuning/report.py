@@ -1,0 +1,106 @@
+"""What fine-tuning leaves behind: predictions as the GLUE server takes them, results over seeds, the table."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from ordnung.scripts.common.files import write_json, write_text
+from ordnung.scripts.common.machine import described, machine_info
+from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.tasks import GLUE, TASKS, Task
+
+
+def write_submission(task: Task, path: Path, logits: np.ndarray, numbers: np.ndarray):
+    """Write a test split's predictions as gluebenchmark.com takes them: a tab-separated `index` and `prediction`.
+
+    Similarities are cut to 0 to 5 and written with 3 decimals; labels go by number or, where the server wants it, name.
+
+    Args:
+        logits: (n, labels), or (n, 1) similarities.
+        numbers: (n,) the rows' own numbers.
+    """
+    if task.regression:
+        predictions = [f"{value:.3f}" for value in logits[:, 0].clip(0, 5)]
+    else:
+        chosen = logits.argmax(1)
+        predictions = [task.labels[label] if task.submits_names else str(label) for label in chosen]
+    lines = [f"{number}\t{prediction}\n" for number, prediction in sorted(zip(numbers.tolist(), predictions))]
+    write_text(path, "index\tprediction\n" + "".join(lines))
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run of this folder has its results."""
+    return (run / "results.json").exists()
+
+
+def collect(output_dir: Path, seeds: list[int], options: FinetuneOptions) -> dict[str, Any]:
+    """The results of a folder's tasks, each number a mean and standard deviation over the seeds.
+
+    Tasks that lack a run with one of the seeds are left out.
+    """
+    summaries = {}
+    for task in TASKS:
+        folders = [output_dir / task / f"seed-{seed}" for seed in seeds]
+        if not all(map(is_finished, folders)):
+            continue
+        runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+        first = runs[0]
+        summaries[task] = {
+            "metrics": {
+                split: {name: summarise([run["metrics"][split][name] for run in runs]) for name in scores}
+                for split, scores in first["metrics"].items()
+            },
+            **{name: summarise([run[name] for run in runs]) for name in ("score", "seconds", "examples_per_second")},
+            **{name: first[name] for name in ("training_rows", "parameters", "trainable_parameters", "truncated")},
+            "runs": [folder.relative_to(output_dir).as_posix() for folder in folders],
+        }
+    results = {
+        "machine": machine_info(),
+        "model": options.model_name_or_path,
+        "settings": options.record(),
+        "seeds": seeds,
+        "tasks": summaries,
+    }
+    in_glue = [task for task in summaries if task in GLUE]
+    if in_glue:
+        by_seed = zip(*(summaries[task]["score"]["values"] for task in in_glue))
+        results["glue_average"] = {"tasks": in_glue, **summarise([fmean(scores) for scores in by_seed])}
+    return results
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of a results dictionary: scores in percent, as GLUE shows them."""
+    body = []
+    for task, result in results["tasks"].items():
+        for split, scores in result["metrics"].items():
+            cut = result["truncated"][split]
+            body.append(
+                [
+                    task,
+                    split,
+                    ", ".join(f"{name} {spread(score, 1, 100)}" for name, score in scores.items() if name != "loss"),
+                    f"{result['training_rows']:,}",
+                    f"{cut['cut']:,} of {cut['rows']:,}",
+                    spread(result["seconds"], 0),
+                ]
+            )
+    average = results.get("glue_average")
+    lines = [
+        f"{results['model']}, mean ± sample standard deviation over seeds {', '.join(map(str, results['seeds']))}. "
+        f"{described(results['machine'])}",
+        markdown_table(["task", "split", "score, %", "trained on", "cut", "training s"], body),
+    ]
+    if average and len(average["tasks"]) > 1:
+        lines.append(f"GLUE average over {len(average['tasks'])} of {len(GLUE)} tasks: {spread(average, 1, 100)}")
+    return "\n\n".join(lines)
+
+
+def publish(results: dict[str, Any], output_dir: Path):
+    """Write results.json and results.md, and print the table."""
+    write_json(output_dir / "results.json", results)
+    write_text(output_dir / "results.md", markdown(results) + "\n")
+    print(f"{markdown(results)}\n\nWritten: results.json and results.md in {output_dir}")

@@ -1,0 +1,286 @@
+"""The tables and figures of README.md and the model cards by name, each made from files of model_cards/results."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from ordnung.scripts.benchmarks import prefix as bench_prefix
+from ordnung.scripts.benchmarks import report as bench_report
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.machine import described
+from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
+from ordnung.scripts.reports import mixing as plot_mixing
+
+RESULTS = Path(__file__).resolve().parents[2] / "model_cards" / "results"
+CONV_BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768", "_decode", "_mixer")]
+ENCODER_BENCHMARKS = ["linformer_lm_encoder", "linformer_lm_encoder_512"]
+CAUSAL_BENCHMARKS = ["linformer_lm_causal", "linformer_lm_causal_512"]
+
+
+def load(name: str) -> dict:
+    """A results file by its stem.
+
+    Raises:
+        ScriptError: there is no such file.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise ScriptError(f"there is no {path}: make it with the command that the card names")
+    return json.loads(path.read_text())
+
+
+def load_benchmark(*names: str) -> dict:
+    """Results of several runs of benchmark.py as one: a later run's rows replace all of the same task and length.
+
+    So the rows of a task and length, and the ratios between them, always come from one run.
+    """
+    runs = [load(name) for name in names]
+    rows: dict[tuple[str, int], list[dict]] = {}
+    for run in runs:
+        for key in {(row["task"], row["length"]) for row in run["results"]}:
+            rows[key] = [row for row in run["results"] if (row["task"], row["length"]) == key]
+    return {**runs[0], "results": [row for key in sorted(rows) for row in rows[key]]}
+
+
+class Timings:
+    """The timed rows of a benchmark's results."""
+
+    def __init__(self, results: dict):
+        self.rows = {(row["task"], row["name"], row["length"]): row for row in results["results"] if "seconds" in row}
+
+    def ratio(self, task: str, name: str, other: str, length: int) -> str:
+        """How many times faster `name` is than `other`: measured (predicted from FLOPs)."""
+        rows = [self.rows.get((task, which, length)) for which in (other, name)]
+        if None in rows:
+            return "not run"
+        measured, predicted = ((a / b) for a, b in zip(*((r["seconds"]["median"], r["flops"]) for r in rows)))
+        return f"{measured:.2f}× ({predicted:.2f}×)"
+
+    def memory(self, task: str, name: str, other: str, length: int) -> str:
+        """Peak memory of `name`, in units of that of `other`."""
+        rows = [self.rows.get((task, which, length)) for which in (name, other)]
+        if None in rows:
+            return "not run"
+        return f"{rows[0]['peak_bytes'] / rows[1]['peak_bytes']:.2f}"
+
+    def growth(self, task: str, name: str) -> str:
+        """How many times longer a token takes after the longest context than after the shortest."""
+        rows = {length: row for (kind, which, length), row in self.rows.items() if (kind, which) == (task, name)}
+        shortest, longest = min(rows), max(rows)
+        ratio = rows[longest]["seconds"]["median"] / rows[shortest]["seconds"]["median"]
+        return f"{ratio:.2f}× from {shortest} to {longest} tokens"
+
+
+def perplexity_change(results: dict, name: str, other: str) -> str:
+    """How much higher the perplexity of `name` is than that of `other` with the same seed."""
+    pairs = zip(*(results["variants"][which]["eval_perplexity"]["values"] for which in (name, other)))
+    return spread(summarise([own / reference - 1 for own, reference in pairs]), 1, scale=100) + " %"
+
+
+def conv_claims() -> str:
+    """What the article claims and the design aims at, beside what was measured."""
+    timings, body = Timings(load_benchmark(*CONV_BENCHMARKS)), []
+
+    for part, what in (("mixer", "the mixer alone"), ("model", "the whole model, forward")):
+        for kind, which in (("eager", "unfused"), ("sdpa", "fused")):
+            measured = timings.ratio("mixer", f"source_{part}_conv", f"source_{part}_{kind}", 2048)
+            body.append([f"5.5× faster than attention at 2048 tokens: {what}, against {which} attention", measured])
+
+    for task, what in (("forward", "forward"), ("train", "training step")):
+        for length in (2048, 8192, 32768):
+            for other, which in (("gpt2_sdpa", "GPT-2"), ("gpt2_sdpa_gelu", "GPT-2 with our activation")):
+                if timings.rows.get((task, other, length)):
+                    ratio = timings.ratio(task, "conv_lm", other, length)
+                    body.append([f"ConvLM against {which}, SDPA, {what} at {length} tokens", ratio])
+
+    for name, which in (("conv_lm", "ConvLM"), ("gpt2_sdpa", "for comparison, GPT-2")):
+        body.append(
+            [f"time of one decoded token does not grow with the context: {which}", timings.growth("decode", name)]
+        )
+
+    quality = load("conv_lm_compare")
+    for name, which in (("conv_source", "the article's mixer"), ("conv_gated", "gated"), ("conv_hybrid", "hybrid")):
+        for other, without in (
+            ("softmax_no_positions", "without positions (as in the article)"),
+            ("softmax_learned", "with learned positions"),
+            ("softmax_rope", "with rope"),
+        ):
+            body.append(
+                [
+                    f"3.2 % lower perplexity than softmax attention: {which}, against attention {without}",
+                    perplexity_change(quality, name, other),
+                ]
+            )
+    return markdown_table(["claim or aim", "measured; speed-ups with the ratio of FLOPs in brackets"], body)
+
+
+def linformer_claims() -> str:
+    """What the paper and the design aim at, beside what was measured."""
+    encoder, body = Timings(load_benchmark(*ENCODER_BENCHMARKS)), []
+    for length in (512, 4096, 16384, 65536):
+        ratio = encoder.ratio("forward", "linformer_encoder", "softmax_encoder_sdpa", length)
+        body.append([f"encoder layer against fused attention (SDPA), {length} tokens", ratio])
+    for length, paper in ((512, 1.5), (4096, 3.4), (16384, 8.6)):
+        for kind, how in (("eager", ""), ("eager_by_head", ", a head at a time")):
+            if encoder.rows.get(("forward", f"softmax_encoder_{kind}", length)):
+                ratio = encoder.ratio("forward", "linformer_encoder", f"softmax_encoder_{kind}", length)
+                body.append([f"paper: {paper}× against attention that stores its scores{how}, {length} tokens", ratio])
+    returned = Timings(load("linformer_lm_encoder_returned"))
+    for timings, lengths, how in (
+        (encoder, (512, 4096, 16384, 65536), ""),
+        (returned, (512, 4096, 16384), ", freed memory returned at once"),
+    ):
+        for name, chunks in (("linformer_encoder", ""), ("linformer_encoder_chunked", ", feed-forward in chunks")):
+            for length in lengths:
+                share = timings.memory("forward", name, "softmax_encoder_sdpa", length)
+                body.append([f"encoder layer's peak memory, share of SDPA's{chunks}{how}, {length} tokens", share])
+    share = encoder.memory("forward", "linformer_encoder", "softmax_encoder_eager", 4096)
+    body.append(["its peak memory, share of that of stored scores, 4096 tokens (paper: 1 / 14)", share])
+
+    causal = Timings(load_benchmark(*CAUSAL_BENCHMARKS))
+    for length in (512, 4096, 16384, 65536):
+        ratio = causal.ratio("forward", "linformer_lm", "softmax_lm", length)
+        body.append([f"causal model of one layer against SDPA, {length} tokens", ratio])
+    for length in (4096, 16384):
+        ratio = Timings(load("linformer_lm_training")).ratio("train", "linformer_lm", "softmax_lm", length)
+        body.append([f"causal training step of two layers against SDPA, {length} tokens", ratio])
+    for run, how in (("", ""), ("_returned", ", freed memory returned at once")):
+        training = Timings(load(f"linformer_lm_training{run}"))
+        for length in (4096, 16384):
+            share = training.memory("train", "linformer_lm", "softmax_lm", length)
+            body.append([f"its peak memory, share of SDPA's{how}, {length} tokens", share])
+    for name, which in (("linformer_lm", "causal LinformerLM"), ("softmax_lm", "for comparison, SoftmaxLM")):
+        body.append([f"time of one decoded token against the context: {which}", causal.growth("decode", name)])
+
+    quality = load("linformer_lm_compare")
+    for name, which in (
+        ("linformer", "causal LinformerLM"),
+        ("linformer_mean_pool", "with segment means"),
+        ("local_only", "its window alone"),
+    ):
+        if name in quality["variants"]:
+            change = perplexity_change(quality, name, "softmax_rope")
+            body.append([f"perplexity against SoftmaxLM with rope: {which}", change])
+    return markdown_table(["claim or aim", "measured; speed-ups with the ratio of FLOPs in brackets"], body)
+
+
+def prefix_claims() -> str:
+    """The claim, beside what was measured."""
+    body = []
+    for run, what in (
+        ("pointer", "pointers, answers after the most hops"),
+        ("triplets_short", "Triplet-Counting, sequences of 10 tokens"),
+        ("triplets", "Triplet-Counting, sequences of 64 tokens"),
+    ):
+        for when, how in (("equal_steps", "equal steps"), ("equal_compute", "equal FLOPs")):
+            cells = []
+            for name, result in load(f"cubic_prefix_lm_{run}")["variants"].items():
+                point = result[when]
+                score = point["answers_by_hops"][-1] if run == "pointer" else point["answers"]
+                cells.append(f"{name} {spread(score, 3)}")
+            body.append([f"{what}, {how}", "; ".join(cells)])
+    text = load("cubic_prefix_lm_compare")
+    for name, how in (("cubic", "equal steps"), ("stride_8", "stride 8, equal steps")):
+        body.append([f"perplexity on text against SoftmaxLM, {how}", perplexity_change(text, name, "softmax_rope")])
+    change = perplexity_change(text, "cubic", "softmax_rope_equal_compute")
+    body.append(["perplexity on text against SoftmaxLM, equal FLOPs", change])
+    return markdown_table(["insanely more powerful?", "measured"], body)
+
+
+def headline_claims() -> str:
+    """The bold claim of each idea's source, beside what was measured; all of it is in the cards."""
+    conv, encoder = Timings(load_benchmark(*CONV_BENCHMARKS)), Timings(load_benchmark(*ENCODER_BENCHMARKS))
+    body = []
+    for part, what in (("mixer", "the mixer"), ("model", "the whole model")):
+        for kind, other in (("eager", "attention that stores its scores"), ("sdpa", "fused attention")):
+            ratio = conv.ratio("mixer", f"source_{part}_conv", f"source_{part}_{kind}", 2048)
+            body.append([f"ConvLM, 5.5× faster at 2048 tokens: {what}", other, ratio])
+    for name, which in (("conv_source", "the article's mixer"), ("conv_gated", "gated")):
+        for other, what in (("softmax_no_positions", "without positions"), ("softmax_rope", "with rope")):
+            change = perplexity_change(load("conv_lm_compare"), name, other)
+            body.append([f"ConvLM, 3.2 % lower perplexity: {which}", f"attention {what}", change])
+    sdpa, stored = "softmax_encoder_sdpa", "softmax_encoder_eager"
+    ratio = encoder.ratio("forward", "linformer_encoder", sdpa, 65536)
+    body.append(["LinformerLM, 20× faster at 65,536 tokens", "fused attention", ratio])
+    for name, how in ((sdpa, "fused attention"), (f"{stored}_by_head", "stored scores, a head at a time")):
+        ratio = encoder.ratio("forward", "linformer_encoder", name, 16384)
+        body.append(["LinformerLM, the same at 16,384 tokens", how, ratio])
+    for length, name, how in ((65536, sdpa, "fused attention"), (4096, stored, "attention that stores its scores")):
+        share = encoder.memory("forward", "linformer_encoder", name, length)
+        body.append(["LinformerLM, 60× less memory at 65,536 tokens", f"{how}, {length:,} tokens", f"{share} of it"])
+    tasks, text = load("cubic_prefix_lm_pointer")["variants"], load("cubic_prefix_lm_compare")
+    for when, how in (("equal_steps", "steps"), ("equal_compute", "FLOPs")):
+        cubic, softmax = (tasks[name][when]["answers_by_hops"][-1] for name in ("cubic", "softmax"))
+        result = f"{spread(cubic, 3)} of answers right; attention {spread(softmax, 3)}"
+        body.append(["CubicPrefixLM, insanely more powerful: pointers", f"attention, equal {how}", result])
+    for name, how in (("softmax_rope", "steps"), ("softmax_rope_equal_compute", "FLOPs")):
+        change = perplexity_change(text, "cubic", name)
+        body.append(["CubicPrefixLM, insanely more powerful: perplexity", f"attention, equal {how}", change])
+    return markdown_table(["claim", "against", "measured; speed-ups with the ratio of FLOPs in brackets"], body)
+
+
+def benchmark_table(*names: str) -> str:
+    return bench_report.markdown(load_benchmark(*names)).strip()
+
+
+def transfer_table(*names: str, file: str = "transfer") -> str:
+    """Fine-tuned on tasks: these variants, or all."""
+    results = load(file)
+    names = names or tuple(results["variants"])
+    return transfer.markdown({**results, "variants": {name: results["variants"][name] for name in names}})
+
+
+def throughput_table() -> str:
+    """Fine-tuning against a bare accelerate loop."""
+    results = load("finetune_throughput")
+    speeds = results["examples_per_second"]
+    ratios = f"{results['ratio']:.3f} ({min(results['ratios']):.3f} to {max(results['ratios']):.3f})"
+    body = [[results["task"], f"{speeds['ours']:,.0f}", f"{speeds['bare']:,.0f}", ratios]]
+    header = ["task", "examples/s", "of the bare loop", f"time, median ratio of {len(results['ratios'])} rounds"]
+    return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
+
+
+TABLES = {
+    "headline_claims": headline_claims,
+    "finetune_throughput": throughput_table,
+    "transfer": transfer_table,
+    "transfer_longer": partial(transfer_table, file="transfer_longer"),
+    "conv_transfer": partial(transfer_table, "conv", "softmax"),
+    "linformer_transfer": partial(transfer_table, "linformer", "softmax"),
+    "prefix_transfer": partial(transfer_table, "cubic_stride_32", "softmax"),
+    "claims": conv_claims,
+    "benchmark": partial(benchmark_table, *CONV_BENCHMARKS),
+    "compare": lambda: compare.markdown(load("conv_lm_compare")),
+    "recall": lambda: recall.markdown(load("conv_lm_recall")),
+    "linformer_claims": linformer_claims,
+    "linformer_encoder": partial(benchmark_table, *ENCODER_BENCHMARKS),
+    "linformer_causal": partial(benchmark_table, *CAUSAL_BENCHMARKS),
+    "linformer_training": partial(benchmark_table, "linformer_lm_training"),
+    "linformer_compare": lambda: compare.markdown(load("linformer_lm_compare")),
+    "linformer_recall": lambda: recall.markdown(load("linformer_lm_recall")),
+    "linformer_spectrum": lambda: plot_mixing.markdown(load("linformer_lm_spectrum")),
+    "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
+    "prefix_pointer": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_pointer")),
+    "prefix_memory": partial(benchmark_table, "cubic_prefix_lm_memory"),
+    "prefix_claims": prefix_claims,
+    "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
+    "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
+    "prefix_compare": lambda: compare.markdown(load("cubic_prefix_lm_compare")),
+}
+
+
+FIGURES = {
+    "conv_lm_benchmark": lambda image: bench_report.plot(load_benchmark(*CONV_BENCHMARKS), image),
+    "conv_lm_compare": lambda image: compare.plot(load("conv_lm_compare"), image),
+    "conv_lm_recall": lambda image: recall.plot(load("conv_lm_recall"), image),
+    "linformer_lm_encoder": lambda image: bench_report.plot(load_benchmark(*ENCODER_BENCHMARKS), image),
+    "linformer_lm_causal": lambda image: bench_report.plot(load_benchmark(*CAUSAL_BENCHMARKS), image),
+    "linformer_lm_compare": lambda image: compare.plot(load("linformer_lm_compare"), image),
+    "linformer_lm_recall": lambda image: recall.plot(load("linformer_lm_recall"), image),
+    "linformer_lm_spectrum": lambda image: plot_mixing.draw_spectrum(load("linformer_lm_spectrum"), image),
+    "cubic_prefix_lm_pointer": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_pointer"), image),
+    "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
+    "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
+    "cubic_prefix_lm_compare": lambda image: compare.plot(load("cubic_prefix_lm_compare"), image),
+}

@@ -1,0 +1,191 @@
+"""How a model mixes the tokens of a text, and how much of it a low rank holds."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+import ordnung
+from ordnung.modeling.convert import SOURCES
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.machine import described, machine_info
+from ordnung.scripts.common.models import check_folder
+from ordnung.scripts.common.tables import markdown_table
+
+
+def load(name: str):
+    """Base model, with attention that returns its weights, and tokenizer of a folder or Hub name.
+
+    Raises:
+        ScriptError: there is no such checkpoint or no tokenizer in it, or it is of another architecture.
+    """
+    check_folder(name)
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if model_type in SOURCES:
+            model = ordnung.convert(name, "softmax_lm", head="Model", output_report=True, attn_implementation="eager")[
+                0
+            ]
+        else:
+            model = AutoModel.from_pretrained(name, attn_implementation="eager")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"cannot load a model and its tokenizer from {name}: {error}") from None
+    if not type(model).__module__.startswith("ordnung."):
+        raise ScriptError(
+            f"{name} is of the architecture {model_type!r}: draw one of ordnung's or {', '.join(SOURCES)}"
+        )
+    return model, tokenizer
+
+
+@torch.no_grad()
+def mixing_weights(model: PreTrainedModel, input_ids: torch.LongTensor) -> list[torch.Tensor]:
+    """(H, N, keys) of each layer, for one sequence.
+
+    Args:
+        model: a base model of this package.
+        input_ids: (1, N).
+    """
+    calls = []
+    hooks = [
+        layer.mixer.register_forward_pre_hook(
+            lambda mixer, args, kwargs: calls.append((mixer, args, kwargs)), with_kwargs=True
+        )
+        for layer in model.layers
+    ]
+    model(input_ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [mixer.mixing_weights(*args, **kwargs)[0] for mixer, args, kwargs in calls]
+
+
+def cumulative_share(weights: torch.Tensor) -> torch.Tensor:
+    """(H, r) for (H, N, keys): the share of the sum of all singular values that the first 1, 2, ..., r have."""
+    values = torch.linalg.svdvals(weights.double())
+    return values.cumsum(-1) / values.sum(-1, keepdim=True)
+
+
+def spectrum(shares: list[torch.Tensor], layer_types: list[str], rank: int) -> list[dict]:
+    """For each layer: its type; the share at `rank`, mean over heads, least and of each head; the curve of the mean."""
+    rows = []
+    for i, (share, layer_type) in enumerate(zip(shares, layer_types, strict=True)):
+        heads = share[:, min(rank, share.shape[1]) - 1]
+        rows.append(
+            {
+                "layer": i,
+                "layer_type": layer_type,
+                "mean": round(heads.mean().item(), 4),
+                "least": round(heads.min().item(), 4),
+                "heads": [round(x, 4) for x in heads.tolist()],
+                "curve": [round(x, 4) for x in share.mean(0).tolist()],
+            }
+        )
+    return rows
+
+
+def markdown(results: dict) -> str:
+    """The figures of a spectrum.json as a table."""
+    header = ["layer", "mean of heads", "least", "each head"]
+    body = [
+        [f"{row['layer']}: {row['layer_type']}", f"{row['mean']:.3f}", f"{row['least']:.3f}"]
+        + [" ".join(f"{head:.2f}" for head in row["heads"])]
+        for row in results["layers"]
+    ]
+    return "\n\n".join(
+        [
+            f"Share of the sum of singular values at rank {results['rank']} of {results['tokens']} tokens, "
+            f"{results['model']}. {described(results['machine'])}",
+            markdown_table(header, body),
+        ]
+    )
+
+
+def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    rows, columns = len(weights), max(len(layer) for layer in weights)
+    # a tenth of what each key has where all have the same, so that broad heads show beside sharp ones
+    faintest = 0.1 / max(layer.shape[-1] for layer in weights)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.3 * columns + 1, 1.3 * rows + 0.6), squeeze=False, layout="constrained"
+    )
+    for i, layer in enumerate(weights):
+        for j, panel in enumerate(axes[i]):
+            panel.set(xticks=[], yticks=[])
+            if j >= len(layer):
+                panel.axis("off")
+                continue
+            values = layer[j].float().abs().clamp(min=faintest).cpu()
+            shown = panel.imshow(values, norm=LogNorm(faintest, 1), aspect="auto", cmap="viridis")
+            if i == 0:
+                panel.set_title(f"head {j}", fontsize=8)
+        axes[i][0].set_ylabel(f"{i}: {layer_types[i]}", fontsize=7)
+    figure.supxlabel("key", fontsize=9)
+    figure.supylabel("query", fontsize=9)
+    figure.colorbar(shown, ax=axes, shrink=0.6, label="weight (absolute)")
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+
+
+def draw_spectrum(results: dict, image: Path):
+    """From the content of a spectrum.json."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, rank = results["layers"], results["rank"]
+    figure, (curves, table) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for row in rows:
+        colour = plt.get_cmap("viridis")(row["layer"] / max(len(rows) - 1, 1))
+        label = f"{row['layer']}: {row['layer_type']}"
+        curves.plot(range(1, len(row["curve"]) + 1), row["curve"], color=colour, label=label)
+    curves.axvline(rank, color="grey", linewidth=0.8, linestyle="--")
+    curves.set(xlabel="rank", ylabel="share of the sum of singular values, mean of heads", ylim=(0, 1.02))
+    curves.grid(alpha=0.3)
+    curves.legend(fontsize=7)
+    width = max(len(row["heads"]) for row in rows)
+    grid = [[*row["heads"], *[float("nan")] * (width - len(row["heads"]))] for row in rows]
+    shown = table.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    table.set(xlabel="head", ylabel="layer", title=f"at rank {rank}", xticks=range(width), yticks=range(len(rows)))
+    figure.colorbar(shown, ax=table)
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+
+
+def run(options) -> int:
+    """Draw, write and print what plot_mixing.py's options ask for; returns the exit status."""
+    model, tokenizer = load(options.model_name_or_path)
+    try:
+        text = options.text if options.text is not None else Path(options.text_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScriptError(f"--text_file {options.text_file} cannot be read: {error}") from None
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=options.max_length)["input_ids"]
+    tokens = ids.shape[1]
+    if tokens < 2:
+        raise ScriptError(f"the text has {tokens} tokens: give a longer one")
+    rank = min(options.rank or max(tokens // 4, 1), tokens)
+    try:
+        weights = mixing_weights(model, ids)
+    except ValueError as error:
+        raise ScriptError(f"{tokens} tokens of the text cannot be used, set --max_length: {error}") from None
+
+    shares = [cumulative_share(layer) for layer in weights]
+    rows = spectrum(shares, model.config.layer_types, rank)
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    draw_weights(weights, model.config.layer_types, output_dir / "mixing.png")
+    results = {"machine": machine_info(), "model": options.model_name_or_path, "tokens": tokens, "rank": rank}
+    results["layers"] = rows
+    write_json(output_dir / "spectrum.json", results)
+    draw_spectrum(results, output_dir / "spectrum.png")
+    print(markdown(results))
+    for name in ("mixing.png", "spectrum.png", "spectrum.json"):
+        print(output_dir / name)
+    return 0

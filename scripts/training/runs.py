@@ -1,0 +1,43 @@
+"""Folders that hold several runs: with which seeds, and made with what."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import write_json
+
+
+def check_seeds(seeds: Sequence[int]):
+    """Raise a ScriptError where there are no seeds, or one twice."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ScriptError(f"--seeds {list(seeds)} must be one or more different numbers")
+
+
+def claim_output_dir(output_dir: Path, settings: dict[str, Any], variants: dict[str, Any]):
+    """Record in settings.json what the runs of a folder are made with.
+
+    A later call may add variants; what the finished runs were made with must be the same.
+
+    Raises:
+        ScriptError: the folder holds runs that were made otherwise, or something else.
+    """
+    path = output_dir / "settings.json"
+    settings = json.loads(json.dumps({**settings, **{f"variant {name}": value for name, value in variants.items()}}))
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ScriptError(f"--output_dir {output_dir} is a file; name a folder")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    recorded = {}
+    # Settings alone are left by a call that failed before its first run.
+    if any(entry != path for entry in output_dir.iterdir()):
+        if not path.exists():
+            raise ScriptError(f"--output_dir {output_dir} holds something else than runs of this program: name another")
+        recorded = json.loads(path.read_text())
+    for name in recorded.keys() & settings.keys():
+        if recorded[name] != settings[name]:
+            raise ScriptError(
+                f"--output_dir {output_dir} holds runs with {name} {json.dumps(recorded[name])}, not "
+                f"{json.dumps(settings[name])}: name another folder, or delete this one"
+            )
+    write_json(path, recorded | settings)
