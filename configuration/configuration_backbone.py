@@ -1,5 +1,7 @@
 """Configuration fields that every ordnung family shares."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -50,6 +52,8 @@ class BackboneConfig(PreTrainedConfig):
     mixer_types: ClassVar[tuple[str, ...]] = ("full_attention",)
     # Whether the causal model runs the bidirectional one on each prefix, so that an encoder's weights generate.
     encoder_generates: ClassVar[bool] = False
+    # trl reads it of every class that transformers itself does not have; a stand-alone folder's config has its own.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     vocab_size: int = 32000
     hidden_size: int = 768
