@@ -85,9 +85,21 @@ class BackboneConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        mixers = kwargs.pop("mixers", None)  # see `to_dict`
         if self.layer_types is None:
-            self.layer_types = [self.mixer_types[0]] * self.num_hidden_layers
+            self.layer_types = mixers or [self.mixer_types[0]] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """As transformers', with `layer_types` under "mixers".
+
+        Where this package is not imported, transformers reads a folder's config.json as a base config to find out about
+        its tokenizer, and takes no `layer_types` but its own there. Configs that have them are read as well.
+        """
+        fields = super().to_dict()
+        if "layer_types" in fields:
+            fields["mixers"] = fields.pop("layer_types")
+        return fields
 
     @property
     def attends_causally(self) -> bool:
