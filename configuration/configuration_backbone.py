@@ -52,6 +52,8 @@ class BackboneConfig(PreTrainedConfig):
     mixer_types: ClassVar[tuple[str, ...]] = ("full_attention",)
     # Whether the causal model runs the bidirectional one on each prefix, so that an encoder's weights generate.
     encoder_generates: ClassVar[bool] = False
+    # Whether a row of several documents costs less than a row for each: scripts/pretrain.py then packs them.
+    packs_documents: ClassVar[bool] = True
     # trl reads it of every class that transformers itself does not have; a stand-alone folder's config has its own.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 

@@ -26,6 +26,7 @@ class CubicPrefixLMConfig(BackboneConfig):
     model_type = "cubic_prefix_lm"
     mixer_types: ClassVar[tuple[str, ...]] = ("cubic_prefix",)
     encoder_generates: ClassVar[bool] = True
+    packs_documents: ClassVar[bool] = False  # its passes skip padding, and sharded they are planned by shapes alone
 
     position_embedding_type: Literal["none", "learned", "rope"] = "learned"
     prefix_stride: int | None = 1

@@ -12,7 +12,7 @@ from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_key_values
 from ordnung.scripts.pretraining import data as pretrain_setup
-from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, MemoryBlocks, StreamedBlocks, pack
+from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, MemoryBlocks, StreamedBlocks, best_fit, pack
 from ordnung.scripts.pretraining.options import PretrainOptions
 
 WORDS = "whale ship the a of and sailed harpoon, white wind; storm. night\nday wind\n\n mast\n élan 日本 🐋".split(" ")
@@ -109,6 +109,33 @@ def test_separate_documents_never_share_a_block():
     # the second document's rest is one token, which has nothing to predict
     assert blocks.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [1, 2, 3, 4], [1, 2, 0, 0]]
     assert lengths.tolist() == [4, 2, 4, 2] and len(left) == 0
+
+
+def test_several_documents_share_a_block_where_they_fit_best():
+    documents = [np.arange(1, 7), np.arange(11, 16), np.arange(21, 23), np.arange(31, 34), np.arange(41, 43)]
+    blocks, lengths, left = pack(documents, 6, separate=True, several=True)
+    # 6, 5, 3, 2 and 2 tokens: two fill up three, and of the two of the same length the first
+    assert blocks.tolist() == [
+        [1, 2, 3, 4, 5, 6],
+        [11, 12, 13, 14, 15, 0],
+        [31, 32, 33, ~21, 22, 0],
+        [41, 42, 0, 0, 0, 0],
+    ]
+    assert lengths.tolist() == [6, 5, 5, 2] and len(left) == 0
+    random = np.random.default_rng(0).integers(2, 33, 500).tolist()
+    bins = best_fit(random, 32)
+    assert sorted(number for row in bins for number in row) == list(range(500))
+    assert all(sum(random[number] for number in row) <= 32 for row in bins)
+    assert len(bins) <= 1.02 * sum(random) / 32  # nearly nothing is left empty
+
+
+def test_batches_say_where_packed_documents_begin(tokenizer):
+    blocks, lengths, _ = pack([np.arange(31, 34), np.arange(21, 23)], 6, separate=True, several=True)
+    batch = BatchMaker("causal", tokenizer, True, 0.15, seed=0)(blocks, lengths, 0)
+    assert batch["input_ids"][0, :5].tolist() == [31, 32, 33, 21, 22]
+    assert batch["labels"].tolist() == [[31, 32, 33, -100, 22, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0]]
 
 
 def test_memory_blocks_visit_each_block_once_an_epoch_and_resume():

@@ -1,5 +1,6 @@
 """Blocks of tokens: packing documents, an endless seeded order that can be resumed exactly, and batches."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,15 +16,22 @@ IGNORED = -100
 
 
 def pack(
-    documents: Sequence[np.ndarray], block_size: int, separate: bool, carried: np.ndarray | None = None
+    documents: Sequence[np.ndarray],
+    block_size: int,
+    separate: bool,
+    carried: np.ndarray | None = None,
+    several: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Arrange tokenized documents in blocks.
 
     Args:
         documents: token ids of each document.
-        separate: start each document in a block of its own and leave the rest of its last block empty; a rest of a
-            single token, which has nothing to predict, is dropped. Otherwise documents follow one another.
+        separate: let no token see another document: each is cut into blocks, and the rest of its last block is left
+            empty; a rest of a single token, which has nothing to predict, is dropped. Otherwise documents follow one
+            another.
         carried: tokens left over from the documents before.
+        several: with `separate`, put several rests into a block, each where it leaves the least empty (best fit, the
+            longest first). The first token of each but the first in its block is stored as its complement (~token).
     Returns:
         blocks (n, block_size) int32, filled up with 0; lengths (n,) int32, the tokens in each block; the tokens left
         over at the end, which did not fill a block (none if separate).
@@ -36,10 +44,39 @@ def pack(
         return tokens[: count * block_size].reshape(count, block_size), lengths, tokens[count * block_size :]
     parts = [doc[i : i + block_size] for doc in documents for i in range(0, len(doc), block_size)]
     parts = [part for part in parts if len(part) > 1]
-    blocks = np.zeros((len(parts), block_size), dtype=np.int32)
-    for row, part in zip(blocks, parts):
-        row[: len(part)] = part
-    return blocks, np.array([len(part) for part in parts], dtype=np.int32), nothing
+    rows = best_fit([len(part) for part in parts], block_size) if several else [[i] for i in range(len(parts))]
+    blocks, lengths = np.zeros((len(rows), block_size), dtype=np.int32), np.zeros(len(rows), dtype=np.int32)
+    for i, row in enumerate(rows):
+        for part in (parts[number] for number in row):
+            end = lengths[i] + len(part)
+            blocks[i, lengths[i] : end] = part
+            if lengths[i]:
+                blocks[i, lengths[i]] = ~part[0]
+            lengths[i] = end
+    return blocks, lengths, nothing
+
+
+def best_fit(lengths: list[int], size: int) -> list[list[int]]:
+    """Bins of `size` that hold things of `lengths`, by their numbers: the longest first, each where it fits best."""
+    bins, free, spaces = [], {}, []  # free: space left -> bins that have it; spaces: those that occur, rising
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(spaces, lengths[number])
+        if at < len(spaces):
+            space = spaces[at]
+            chosen = free[space].pop()
+            if not free[space]:
+                del spaces[at], free[space]
+        else:
+            space, chosen = size, len(bins)
+            bins.append([])
+        bins[chosen].append(number)
+        space -= lengths[number]
+        if space and space not in free:
+            insort(spaces, space)
+            free[space] = []
+        if space:
+            free[space].append(chosen)
+    return bins
 
 
 class MemoryBlocks:
@@ -97,9 +134,10 @@ class StreamedBlocks:
         block_size: int,
         separate: bool,
         seed: int,
+        several: bool = False,
     ):
         self.stream, self.tokenizer = stream, tokenizer
-        self.block_size, self.separate, self.seed = block_size, separate, seed
+        self.block_size, self.separate, self.several, self.seed = block_size, separate, several, seed
         self.position = 0  # blocks taken so far
         self.passes = 0  # times the stream was read to its end
         self._documents: Iterator[dict] | None = None
@@ -150,7 +188,9 @@ class StreamedBlocks:
         else:
             self._end_pass = True
         documents = [ids for ids, _ in corpus.tokenize(texts, self.tokenizer)]
-        blocks, lengths, self._carried = pack(documents, self.block_size, self.separate, self._carried)
+        blocks, lengths, self._carried = pack(
+            documents, self.block_size, self.separate, self._carried, self.several
+        )
         order = np.random.default_rng((self.seed, self._group)).permutation(len(blocks))
         self._blocks, self._lengths, self._taken = blocks[order], lengths[order], 0
         self._group += 1
@@ -201,9 +241,12 @@ class BatchMaker:
         """Model inputs of blocks (b, block_size) with lengths (b,), the first of which has number `first`.
 
         Returns:
-            input_ids and labels (b, block_size), and attention_mask (b, block_size) where blocks can be padded.
+            input_ids and labels (b, block_size); attention_mask (b, block_size) where blocks can be padded; and
+            position_ids (b, block_size), which start again with each document, where blocks hold several.
         """
         inputs = blocks.astype(np.int64)
+        begins = inputs < 0
+        inputs[begins] = ~inputs[begins]
         padding = np.arange(blocks.shape[1]) >= lengths[:, None]
         if self.tokenizer.pad_token_id is not None:
             inputs[padding] = self.tokenizer.pad_token_id
@@ -211,9 +254,15 @@ class BatchMaker:
         if self.objective == "masked":
             for row in range(len(blocks)):
                 self._mask(inputs[row], labels[row], lengths[row], np.random.default_rng((self.seed, first + row)))
+        elif begins.any():
+            labels[begins] = IGNORED  # nothing in its own document predicts it
         batch = {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
         if self.separate:
             batch["attention_mask"] = torch.from_numpy((~padding).astype(np.int64))
+        if begins.any():
+            places = np.arange(blocks.shape[1])
+            starts = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+            batch["position_ids"] = torch.from_numpy(places - starts)
         return batch
 
     def _mask(self, inputs: np.ndarray, labels: np.ndarray, length: int, random: np.random.Generator):

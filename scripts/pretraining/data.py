@@ -52,17 +52,22 @@ class HeldOut:
     tokens_per_byte: float
 
 
-def training_blocks(options: PretrainOptions, documents, tokenizer) -> MemoryBlocks | StreamedBlocks:
+def training_blocks(
+    options: PretrainOptions, documents, tokenizer, several: bool = False
+) -> MemoryBlocks | StreamedBlocks:
     """The endless sequence of training blocks.
+
+    Args:
+        several: where documents are kept apart, let a block hold several; see `pack`.
 
     Raises:
         ScriptError: not one block of text (a stream tells when it is read).
     """
     separate = options.respect_document_boundaries
     if options.streaming:
-        return StreamedBlocks(documents, tokenizer, options.block_size, separate, options.seed)
+        return StreamedBlocks(documents, tokenizer, options.block_size, separate, options.seed, several)
     encoded = [ids for ids, _ in corpus.tokenize(documents, tokenizer)]
-    blocks, lengths, _ = pack(encoded, options.block_size, separate)
+    blocks, lengths, _ = pack(encoded, options.block_size, separate, several=several)
     if len(blocks) == 0:
         raise ScriptError(
             f"the training data holds {sum(map(len, encoded))} tokens, less than one block of {options.block_size}; "
@@ -71,7 +76,7 @@ def training_blocks(options: PretrainOptions, documents, tokenizer) -> MemoryBlo
     return MemoryBlocks(blocks, lengths, options.seed)
 
 
-def held_out_blocks(options: PretrainOptions, documents, tokenizer) -> HeldOut:
+def held_out_blocks(options: PretrainOptions, documents, tokenizer, several: bool = False) -> HeldOut:
     """The first `max_eval_blocks` blocks of held-out text, or all.
 
     Raises:
@@ -82,7 +87,7 @@ def held_out_blocks(options: PretrainOptions, documents, tokenizer) -> HeldOut:
     for ids, part in corpus.tokenize(texts_of(documents), tokenizer, wanted):
         encoded.append(ids)
         tokens, size = tokens + len(ids), size + part
-    blocks, lengths, _ = pack(encoded, options.block_size, options.respect_document_boundaries)
+    blocks, lengths, _ = pack(encoded, options.block_size, options.respect_document_boundaries, several=several)
     if len(blocks) == 0:
         raise ScriptError(
             f"the held-out text holds {tokens} tokens, less than one block of {options.block_size}; raise "

@@ -45,7 +45,9 @@ class PretrainOptions(HubOptions):
     )
     block_size: int = option(512, "Tokens in a training sequence.", least=2)
     respect_document_boundaries: bool = option(
-        False, "No block holds parts of two documents; a document's last block is padded."
+        False,
+        "No token sees another document. Blocks hold several documents side by side, each where it fits best; for "
+        "cubic_prefix_lm, and models of other packages, one, and the rest of its last block is empty.",
     )
 
     output_dir: str = required("Folder for checkpoints, the model, metrics.jsonl and results.json.", section="output")

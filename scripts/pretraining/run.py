@@ -97,10 +97,11 @@ class Pretraining:
         self.tokenizer = load_tokenizer(options, self.checkpoint, train, self.accelerator)
         separate = options.respect_document_boundaries
         self.make_batch = BatchMaker(options.objective, self.tokenizer, separate, options.mlm_probability, options.seed)
-        self.blocks = training_blocks(options, train, self.tokenizer)
+        several = separate and getattr(build_run_config(options, self.tokenizer), "packs_documents", False)
+        self.blocks = training_blocks(options, train, self.tokenizer, several)
         self.held_out = None
         if held_out is not None:
-            self.held_out = held_out_blocks(options, held_out, self.tokenizer)
+            self.held_out = held_out_blocks(options, held_out, self.tokenizer, several)
         self.step_blocks = (
             options.per_device_train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
         )
@@ -110,6 +111,7 @@ class Pretraining:
         # What must not change for a resumed run to see the same blocks.
         names = ("objective", "block_size", "respect_document_boundaries", "seed", "streaming")
         self.data = {name: getattr(options, name) for name in names}
+        self.data["several documents in a block"] = several
         self.data["training blocks"] = None if options.streaming else len(self.blocks)
 
     def _check_resumed_data(self, data: dict):
