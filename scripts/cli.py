@@ -1,4 +1,4 @@
-"""The command `ordnung`: the programs of this folder under one name, and transformers' server and chat.
+"""The command `ordnung`: the programs of this folder under one name, and commands of others with our families.
 
 `ordnung pretrain ...` is `python -m ordnung.scripts.pretrain ...`, and in a clone `python scripts/pretrain.py ...`.
 """
@@ -8,7 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from ordnung import __version__
+import ordnung
 from ordnung.scripts.common.errors import ScriptError, closest, run_script
 
 # By heading: commands, and the programs that they are.
@@ -17,7 +17,6 @@ GROUPS = {
     "use": {
         "generate": "generate",
         "evaluate": "evaluate_lm",
-        "lm-eval": "lm_harness",
         "plot-loss": "plot_loss",
         "plot-mixing": "plot_mixing",
         "share": "push_to_hub",
@@ -35,7 +34,9 @@ GROUPS = {
     },
 }
 PROGRAMS = {command: program for group in GROUPS.values() for command, program in group.items()}
-SERVING = {
+# Commands of others, run with the families known.
+OTHERS = {
+    "lm-eval": "Run lm-evaluation-harness: `ordnung lm-eval --model hf --model_args pretrained=out/demo ...`.",
     "serve": "Answer requests as OpenAI's API does: `transformers serve`, with ordnung's families.",
     "chat": "Talk in the terminal to a model that is served: `transformers chat`.",
 }
@@ -50,7 +51,7 @@ def summary(program: str) -> str:
 def overview() -> str:
     """All commands, with a line each."""
     groups = {title: {command: summary(name) for command, name in group.items()} for title, group in GROUPS.items()}
-    groups["serve"] = SERVING
+    groups["hand over, with ordnung's families known"] = OTHERS
     width = max(len(command) for group in groups.values() for command in group)
     lines = ["usage: ordnung COMMAND [options]", "", "`ordnung COMMAND --help` lists the options of one."]
     for title, group in groups.items():
@@ -59,13 +60,12 @@ def overview() -> str:
 
 
 def hand_over(command: str, argv: list[str]):
-    """Run transformers' own command.
+    """Run a command of others.
 
     Raises:
         ScriptError: what it needs is not installed.
     """
     if command == "serve" and "--help" not in argv:
-        import ordnung
         from ordnung.modeling.registration import FAMILIES, heads_of
 
         classes = [getattr(ordnung, name) for model_type in FAMILIES for name in heads_of(model_type).values()]
@@ -74,12 +74,19 @@ def hand_over(command: str, argv: list[str]):
         # the server looks a checkpoint's class up in the namespace of transformers, as it has it
         for model_class in classes:
             setattr(model_manager.transformers, model_class.__name__, model_class)
-    from transformers.cli.transformers import app
-
     try:
-        app(args=[command, *argv], prog_name="ordnung")
+        if command == "lm-eval":
+            from lm_eval.__main__ import cli_evaluate
+
+            sys.argv = ["ordnung lm-eval", *argv]  # where it looks for its options
+            cli_evaluate()
+        else:
+            from transformers.cli.transformers import app
+
+            app(args=[command, *argv], prog_name="ordnung")
     except ImportError as error:
-        raise ScriptError(" ".join(str(error).split())) from error
+        needs = {"lm-eval": "harness"}.get(command, "serving")
+        raise ScriptError(f'{" ".join(str(error).split())}: pip install "ordnung[{needs}]"') from error
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -92,13 +99,13 @@ def main(argv: list[str] | None = None) -> int | None:
     if command in ("-h", "--help"):
         print(overview())
     elif command == "--version":
-        print(__version__)
-    elif command in SERVING:
+        print(ordnung.__version__)
+    elif command in OTHERS:
         hand_over(command, rest)
     elif command in PROGRAMS:
         return importlib.import_module(f"ordnung.scripts.{PROGRAMS[command]}").main(rest)
     else:
-        hint = closest(command, [*PROGRAMS, *SERVING])
+        hint = closest(command, [*PROGRAMS, *OTHERS])
         raise ScriptError(f"unknown command {command!r}{hint}; `ordnung --help` lists all")
     return 0
 

@@ -68,7 +68,7 @@ def test_every_program_is_a_command():
 
 def test_the_overview_has_a_line_for_each_and_imports_nothing(helps):
     lines = dict(re.findall(r"^  (\S+) +(\S.*)$", helps["texts"]["--help"], re.M))
-    assert lines.keys() == {*cli.PROGRAMS, *cli.SERVING}
+    assert lines.keys() == {*cli.PROGRAMS, *cli.OTHERS}
     assert all(line.endswith((".", "?")) and len(line) <= 100 for line in lines.values())
     assert helps["first"] == []
 
@@ -212,11 +212,11 @@ def test_serve_answers_a_chat(chatting, tmp_path):
 
 @pytest.mark.skipif(is_serve_available(), reason="what serves is installed")
 def test_serve_says_what_it_needs(chatting):
-    with pytest.raises(ScriptError, match=r"pip install transformers\[serving\]"):
+    with pytest.raises(ScriptError, match=r"pip install \"ordnung\[serving\]\""):
         cli.main(["serve", str(chatting)])
 
 
-@pytest.mark.parametrize("command", cli.SERVING)
+@pytest.mark.parametrize("command", ["serve", "chat"])
 def test_transformers_own_commands_show_their_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from tiny_tasks import FILLER, TINY
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from ordnung.scripts import evaluate_lm, lm_harness, pretrain
+from ordnung.scripts import cli, evaluate_lm, pretrain
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.pretraining import perplexity
@@ -207,73 +207,33 @@ class TestHarness:
         (tmp_path / "endings.yaml").write_text(yaml.safe_dump(task))
         return tmp_path
 
+    def words(self, checkpoint, task):
+        words = ["--model", "hf", "--model_args", f"pretrained={checkpoint / 'model'}", "--device", "cpu"]
+        return [*words, "--tasks", "endings", "--include_path", str(task), "--output_path", str(task / "out")]
+
     @pytest.mark.slow
-    def test_a_local_task(self, checkpoint, task):
+    def test_a_local_task(self, checkpoint, task, capsys):
         pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'ordnung[harness]'")
-        argv = ["--model_name_or_path", checkpoint / "model", "--tasks", "endings", "--include_path", task]
-        assert lm_harness.main([*map(str, argv), "--use_cpu", f"--output_file={task / 'out.json'}"]) == 0
-        results = json.loads((task / "out.json").read_text())
-        assert results["results"]["endings"]["acc,none"] == 1.0 and results["versions"]["lm_eval"]
-        with pytest.raises(ScriptError, match="unknown task 'ending'; did you mean 'endings'"):
-            lm_harness.main([*map(str, argv), "--tasks", "ending"])
+        cli.main(["lm-eval", *self.words(checkpoint, task)])
+        assert "|endings|" in capsys.readouterr().out
+        (written,) = (task / "out").rglob("results_*.json")
+        assert json.loads(written.read_text())["results"]["endings"]["acc,none"] == 1.0
 
-    @pytest.fixture
-    def calls(self, monkeypatch):
-        """The calls of a stand-in for the harness with the few names that the program uses, in order."""
-        calls = {}
+    def test_its_own_command_line_runs_with_the_families_known(self, checkpoint, task, monkeypatch):
+        """With a stand-in for the harness."""
+        seen = []
 
-        class Model:
-            def __init__(self, **kwargs):
-                calls["model"] = kwargs
-                AutoModelForCausalLM.from_pretrained(kwargs["pretrained"])
+        def cli_evaluate():
+            seen.extend([sys.argv[1:], AutoConfig.from_pretrained(checkpoint / "model").model_type])
 
-        class Manager:
-            all_tasks = ["endings"]
-
-            def __init__(self, include_path):
-                calls["include_path"] = include_path
-
-        def simple_evaluate(**kwargs):
-            calls["evaluate"] = kwargs
-            return {"results": {"endings": {"acc,none": 1.0}}, "versions": {"endings": 2}, "n-shot": {"endings": 3}}
-
-        names = {
-            "lm_eval": {"simple_evaluate": simple_evaluate, "__version__": "0"},
-            "lm_eval.models": {},
-            "lm_eval.models.huggingface": {"HFLM": Model},
-            "lm_eval.tasks": {"TaskManager": Manager},
-            "lm_eval.utils": {"make_table": lambda done: f"table of {list(done['results'])}"},
-        }
-        for name, contents in names.items():
-            module = ModuleType(name)
-            module.__dict__.update(contents)
-            monkeypatch.setitem(sys.modules, name, module)
-        sys.modules["lm_eval"].utils = sys.modules["lm_eval.utils"]
-        return calls
-
-    def test_what_the_harness_is_told(self, checkpoint, task, calls, capsys):
-        argv = ["--model_name_or_path", checkpoint / "model", "--tasks", "endings", "--include_path", task, "--use_cpu"]
-        argv += ["--num_fewshot", 3, "--limit", 5, "--batch_size", 2, "--max_length", 48]
-        assert lm_harness.main([*map(str, argv), f"--output_file={task / 'out.json'}"]) == 0
-        model = {"pretrained": str(checkpoint / "model"), "device": "cpu", "batch_size": 2, "max_length": 48}
-        assert calls["model"] == model | {"trust_remote_code": False} and calls["include_path"] == str(task)
-        told = {name: calls["evaluate"][name] for name in ("tasks", "num_fewshot", "limit")}
-        assert told == {"tasks": ["endings"], "num_fewshot": 3, "limit": 5}
-        assert "table of ['endings']" in capsys.readouterr().out
-        written = json.loads((task / "out.json").read_text())
-        assert written["results"]["endings"]["acc,none"] == 1.0 and written["num_fewshot"] == {"endings": 3}
-        assert written["versions"] == {"lm_eval": "0", "tasks": {"endings": 2}}
-        with pytest.raises(ScriptError, match="unknown task 'ending'; did you mean 'endings'"):
-            lm_harness.main([*map(str, argv), "--tasks", "ending"])
-
-    def test_no_causal_model(self, checkpoint, tmp_path, calls):
-        config = AutoConfig.from_pretrained(checkpoint / "model", is_decoder=False)
-        AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "masked")
-        for name, reason in ((tmp_path / "masked", ".*is_decoder"), (tmp_path / "nowhere", "")):
-            with pytest.raises(ScriptError, match=f"no causal language model can be loaded from {name}{reason}"):
-                lm_harness.main(["--model_name_or_path", str(name), "--tasks", "endings", "--use_cpu"])
+        for name in ("lm_eval", "lm_eval.__main__"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["lm_eval.__main__"].cli_evaluate = cli_evaluate
+        monkeypatch.setattr(sys, "argv", ["ordnung"])
+        cli.main(["lm-eval", *self.words(checkpoint, task)])
+        assert seen == [self.words(checkpoint, task), "softmax_lm"]
 
     def test_without_the_harness(self, checkpoint, task, monkeypatch):
         monkeypatch.setitem(sys.modules, "lm_eval", None)
-        with pytest.raises(ScriptError, match="lm-evaluation-harness cannot be imported.*pip install"):
-            lm_harness.main(["--model_name_or_path", "any", "--tasks", "endings"])
+        with pytest.raises(ScriptError, match=r'pip install "ordnung\[harness\]"'):
+            cli.main(["lm-eval", "--tasks", "endings"])

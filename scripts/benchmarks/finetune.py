@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
+from ordnung.scripts.benchmarks.measure import in_turns, timed
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.finetuning.data import prepare_tokenizer
@@ -20,12 +21,6 @@ from ordnung.scripts.finetuning.run import Finetuning, prepare_task
 from ordnung.scripts.finetuning.tasks import choose_tasks
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.signals import StopSignals
-
-
-def synchronized_time() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: list[np.ndarray]):
@@ -79,20 +74,17 @@ def run(bench) -> int:
                     if finetuning.step % options.logging_steps == 0:
                         finetuning.log_window(signals)
 
-        seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-        for turn in range(bench.rounds + 1):
-            for name, loop in [("ours", ours), ("bare", bare)][:: 1 if turn % 2 else -1]:
-                start = synchronized_time()
-                loop()
-                seconds[name].append(synchronized_time() - start)
-    ratios = [a / b for a, b in zip(seconds["ours"][1:], seconds["bare"][1:])]
+        device = accelerator.device.type
+        loops = {name: partial(timed, loop, device=device) for name, loop in (("ours", ours), ("bare", bare))}
+        seconds = in_turns(loops, bench.rounds)
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare"])]
     examples = sum(len(finetuning.rows(step)) for step in range(bench.steps))
     results = {
         "model": bench.model_name_or_path,
         "task": task.name,
         "ratio": median(ratios),
         "ratios": ratios,
-        "examples_per_second": {name: examples / median(times[1:]) for name, times in seconds.items()},
+        "examples_per_second": {name: examples / median(times) for name, times in seconds.items()},
         "steps": bench.steps,
         "machine": machine_info(),
     }

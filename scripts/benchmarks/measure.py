@@ -10,16 +10,16 @@ import logging
 import multiprocessing
 import statistics
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 
 from ordnung.scripts.benchmarks.cases import MODEL_TASKS, Case, Sample, Settings, make_model_sample
 from ordnung.scripts.benchmarks.mixer import PARTS
-from ordnung.scripts.common.machine import available_memory_bytes
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 WARM_UP_LENGTH = 16  # tokens, of the tiny sample that a probe starts with
@@ -41,15 +41,24 @@ def prepare_process(settings: Settings) -> None:
     transformers.logging.set_verbosity_error()
 
 
-def timed(sample: Sample, argument, device: str) -> float:
-    """Seconds of one `sample.run`, until the device has finished."""
+def timed(run: Callable, *arguments, device: str = "cpu") -> float:
+    """Seconds of one call, until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    sample.run(argument)
+    run(*arguments)
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each of `timers` returns when all are called in turns, A B B A A B; a first round only warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for turn in range(rounds + 1):
+        for name in list(timers)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(timers[name]())
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -57,13 +66,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def _process_bytes(key: str) -> int | None:
-    """A memory figure of this process from Linux, None elsewhere."""
+def _peak_bytes() -> int | None:
+    """The high-water mark of this process's resident memory, which psutil does not tell; None but on Linux."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 class PeakMemory:
@@ -71,31 +80,30 @@ class PeakMemory:
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
-        self.baseline = torch.cuda.memory_allocated() if self.cuda else _process_bytes("VmRSS")
+        self.baseline = torch.cuda.memory_allocated() if self.cuda else psutil.Process().memory_info().rss
 
     def restart(self) -> None:
         """Forget the peak so far, not the baseline."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        elif self.baseline is not None:
+        elif _peak_bytes() is not None:
             # what the set-up has freed would otherwise stay resident and hide what the sample needs
             getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)(0)
-            Path("/proc/self/clear_refs").write_text("5")  # Linux resets the high-water mark of resident memory
+            # Linux then resets the high-water mark of resident memory
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def read(self) -> int | None:
-        if self.baseline is None:
-            return None
-        peak = torch.cuda.max_memory_allocated() if self.cuda else _process_bytes("VmHWM")
-        return max(peak - self.baseline, 0)
+        peak = torch.cuda.max_memory_allocated() if self.cuda else _peak_bytes()
+        return None if peak is None else max(peak - self.baseline, 0)
 
 
 def _limit_memory() -> None:
     """Let allocations beyond 90 % of the free memory fail in this process, instead of starving the machine."""
-    free, used = available_memory_bytes(), _process_bytes("VmData")
-    if free is not None and used is not None:
-        import resource  # not on Windows
+    used = getattr(psutil.Process().memory_info(), "data", None)
+    if used is not None:  # Linux alone tells it and limits by it
+        import resource
 
-        limit = used + int(0.9 * free)
+        limit = used + int(0.9 * psutil.virtual_memory().available)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
@@ -107,7 +115,7 @@ def _run_probe(case: Case, settings: Settings) -> dict:
     tiny.run(tiny.prepare())
     del tiny
     gc.collect()
-    free = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else available_memory_bytes()
+    free = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else psutil.virtual_memory().available
     if settings.device == "cpu":
         _limit_memory()
     try:
@@ -116,14 +124,14 @@ def _run_probe(case: Case, settings: Settings) -> dict:
         sample.setup()
         argument = sample.prepare()
         memory.restart()
-        seconds = timed(sample, argument, settings.device)
+        seconds = timed(sample.run, argument, device=settings.device)
     except MEMORY_ERRORS as error:
         if not out_of_memory(error):
             raise
         cause = str(error).splitlines()[0]
         return {
             "status": "skipped",
-            "reason": f"needs more than the {(free or 0) / GIB:.1f} GiB that are free: {cause}",
+            "reason": f"needs more than the {free / GIB:.1f} GiB that are free: {cause}",
         }
     peak = memory.read() if sample.measures_memory else None
     return {"status": "ok", "probe_seconds": seconds, "peak_bytes": peak, **sample.facts()}
@@ -200,7 +208,7 @@ def time_in_turns(
 
     def measure(sample):
         if rounds == 0 or sum(seconds[name]) < budget:
-            seconds[name].append(timed(sample, sample.prepare(), device))
+            seconds[name].append(timed(sample.run, sample.prepare(), device=device))
 
     start, rounds, longest_round = time.perf_counter(), 0, 0.0
     while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - start + longest_round < budget):

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from ordnung import CubicPrefixLMConfig, CubicPrefixLMForCausalLM
+from ordnung.scripts.benchmarks.measure import in_turns, timed
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
@@ -51,9 +52,7 @@ def encode(model, tokens):
 
 def step(model, compute, tokens) -> float:
     """Seconds of forward and backward."""
-    start = time.perf_counter()
-    compute(model, tokens).logsumexp(-1).mean().backward()
-    seconds = time.perf_counter() - start
+    seconds = timed(lambda: compute(model, tokens).logsumexp(-1).mean().backward())
     model.zero_grad()
     return seconds
 
@@ -105,16 +104,14 @@ def measure_training(options, layers: int, length: int) -> dict:
         error = (predict(competitors["cubic"][0], tokens) - expected).abs().max() / expected.abs().max()
     if not error < 1e-4:
         raise ScriptError(f"cubic differs from naive by {error:.1e} with {layers} layers and {length} tokens")
-    seconds = {name: [] for name in competitors}
-    for _ in range(options.repeats + 1):
-        for name, (model, compute) in competitors.items():
-            seconds[name].append(step(model, compute, tokens))
+    steps = {name: partial(step, model, compute, tokens) for name, (model, compute) in competitors.items()}
+    seconds = in_turns(steps, options.repeats)
     rows = {}
     for name, (model, compute) in competitors.items():
         flops, attention = counted_flops(model, compute, tokens)
         rows[name] = {
-            "seconds": statistics.median(seconds[name][1:]),  # the first warms up
-            "all_seconds": seconds[name][1:],
+            "seconds": statistics.median(seconds[name]),
+            "all_seconds": seconds[name],
             "flops": 3 * flops,
             "attention_flops": 3 * attention,
             "saved_bytes": saved_bytes(model, compute, tokens),
@@ -129,19 +126,23 @@ def measure_decoding(options, length: int) -> dict:
     tokens = torch.randint(VOCAB, (1, length + steps), generator=torch.Generator().manual_seed(options.seed))
     strides = {"stride 1": 1, "stride 8": 8, "causal": None}
     models = {name: build(options, layers, length + steps, prefix_stride=s).eval() for name, s in strides.items()}
-    seconds = {name: [] for name in ("encoded anew", *models)}
-    for _ in range(options.repeats + 1):
-        start = time.perf_counter()
+
+    def encode_anew():
         for i in range(steps):
             models["stride 1"].model(tokens[:, : length + i + 1])
-        seconds["encoded anew"].append((time.perf_counter() - start) / steps)
-        for name, model in models.items():
-            past = DynamicCache(config=model.config)
-            model(tokens[:, :length], past_key_values=past, use_cache=True, logits_to_keep=1)
-            start = time.perf_counter()
-            for i in range(steps):
-                model(tokens[:, length + i : length + i + 1], past_key_values=past, use_cache=True)
-            seconds[name].append((time.perf_counter() - start) / steps)
+
+    def decode(model, past):
+        for i in range(steps):
+            model(tokens[:, length + i : length + i + 1], past_key_values=past, use_cache=True)
+
+    def after_prompt(model) -> float:
+        past = DynamicCache(config=model.config)
+        model(tokens[:, :length], past_key_values=past, use_cache=True, logits_to_keep=1)
+        return timed(decode, model, past)
+
+    timers = {"encoded anew": lambda: timed(encode_anew)}
+    timers |= {name: partial(after_prompt, model) for name, model in models.items()}
+    seconds = in_turns(timers, options.repeats)
     prefill = {}
     for n in (length // 2, length):
         prompt = tokens[:, :n]
@@ -150,7 +151,7 @@ def measure_decoding(options, length: int) -> dict:
     return {
         "length": length,
         "layers": layers,
-        "seconds": {name: statistics.median(values[1:]) for name, values in seconds.items()},
+        "seconds": {name: statistics.median(values) / steps for name, values in seconds.items()},
         "prefill": prefill,
     }
 

@@ -11,13 +11,14 @@ from pathlib import Path
 TOKEN_OPTIONS = ("--hub-token", "--token")  # results files and cards are for others to see
 
 
-def _field(path: str, key: str) -> str | None:
-    """Value of the first `key : value` line of a Linux information file, or None without such a file or line."""
+def _processor() -> str:
+    """The processor's name, which on Linux neither psutil nor platform tells."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key) and ":" in line), None)
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def package_version(name: str) -> str | None:
@@ -26,16 +27,6 @@ def package_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _kib_field_bytes(key: str) -> int | None:
-    value = _field("/proc/meminfo", key)
-    return int(value.split()[0]) * 1024 if value else None
-
-
-def available_memory_bytes() -> int | None:
-    """Main memory that new allocations can take without swapping, or None where the system does not say (not Linux)."""
-    return _kib_field_bytes("MemAvailable")
 
 
 def is_command(argv: list[str]) -> bool:
@@ -64,16 +55,17 @@ def machine_info() -> dict:
     Returns a JSON-serialisable dict; what the system does not tell is None. `memory_bytes` is installed main memory,
     `cores` the cores this process may use, `threads` those torch computes with now: set them before calling this.
     """
+    import psutil
     import torch
 
     import ordnung
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _kib_field_bytes("MemTotal"),
+        "memory_bytes": psutil.virtual_memory().total,
         "gpu": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "platform": platform.platform(),
         "python": platform.python_version(),

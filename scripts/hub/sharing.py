@@ -225,7 +225,8 @@ def retry_command(checkpoint: str | Path, target: Target, results: str | Path | 
 def upload(folder: Path, target: Target):
     """Upload the folder in one commit, so that nobody ever loads half of it; what is there already is not sent again.
 
-    What an earlier push left that is not true of this model goes with the same commit, other files stay. What a broken
+    `HfApi.upload_folder` does not promise that: with hf_xet it commits a large folder in several parts. What an earlier
+    push left that is not true of this model goes with the same commit, other files stay. What a broken
     connection ended is tried again: if it had arrived, there is nothing left to do.
     """
     api = target.api
