@@ -1,17 +1,16 @@
 """Time a training step on packed documents against full rows and against the padded batch of the same documents.
 
-    ordnung bench-packing --dataset_path data/glue --output_file packing.json
+    ordnung bench-packing --train_file sst2.parquet imdb.parquet --text_column sentence text --output_file packing.json
 
 For every family and the control: `full` is a batch of rows without boundaries; `packed` holds as many tokens, of real
 documents side by side; `padded` holds the same documents with a row each. One step of each after the other in each
-round, so that all see the same machine. Lengths are those of a GLUE task's sentences, or of IMDB's reviews.
+round, so that all see the same machine. Documents have the lengths of real ones, in words and punctuation.
 """
 
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options
-from ordnung.scripts.finetuning.tasks import TASKS
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -19,9 +18,8 @@ class PackingBenchOptions:
     model_type: list[str] = option(["all"], "Families, or all.", section="model")
     hidden_size: int = option(256, "Width.", least=1)
     num_hidden_layers: int = option(4, "Layers.", least=1)
-    task_name: list[str] = option(["sst2", "imdb"], f"Whose lengths to take, of {', '.join(TASKS)}.", section="data")
-    dataset_path: str | None = option(None, "Local folder with a folder for each task; default: the Hub.")
-    tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: pieces split at spaces.")
+    train_file: list[str] = required("Files of documents: text, JSON or Parquet; each is a case.", section="data")
+    text_column: list[str] = option(["text"], "Column of each file that holds the text.")
     block_size: int = option(256, "Tokens of a row.", least=2)
     per_device_train_batch_size: int = option(8, "Rows in a batch.", least=1)
     rounds: int = option(5, "Rounds; one more before them is not counted.", least=1, section="timing")

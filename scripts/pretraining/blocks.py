@@ -188,9 +188,7 @@ class StreamedBlocks:
         else:
             self._end_pass = True
         documents = [ids for ids, _ in corpus.tokenize(texts, self.tokenizer)]
-        blocks, lengths, self._carried = pack(
-            documents, self.block_size, self.separate, self._carried, self.several
-        )
+        blocks, lengths, self._carried = pack(documents, self.block_size, self.separate, self._carried, self.several)
         order = np.random.default_rng((self.seed, self._group)).permutation(len(blocks))
         self._blocks, self._lengths, self._taken = blocks[order], lengths[order], 0
         self._group += 1
