@@ -59,6 +59,7 @@ class TaskData:
 
     task: Task
     config: PreTrainedConfig
+    max_length: int
     train: Examples
     selection: Examples | None
     scored: dict[str, Examples]
@@ -104,7 +105,7 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
             )
     scored = {name: examples[name] for name in task.evaluation}
     tests = {name: examples[name] for name in task.tests if name in examples}
-    return TaskData(task, config, train, selection, scored, tests, truncated)
+    return TaskData(task, config, max_length, train, selection, scored, tests, truncated)
 
 
 class Finetuning:
@@ -138,9 +139,10 @@ class Finetuning:
         self.window_loss = torch.tensor(state.get("window_loss", 0.0), device=accelerator.device)
 
         set_seed(seed)
+        model = build_model(options, data.config, self.checkpoint)
+        limits.fit_tokenizer(tokenizer, bare(model), data.max_length)
         self.writer = checkpointing.CheckpointWriter(accelerator, folder, tokenizer, total_limit=1)
         self.writer.last = self.checkpoint
-        model = build_model(options, data.config, self.checkpoint)
         parameters = list(model.parameters())
         self.parameters = sum(parameter.numel() for parameter in parameters)
         self.trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

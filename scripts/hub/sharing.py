@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import ordnung
 from ordnung.modeling.standalone import WEIGHTS
+from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.hub.model_card import Subject, eval_result_files, head_of, make_card
@@ -340,7 +341,7 @@ def _write_model(checkpoint: Path, folder: Path, subject: Subject):
         subject.model, report = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
         if report["missing_keys"]:
             raise ScriptError(f"{checkpoint} lacks weights: {', '.join(sorted(report['missing_keys']))}")
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = limits.fit_tokenizer(AutoTokenizer.from_pretrained(checkpoint), subject.model)
     # a RuntimeError: weights of other sizes
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ScriptError(f"model or tokenizer of {checkpoint} cannot be loaded: {error}") from error
