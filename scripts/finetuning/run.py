@@ -34,6 +34,7 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.finetuning.adapters import write_base
 from ordnung.scripts.finetuning.data import Batches, Encoder, Examples, encode, load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.glue_metric import Glue
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model
@@ -365,9 +366,9 @@ class Finetuning:
             if self.is_main:
                 write_submission(task, self.folder / task.tests[split], logits, examples.numbers)
         model = self.accelerator.unwrap_model(self.model)
-        # an adapter folder has no config of its own, and the labels' names are in it
-        notes = {"config.json": json.loads(bare(model).config.to_json_string())} if options.use_peft else {}
-        self.writer.save_model(self.model, ".", notes)
+        self.writer.save_model(self.model, ".")
+        if options.use_peft and self.is_main:
+            write_base(self.folder, bare(model), self.writer.tokenizer, options)
         if options.merge_adapter:
             self.writer.save_model(model.merge_and_unload(), "merged")
         if not self.is_main:

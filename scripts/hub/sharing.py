@@ -48,6 +48,8 @@ FOLDER = "hub"
 # Pauses before a commit whose connection broke is tried again, in seconds; uploads of weights have their own retries.
 PAUSES = (1, 5)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# The folder in an adapter's that fine-tuning has it load as its base, and the file in there that names what was tuned.
+BASE, BASE_NOTE = "base", "base_model.json"
 PEFT_HEADS = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_CLS": "ForSequenceClassification",
@@ -354,6 +356,9 @@ def _write_model(checkpoint: Path, folder: Path, subject: Subject):
 
 def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
     adapter = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    base = checkpoint / BASE
+    if (base / BASE_NOTE).is_file():
+        adapter |= json.loads((base / BASE_NOTE).read_text(encoding="utf-8"))
     subject.base_model = adapter.get("base_model_name_or_path")
     if not subject.base_model or Path(subject.base_model).exists():
         raise ScriptError(
@@ -361,12 +366,14 @@ def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
             "train with its Hub name, or merge the adapter (merge_and_unload) and push the merged model"
         )
     subject.head = PEFT_HEADS.get(adapter.get("task_type"), "Model")
-    if (checkpoint / "config.json").is_file():
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config_file = next((path / "config.json" for path in (base, checkpoint) if (path / "config.json").is_file()), None)
+    if config_file is not None:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         # JSON has made strings of the numbers
         subject.labels = {int(number): name for number, name in config.get("id2label", {}).items()}
     for path in checkpoint.glob("adapter_*"):
         shutil.copy(path, folder)
+    write_text(folder / "adapter_config.json", json.dumps(adapter, indent=2) + "\n")
     try:
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
     except (OSError, ValueError) as error:
