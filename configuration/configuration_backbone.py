@@ -109,6 +109,12 @@ class BackboneConfig(PreTrainedConfig):
         return self.is_decoder
 
     @property
+    def pads_with_text(self) -> bool:
+        """Whether the padding token is also one that begins or ends texts."""
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return self.pad_token_id is not None and self.pad_token_id in (self.bos_token_id, *ends)
+
+    @property
     def num_positions(self) -> int:
         """Rows of the learned table that are positions."""
         return self.max_position_embeddings - self.position_offset

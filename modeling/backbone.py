@@ -334,7 +334,9 @@ class BackboneModel(BackbonePreTrainedModel):
 
     def __init__(self, config: BackboneConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # a token that texts hold as well, as where eos pads, has an embedding to learn
+        padding = None if config.pads_with_text else config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         if config.type_vocab_size:
             self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":

@@ -162,6 +162,28 @@ class ForCausalLM(LMHead):
     def head_flops(self, seq_len: int) -> int:
         return super().head_flops(seq_len) + seq_len * linear_flops(self.model.lm_transform)
 
+    # transformers' `generate` takes `max_position_embeddings` for a bound, which it is not where there are no positions
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
+        new_tokens = generation_config.max_length if has_default_max_length else None
+        prepared = super()._prepare_generated_length(
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            input_ids_length=input_ids_length,
+            **kwargs,
+        )
+        free = self.config.position_embedding_type == "none" and prepared.max_new_tokens is None
+        if free and new_tokens is not None:
+            prepared.max_length = new_tokens + input_ids_length
+        return prepared
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if hasattr(criterion, "max_position_embeddings") and self.config.position_embedding_type == "none":
+                criterion.max_position_embeddings = None
+        return criteria
+
     def read_arguments(self, inputs, labels, logits_to_keep, **kwargs) -> dict:
         """What a family's base model takes that depends on which of the tokens of `inputs` (B, N, ...) are read."""
         return {}

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
+    from ordnung.scripts.common import limits
     from ordnung.scripts.common.models import check_folder
 
     check_folder(options.source)
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ScriptError(f"cannot convert {options.source}: {' '.join(str(error).split())}") from error
     print(report)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.source)
+        tokenizer = limits.fit_tokenizer(AutoTokenizer.from_pretrained(options.source), model)
     except (OSError, ValueError):
         tokenizer = None
         print(f"  note: no tokenizer in {options.source}: put one into {options.output_dir}")

@@ -1,15 +1,27 @@
 """LoRA on every family: what is adapted by default, what trains, and adapters saved, loaded and merged."""
 
 import shutil
+import subprocess
+import sys
 
 import peft
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
+from strangers import REFUSE
 from tiny_tasks import TINY, results
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    pipeline,
+)
 
+import ordnung
 from ordnung.modeling import registration
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.common.errors import ScriptError
@@ -119,10 +131,11 @@ def test_the_program_trains_adapters(run_task, tasks, tmp_path):
     out = run_task("mnli", use_peft=True, lora_rank=4, merge_adapter=True, num_train_epochs=3, learning_rate=1e-2)
     folder = out / "mnli/seed-0"
     summary = results(folder)
-    config = AutoConfig.from_pretrained(folder)
+    assert not (folder / "config.json").exists()
+    config = AutoConfig.from_pretrained(folder / "base")
     assert config.id2label[1] == "neutral"
     rows = AutoTokenizer.from_pretrained(folder)("the ship was warm", "a cold sea", return_tensors="pt")
-    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()
     assert summary["trainable_parameters"] == 2 * (2 * (16 + 16) + 2 * (16 + 64)) * 4 + 3 * 16
     assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
@@ -133,6 +146,81 @@ def test_the_program_trains_adapters(run_task, tasks, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tasks / "conv").state_dict()
     kept = model.get_base_model().state_dict()["model.layers.0.mixer.v_proj.base_layer.weight"]
     assert torch.equal(kept, base["model.layers.0.mixer.v_proj.weight"])
+
+
+LABELS = ["entailment", "neutral", "contradiction"]
+SIZES = {
+    "conv_lm": {"kernel_size": 4},
+    "linformer_lm": {"projected_size": 8, "local_block_size": 4, "is_decoder": True},
+    "cubic_prefix_lm": {},
+    "softmax_lm": {"position_embedding_type": "learned"},
+}
+
+
+@pytest.fixture(params=[*FAMILIES, "bert", "bert, another classifier", "softmax_lm, in shards"])
+def adapter(request, run_task, tasks, tmp_path, monkeypatch):
+    """The folder of an adapter that was trained on three labels, and the checkpoint under it."""
+    name, _, kind = request.param.partition(", ")
+    tokenizer = AutoTokenizer.from_pretrained(tasks / "conv")
+    if name == "bert":
+        tiny = {"vocab_size": len(tokenizer), "intermediate_size": 32, "max_position_embeddings": 64, **TINY}
+        model = BertForSequenceClassification(BertConfig(**tiny, num_labels=2 if kind else 3))
+        if not kind:
+            model = model.bert
+    else:
+        shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, **TINY}
+        special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape, **special, **SIZES[name]))
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB" if kind == "in shards" else "1GB")
+    tokenizer.save_pretrained(tmp_path / "source")
+    if kind == "in shards":
+        assert len(list((tmp_path / "source").glob("model-*.safetensors"))) > 1
+    monkeypatch.chdir(tmp_path)
+    options = {"use_peft": True, "model_name_or_path": "source", "max_steps": 2, "learning_rate": 0.1}
+    options |= {"ignore_mismatched_sizes": True} if kind == "another classifier" else {}
+    folder = run_task("mnli", "adapter", merge_adapter=True, **options) / "mnli/seed-0"
+    monkeypatch.chdir("/")  # it loads from anywhere
+    return folder, kind
+
+
+def test_an_adapter_loads_with_its_labels_in_three_ways(adapter):
+    folder, kind = adapter
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = tokenizer(["the ship was warm", "a cold sea"], padding=True, return_tensors="pt")
+    inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged").eval()
+    expected = merged(**inputs).logits
+    classify = pipeline("text-classification", str(folder), top_k=None)
+    models = [
+        classify.model,
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoPeftModelForSequenceClassification.from_pretrained(folder).eval(),
+    ]
+    for model in models:
+        assert list(model.config.id2label.values()) == LABELS
+        assert sum("lora_A" in name for name, _ in model.named_parameters()) > 0
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    scores = {answer["label"]: answer["score"] for answer in classify(["the ship was warm"])[0]}
+    single = tokenizer("the ship was warm", return_tensors="pt")
+    probabilities = merged(single["input_ids"], single["attention_mask"]).logits[0].softmax(-1).tolist()
+    assert scores == pytest.approx(dict(zip(LABELS, probabilities)), rel=1e-3)
+    assert classify.tokenizer.model_max_length == tokenizer.model_max_length
+    weights = list((folder / "base").glob("*.safetensors"))
+    assert len(weights) == (kind == "another classifier")  # nothing is copied that need not be
+
+
+def test_an_adapter_of_a_stand_alone_base_loads_without_ordnung(run_task, tasks, tmp_path):
+    model, tokenizer = (auto.from_pretrained(tasks / "conv") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    ordnung.save_standalone(model, tmp_path / "source", tokenizer)
+    folder = run_task("mnli", use_peft=True, model_name_or_path=tmp_path / "source", max_steps=1) / "mnli/seed-0"
+    program = f"""{REFUSE}
+from transformers import pipeline
+classify = pipeline("text-classification", {str(folder)!r}, trust_remote_code=True, top_k=None)
+print(sorted(answer["label"] for answer in classify(["the ship was warm"])[0]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(sorted(LABELS))
 
 
 def test_the_best_adapter_is_kept(run_task):

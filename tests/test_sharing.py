@@ -363,6 +363,24 @@ def test_an_adapter_goes_to_the_hub_if_its_base_is_there(hub, tmp_path, tokenize
     assert "AutoPeftModelForCausalLM.from_pretrained" in card.text
 
 
+def test_a_fine_tuned_adapter_is_shared_under_its_bases_name(run_task, tasks):
+    """Locally it names a folder beside it as its base, for the labels (see `finetuning/adapters.py`)."""
+    folder = run_task("mnli", use_peft=True, max_steps=1) / "mnli/seed-0"
+    with pytest.raises(ScriptError, match=f"an adapter for {tasks / 'conv'}, which others do not have"):
+        sharing.write_folder(folder, Target("ahab/adapter"))
+    note = folder / "base/base_model.json"
+    assert json.loads(note.read_text()) == {"base_model_name_or_path": str(tasks / "conv")}
+    note.write_text(json.dumps({"base_model_name_or_path": "ahab/base"}))
+    shared = sharing.write_folder(folder, Target("ahab/adapter"))
+    adapter = json.loads((shared / "adapter_config.json").read_text())
+    kept = json.loads((folder / "adapter_config.json").read_text())
+    assert adapter == kept | {"base_model_name_or_path": "ahab/base"}
+    assert kept["base_model_name_or_path"] == str(folder / "base")
+    assert not (shared / "base").exists() and str(folder) not in (shared / "README.md").read_text()
+    card = ModelCard((shared / "README.md").read_text())
+    assert card.data.base_model == "ahab/base" and "neutral" in card.text
+
+
 # from training
 
 

@@ -49,7 +49,7 @@ def load(name, trust_remote_code):
 
 def encode(prompt, tokenizer, model):
     """Token ids of a prompt, (1, N); an empty prompt becomes the token that begins a text."""
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]  # verbose, it warns of what the model takes
     if not ids:
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if start is None:

@@ -7,6 +7,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ordnung.scripts.common.errors import ScriptError
 
+# A tokenizer without a limit names a huge one as its `model_max_length`.
+NO_LENGTH = 1e6
+
 
 def positions(model: torch.nn.Module) -> int | None:
     """The positions that a transformers model has, or None. Rows of its table may be none."""
@@ -55,8 +58,30 @@ def check_vocabulary(
 
 def model_length(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """The most tokens that model and tokenizer are made for."""
-    lengths = [tokenizer.model_max_length, positions(model) or math.inf]
-    shortest = min(lengths)
-    if shortest > 1e6:  # a tokenizer without a limit names a huge one
+    if hasattr(model.config, "longest_row"):  # its tokenizer may name the length of its training, which is no bound
+        return positions(model)
+    shortest = min(tokenizer.model_max_length, positions(model) or math.inf)
+    if shortest > NO_LENGTH:
         raise ScriptError("neither the model nor its tokenizer says how long a text may be: give --max_length")
     return int(shortest)
+
+
+def fit_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module, trained: int | None = None
+) -> PreTrainedTokenizerBase:
+    """Tell a tokenizer the model's length, which `truncation=True` cuts texts to; every tokenizer is saved with it.
+
+    It is that of the longest row that the model takes. Where it takes any, that of the rows it was trained on.
+
+    Args:
+        trained: tokens of a row in training; if None, what the tokenizer says already, or else the config.
+    Returns:
+        the tokenizer.
+    """
+    if hasattr(model.config, "longest_row"):
+        longest = model.config.longest_row
+    else:
+        longest = positions(model) if _has_position_table(model) else None
+    own = tokenizer.model_max_length if tokenizer.model_max_length < NO_LENGTH else None
+    tokenizer.model_max_length = longest or trained or own or positions(model) or tokenizer.model_max_length
+    return tokenizer

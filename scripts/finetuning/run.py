@@ -34,6 +34,7 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.finetuning.adapters import write_base
 from ordnung.scripts.finetuning.data import Batches, Encoder, Examples, encode, load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.glue_metric import Glue
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model
@@ -59,6 +60,7 @@ class TaskData:
 
     task: Task
     config: PreTrainedConfig
+    max_length: int
     train: Examples
     selection: Examples | None
     scored: dict[str, Examples]
@@ -104,7 +106,7 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
             )
     scored = {name: examples[name] for name in task.evaluation}
     tests = {name: examples[name] for name in task.tests if name in examples}
-    return TaskData(task, config, train, selection, scored, tests, truncated)
+    return TaskData(task, config, max_length, train, selection, scored, tests, truncated)
 
 
 class Finetuning:
@@ -138,9 +140,10 @@ class Finetuning:
         self.window_loss = torch.tensor(state.get("window_loss", 0.0), device=accelerator.device)
 
         set_seed(seed)
+        model = build_model(options, data.config, self.checkpoint)
+        limits.fit_tokenizer(tokenizer, bare(model), data.max_length)
         self.writer = checkpointing.CheckpointWriter(accelerator, folder, tokenizer, total_limit=1)
         self.writer.last = self.checkpoint
-        model = build_model(options, data.config, self.checkpoint)
         parameters = list(model.parameters())
         self.parameters = sum(parameter.numel() for parameter in parameters)
         self.trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -363,9 +366,9 @@ class Finetuning:
             if self.is_main:
                 write_submission(task, self.folder / task.tests[split], logits, examples.numbers)
         model = self.accelerator.unwrap_model(self.model)
-        # an adapter folder has no config of its own, and the labels' names are in it
-        notes = {"config.json": json.loads(bare(model).config.to_json_string())} if options.use_peft else {}
-        self.writer.save_model(self.model, ".", notes)
+        self.writer.save_model(self.model, ".")
+        if options.use_peft and self.is_main:
+            write_base(self.folder, bare(model), self.writer.tokenizer, options)
         if options.merge_adapter:
             self.writer.save_model(model.merge_and_unload(), "merged")
         if not self.is_main:

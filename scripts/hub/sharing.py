@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import ordnung
 from ordnung.modeling.standalone import WEIGHTS
+from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.hub.model_card import Subject, eval_result_files, head_of, make_card
@@ -47,6 +48,8 @@ FOLDER = "hub"
 # Pauses before a commit whose connection broke is tried again, in seconds; uploads of weights have their own retries.
 PAUSES = (1, 5)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# The folder in an adapter's that fine-tuning has it load as its base, and the file in there that names what was tuned.
+BASE, BASE_NOTE = "base", "base_model.json"
 PEFT_HEADS = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_CLS": "ForSequenceClassification",
@@ -341,7 +344,7 @@ def _write_model(checkpoint: Path, folder: Path, subject: Subject):
         subject.model, report = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
         if report["missing_keys"]:
             raise ScriptError(f"{checkpoint} lacks weights: {', '.join(sorted(report['missing_keys']))}")
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = limits.fit_tokenizer(AutoTokenizer.from_pretrained(checkpoint), subject.model)
     # a RuntimeError: weights of other sizes
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ScriptError(f"model or tokenizer of {checkpoint} cannot be loaded: {error}") from error
@@ -354,6 +357,9 @@ def _write_model(checkpoint: Path, folder: Path, subject: Subject):
 
 def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
     adapter = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    base = checkpoint / BASE
+    if (base / BASE_NOTE).is_file():
+        adapter |= json.loads((base / BASE_NOTE).read_text(encoding="utf-8"))
     subject.base_model = adapter.get("base_model_name_or_path")
     if not subject.base_model or Path(subject.base_model).exists():
         raise ScriptError(
@@ -361,12 +367,14 @@ def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
             "train with its Hub name, or merge the adapter (merge_and_unload) and push the merged model"
         )
     subject.head = PEFT_HEADS.get(adapter.get("task_type"), "Model")
-    if (checkpoint / "config.json").is_file():
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config_file = next((path / "config.json" for path in (base, checkpoint) if (path / "config.json").is_file()), None)
+    if config_file is not None:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         # JSON has made strings of the numbers
         subject.labels = {int(number): name for number, name in config.get("id2label", {}).items()}
     for path in checkpoint.glob("adapter_*"):
         shutil.copy(path, folder)
+    write_text(folder / "adapter_config.json", json.dumps(adapter, indent=2) + "\n")
     try:
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json, write_text
 from ordnung.scripts.common.machine import machine_info
@@ -70,6 +71,7 @@ class Pretraining:
         )
         if options.gradient_checkpointing:
             recompute_activations(model)
+        limits.fit_tokenizer(self.tokenizer, model, options.block_size)
         self._prepare_training(model)
         self.writer = checkpointing.CheckpointWriter(
             self.accelerator, self.output_dir, self.tokenizer, options.save_total_limit
