@@ -76,11 +76,11 @@ def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
         if shared.tokenizer_name:
             tokenizer = corpus.load_tokenizer(shared.tokenizer_name, shared.trust_remote_code)
         else:
-            tokenizer = corpus.train_tokenizer(train, shared.train_tokenizer_vocab_size, masked=False)
+            tokenizer = corpus.train_tokenizer(corpus.texts(train), shared.train_tokenizer_vocab_size, masked=False)
         shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer.save_pretrained(unfinished / "tokenizer")
         for name, documents in (("train", train), ("held_out", held_out)):
-            write_text(unfinished / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+            documents.to_json(unfinished / f"{name}.jsonl")
         unfinished.rename(folder)
     return {
         "train_file": str(folder / "train.jsonl"),

@@ -77,17 +77,19 @@ def evaluate(model: torch.nn.Module, tokens: np.ndarray, block_size: int, stride
     }
 
 
-def encode(documents: list[str], tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
+def encode(documents: corpus.Documents, tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
     """The documents' tokens one after the other, at most `max_tokens`, and the tokens per UTF-8 byte of their text."""
     parts, sizes = [np.zeros(0, dtype=np.int32)], [0.0]
-    for ids, size in corpus.tokenize(documents, tokenizer, math.inf if max_tokens is None else max_tokens):
+    for ids, size in corpus.tokenize(
+        corpus.texts(documents), tokenizer, math.inf if max_tokens is None else max_tokens
+    ):
         parts.append(ids)
         sizes.append(size)
     tokens = np.concatenate(parts)
     return tokens, len(tokens) / max(sum(sizes), 1)
 
 
-def load_documents(options) -> list[str]:
+def load_documents(options) -> corpus.Documents:
     """The documents of the files or the data set.
 
     Raises:

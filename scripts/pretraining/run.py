@@ -98,7 +98,8 @@ class Pretraining:
         separate = options.respect_document_boundaries
         self.make_batch = BatchMaker(options.objective, self.tokenizer, separate, options.mlm_probability, options.seed)
         several = separate and getattr(build_run_config(options, self.tokenizer), "packs_documents", False)
-        self.blocks = training_blocks(options, train, self.tokenizer, several)
+        with self.accelerator.main_process_first():
+            self.blocks = training_blocks(options, train, self.tokenizer, several)
         self.held_out = None
         if held_out is not None:
             self.held_out = held_out_blocks(options, held_out, self.tokenizer, several)
