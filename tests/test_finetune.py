@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import datasets
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import (
 import ordnung
 from ordnung.scripts import bench_finetune
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.machine import command_line
 from ordnung.scripts.finetuning import glue_metric
 from ordnung.scripts.finetuning import run as finetune
 from ordnung.scripts.finetuning import tasks as text_tasks
@@ -137,7 +139,7 @@ def test_best_model_and_early_stopping(run_task):
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind, caplog):
     options = {
         "config_overrides": "hidden_dropout=0.1",
         "early_stopping_patience": 9,
@@ -156,7 +158,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind
 
     whole = run_task("cola", "whole", **options) / "cola/seed-0"
     monkeypatch.setattr(finetune.Finetuning, "train_step", stopping)
-    run_task("cola", "stopped", status=128 + signal.SIGTERM, **options)
+    with caplog.at_level("WARNING"):
+        run_task("cola", "stopped", status=128 + signal.SIGTERM, **options)
+    assert f"to go on: {command_line(sys.argv)}" in caplog.text
     stopped = run_task("cola", "stopped", **options) / "cola/seed-0"
     assert steps == list(range(len(steps)))  # step 5 was not taken twice
     assert metrics(whole) == pytest.approx({k: v for k, v in metrics(stopped).items() if k in metrics(whole)})

@@ -375,6 +375,14 @@ def test_files_of_every_kind_load(tmp_path, monkeypatch):
     assert load("*.txt") == ["one é", "two\nlines"]
     for name in ("c.jsonl", "d.jsonl.gz", "e.parquet"):
         assert load(name) == ["one é", "three"]
+    (tmp_path / "f.csv").write_text('id,body\n1,"one, é"\n2,\n3,null\n')
+    (tmp_path / "g.tsv").write_text('id\tbody\n1\ta "bare quote\n')
+    assert load("f.csv") == ["one, é", "null"] and load("g.tsv") == ['a "bare quote']
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).rename(tmp_path / "folder" / name)
+    (tmp_path / "folder" / ".hidden").write_bytes(b"\0")
+    assert load("folder") == ["one é", "two\nlines"]
 
 
 def test_unusable_files_are_errors_that_name_them(tmp_path, monkeypatch):
@@ -413,5 +421,11 @@ def test_unusable_files_are_errors_that_name_them(tmp_path, monkeypatch):
     for name in ("number", "list"):
         with pytest.raises(ScriptError, match="document 0 is .*, not a text; name a column of texts by --text_column"):
             list(corpus.texts(load(f"{name}.jsonl", streaming=True)))
-    with pytest.raises(ScriptError, match="mixes json and text"):
+    with pytest.raises(ScriptError, match="mixes jsonl and txt files"):
         load("fine.jsonl", "zero.txt")
+    (tmp_path / "table.csv").write_text("name,price\nrope,7\n")
+    with pytest.raises(ScriptError, match="table.csv has no column 'body', only name, price; name one by"):
+        load("table.csv")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ScriptError, match="--train_file .*folder: the folder holds no files"):
+        load("folder")

@@ -16,6 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from ordnung.scripts.common.errors import ScriptError
 
 Documents = datasets.Dataset | datasets.IterableDataset
+# The readers of local files by their ending. GLUE's own .tsv files hold bare quotation marks, and words such as "null".
+READERS = {
+    ".parquet": ("parquet", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
+}
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Long documents are tokenized in pieces of about this many characters: many at once, and in bounded memory.
 PIECE_CHARACTERS = 2**18
@@ -29,7 +37,7 @@ _SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 def find_files(patterns: Sequence[str], option: str) -> list[str]:
-    """Expand file names and glob patterns; a name that matches nothing may be that of a text which is installed.
+    """Expand file names, folders and glob patterns; what matches nothing may be the name of a text that is installed.
 
     Raises:
         ScriptError: a pattern that matches no file.
@@ -37,6 +45,10 @@ def find_files(patterns: Sequence[str], option: str) -> list[str]:
     files = []
     for pattern in patterns:
         matches = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        if Path(pattern).is_dir():
+            matches = sorted(str(path) for path in Path(pattern).glob("[!.]*") if path.is_file())
+            if not matches:
+                raise ScriptError(f"--{option} {pattern}: the folder holds no files")
         if not matches and (DATA / pattern).is_file():
             matches = [str(DATA / pattern)]
         if not matches:
@@ -45,17 +57,18 @@ def find_files(patterns: Sequence[str], option: str) -> list[str]:
     return files
 
 
-def file_format(files: Sequence[str], option: str) -> str:
-    """The loader for files of one kind: "json", "parquet", or "text" for every other name.
+def file_reader(files: Sequence[str], option: str) -> tuple[str, dict]:
+    """The reader of `READERS` for files of one kind, or "text" for every other name.
 
     Raises:
         ScriptError: files of several kinds.
     """
-    known = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    formats = {known.get(Path(name.removesuffix(".gz")).suffix.lower(), "text") for name in files}
-    if len(formats) > 1:
-        raise ScriptError(f"--{option} mixes {' and '.join(sorted(formats))} files; give files of one kind")
-    return formats.pop()
+    endings = {Path(name.removesuffix(".gz")).suffix.lower() for name in files}
+    readers = {str(reader): reader for reader in (READERS.get(ending, ("text", {})) for ending in endings)}
+    if len(readers) > 1:
+        kinds = " and ".join(sorted(ending.removeprefix(".") or "text" for ending in endings))
+        raise ScriptError(f"--{option} mixes {kinds} files; give files of one kind")
+    return next(iter(readers.values()))
 
 
 def read_text(path: str) -> str:
@@ -81,7 +94,7 @@ def _read_texts(files: list[str], stamps: list[tuple]) -> Iterator[dict]:
 
 
 def load_files(patterns: Sequence[str], option: str, text_column: str, streaming: bool) -> Documents:
-    """Documents of local files: one a .txt file, one a row of a json or parquet file.
+    """Documents of local files: one a .txt file, one a row of a JSON, Parquet, CSV or TSV file.
 
     Returns:
         a data set with a column "text", memory-mapped, or read while it is used if streaming.
@@ -89,7 +102,7 @@ def load_files(patterns: Sequence[str], option: str, text_column: str, streaming
         ScriptError: no such file, unreadable or empty data, no such column.
     """
     files = find_files(patterns, option)
-    kind = file_format(files, option)
+    kind, settings = file_reader(files, option)
     if kind == "text":
         # what is cached is found by these arguments: the same file with another content is another
         stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
@@ -101,7 +114,7 @@ def load_files(patterns: Sequence[str], option: str, text_column: str, streaming
             return datasets.Dataset.from_generator(_read_texts, features, gen_kwargs=arguments)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
-    data = _load_dataset(kind, data_files={"train": files}, streaming=streaming)["train"]
+    data = _load_dataset(kind, data_files={"train": files}, streaming=streaming, **settings)["train"]
     return _text_of(data, text_column, ", ".join(files))
 
 

@@ -22,6 +22,15 @@ def write_json(path: str | Path, value: Any):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def append_json_line(path: str | Path, value: Any):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
 def read_json_lines(path: str | Path) -> list[dict]:
     """The objects of a JSON lines file; a last line that was not written to its end is left out."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")

@@ -12,18 +12,11 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from ordnung.scripts.common import corpus
+from ordnung.scripts.common.corpus import READERS
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
 
-# The readers of local files by their ending. GLUE's own .tsv files hold bare quotation marks, and words such as "null".
-READERS = {
-    ".parquet": ("parquet", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
-}
 # Fewer rows than this are tokenized faster by one process.
 ROWS_PER_WORKER = 20_000
 

@@ -31,9 +31,9 @@ from transformers.utils import logging as transformers_logging
 
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import append_json_line, write_json
 from ordnung.scripts.common.limits import model_length
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.machine import how_to_go_on, machine_info
 from ordnung.scripts.finetuning.data import Batches, Encoder, Examples, encode, load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.glue_metric import Glue
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model
@@ -253,8 +253,7 @@ class Finetuning:
 
     def _log(self, values: dict):
         if self.is_main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "tokens": self.tokens, **values}) + "\n")
+            append_json_line(self.folder / "metrics.jsonl", {"step": self.step, "tokens": self.tokens, **values})
         self.accelerator.log(values, step=self.step)
 
     def _check_finite(self, loss: float):
@@ -345,7 +344,7 @@ class Finetuning:
                     self._save_checkpoint()
                     start = time.perf_counter()
                 if stop and not self._enough():
-                    logger.warning(f"told to stop: saved {self.writer.last}; the same command goes on")
+                    logger.warning(f"told to stop: saved {self.writer.last}; {how_to_go_on(several)}")
                     return 128 + (signals.received or signal.SIGTERM)
         self._finish()
         return 0

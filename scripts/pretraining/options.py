@@ -28,7 +28,7 @@ class PretrainOptions(HubOptions):
     use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     train_file: list[str] | None = option(
-        None, "Files or glob patterns: .txt (a document each), .json, .jsonl or .parquet.", section="data"
+        None, "Files, folders or glob patterns: .txt (a document each), .jsonl, .parquet, .csv or .tsv.", section="data"
     )
     train_weights: list[float] | None = option(
         None, "How often documents are drawn from each entry of train_file; default: each document once.", above=0

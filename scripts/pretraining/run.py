@@ -1,6 +1,5 @@
 """One pretraining run: built from its options, trained, its results written."""
 
-import json
 import logging
 import math
 import signal
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_json, write_text
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.files import append_json_line, read_json, write_json, write_text
+from ordnung.scripts.common.machine import how_to_go_on, machine_info
 from ordnung.scripts.hub import sharing
 from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker
 from ordnung.scripts.pretraining.data import held_out_blocks, load_documents, load_tokenizer, training_blocks
@@ -138,7 +137,7 @@ class Pretraining:
     def _read_best(self) -> dict | None:
         """The best evaluation so far, if best/ holds its model and it lies before the step to go on from."""
         path = self.output_dir / "best" / "eval_results.json"
-        best = json.loads(path.read_text()) if self.checkpoint and path.exists() else None
+        best = read_json(path) if self.checkpoint and path.exists() else None
         return best if best and best["step"] <= self.step else None
 
     def _sum(self, *values: float) -> list[float]:
@@ -225,8 +224,7 @@ class Pretraining:
     def _log(self, values: dict):
         """Append a line to metrics.jsonl and tell the trackers."""
         if self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "tokens": self.tokens, **values}) + "\n")
+            append_json_line(self.output_dir / "metrics.jsonl", {"step": self.step, "tokens": self.tokens, **values})
         self.accelerator.log(values, step=self.step)
 
     def _evaluate_and_log(self, progress: tqdm) -> dict[str, float]:
@@ -302,7 +300,10 @@ class Pretraining:
                 if self.step % options.save_steps == 0 or done or stop:
                     self._save_checkpoint()
                 if stop and not done:
-                    logger.warning(f"told to stop: saved {self.writer.last}; --resume_from_checkpoint auto goes on")
+                    more = [] if options.resume_from_checkpoint == "auto" else ["--resume_from_checkpoint", "auto"]
+                    more += ["--overwrite_output_dir", "false"] if options.overwrite_output_dir else []
+                    goes_on = how_to_go_on(self.accelerator.num_processes > 1, *more)
+                    logger.warning(f"told to stop: saved {self.writer.last}; {goes_on}")
                     self.accelerator.end_training()
                     return 128 + (signals.received or signal.SIGTERM)
         if evaluation is None and self.held_out is not None:  # the run had ended before it was resumed

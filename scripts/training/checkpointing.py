@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import read_json_lines, write_json, write_text
+from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def checkpoint_fault(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        expected = json.loads((folder / MANIFEST).read_text())
+        expected = read_json(folder / MANIFEST)
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}): it was not written to the end"
     found = _digests(folder)
@@ -288,7 +288,7 @@ def _random_state() -> dict[str, Any]:
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON state given to `CheckpointWriter.save_checkpoint`."""
-    return json.loads((checkpoint / TRAINER_STATE).read_text())
+    return read_json(checkpoint / TRAINER_STATE)
 
 
 def load_training_state(checkpoint: Path, accelerator: Accelerator, model, optimizer, scheduler):

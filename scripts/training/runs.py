@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import read_json, write_json
 
 
 def check_seeds(seeds: Sequence[int]):
@@ -33,7 +33,7 @@ def claim_output_dir(output_dir: Path, settings: dict[str, Any], variants: dict[
     if any(entry != path for entry in output_dir.iterdir()):
         if not path.exists():
             raise ScriptError(f"--output_dir {output_dir} holds something else than runs of this program: name another")
-        recorded = json.loads(path.read_text())
+        recorded = read_json(path)
     for name in recorded.keys() & settings.keys():
         if recorded[name] != settings[name]:
             raise ScriptError(
