@@ -485,6 +485,18 @@ def test_a_signal_ends_the_run_at_a_checkpoint(run, tmp_path, monkeypatch, numbe
     assert_same_run(out, whole)
 
 
+def test_a_second_process_does_not_write_to_the_same_folder(run, tmp_path):
+    holder = "import sys, pathlib; from ordnung.scripts.training.runs import hold; hold(pathlib.Path(sys.argv[1]))"
+    holder += "; print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ScriptError, match="another process is writing to --output_dir .*out: wait for it"):
+            run(max_steps=2)
+        other.kill()
+    run(max_steps=2)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_command_that_is_told_after_a_stop_goes_on(data, tokenizer, tmp_path, overwrite):
     """A config that begins anew each time, as that of `make demo`, is no hindrance."""

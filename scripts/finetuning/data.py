@@ -1,5 +1,6 @@
 """Data for fine-tuning: splits read and checked, texts tokenized and cut to length, padded batches."""
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -251,6 +252,13 @@ class Examples:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
+
+    def digest(self) -> str:
+        """Of all that is learned from them or told of them."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.types, self.starts, self.labels, self.numbers):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def subset(self, rows: np.ndarray) -> "Examples":
         """Some of the rows; `cut` still counts all."""

@@ -27,6 +27,7 @@ from ordnung.scripts.pretraining.report import describe_data, describe_evaluatio
 from ordnung.scripts.training import checkpointing
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.optimization import make_optimizer, make_scheduler, recompute_activations
+from ordnung.scripts.training.runs import hold
 from ordnung.scripts.training.signals import StopSignals
 
 logger = logging.getLogger("ordnung.pretrain")  # __name__ is __main__ when run as a script
@@ -84,6 +85,7 @@ class Pretraining:
             logger.info(f"going on from {self.checkpoint}, step {self.step}")
         self.best = self._read_best()
         if self.is_main:  # only now is it certain that the run can start
+            hold(self.output_dir)
             checkpointing.prepare_output_dir(
                 self.output_dir, options.overwrite_output_dir, self.step if self.checkpoint else None
             )
