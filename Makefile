@@ -5,17 +5,21 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint import-time conformance cards clean transfer
+.PHONY: help demo announced test lint import-time conformance cards clean transfer
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-demo: $(INSTALLED) ## pretrain a small ConvLM on Moby-Dick (under 5 minutes on 2 cores), then let it write a paragraph
+demo: announced $(INSTALLED) ## pretrain a small ConvLM on Moby-Dick (under 5 minutes on 2 cores), then let it write a paragraph
 	$(BIN)/python scripts/pretrain.py --config scripts/configs/demo.yaml
 	$(BIN)/python scripts/generate.py --model_name_or_path out/demo --prompt "The whale" \
 		--max_new_tokens 160 --temperature 0.7 --top_p 0.9 --seed 1
 	@echo "Loss curve: out/demo/loss_curve.png. Checkpoint and tokenizer: out/demo"
+
+announced:
+	@test -e $(INSTALLED) || echo "First installs torch, transformers and the rest into $(VENV), once: 2 to 5 minutes."
+	@echo "Pretrains a small ConvLM on Moby-Dick in under 5 minutes on 2 cores, then lets it write a paragraph."
 
 test: $(INSTALLED) ## run all tests; ARGS="-k word" chooses some
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
@@ -44,12 +48,12 @@ clean: ## remove the virtual environment and caches; results in out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: install Python 3.11 or later, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=/path/to/a/later/python" >&2; exit 1; }
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "Could not make a virtual environment with $(PYTHON); Debian and Ubuntu need the package python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV) (once, some minutes)"
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[test]"
+	$(PIP) install --progress-bar on --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
 $(BIN)/ruff: $(INSTALLED)

@@ -24,7 +24,7 @@ class EvaluateOptions:
     use_cpu: bool = option(False, "Stay on the CPU even where there is an accelerator.")
     trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
     text_file: list[str] | None = option(
-        None, "Files or glob patterns: .txt (a document each), .json, .jsonl or .parquet.", section="data"
+        None, "Files, folders or glob patterns: .txt (a document each), .jsonl, .parquet, .csv or .tsv.", section="data"
     )
     dataset_name: str | None = option(None, "Or a data set of the Hub.")
     dataset_config_name: str | None = option(None, "Its configuration.")

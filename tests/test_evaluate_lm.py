@@ -11,7 +11,13 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from tiny_tasks import FILLER, TINY
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from ordnung.scripts import cli, evaluate_lm, pretrain
 from ordnung.scripts.common import corpus
@@ -185,6 +191,13 @@ def test_a_model_that_is_not_causal(run, checkpoint, tmp_path):
     AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(tmp_path / "masked")
     with pytest.raises(ScriptError, match="no causal language model.*is_decoder"):
         run(model_name_or_path=tmp_path / "masked")
+
+
+def test_a_classifier_has_no_perplexity(checkpoint, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(checkpoint / "model").save_pretrained(tmp_path)
+    argv = ["--model_name_or_path", tmp_path, "--tokenizer_name", checkpoint / "model", "--use_cpu"]
+    with pytest.raises(ScriptError, match="is a SoftmaxLMForSequenceClassification, which writes no text"):
+        evaluate_lm.main([*map(str, argv), "--text_file", str(checkpoint / "held_out.jsonl")])
 
 
 class TestHarness:

@@ -1,7 +1,10 @@
 """The fine-tuning programs from end to end on tiny data: scores, runs, resuming, equalities."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -23,6 +26,7 @@ from transformers import (
 import ordnung
 from ordnung.scripts import bench_finetune
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.machine import command_line
 from ordnung.scripts.finetuning import glue_metric
 from ordnung.scripts.finetuning import run as finetune
 from ordnung.scripts.finetuning import tasks as text_tasks
@@ -83,6 +87,56 @@ def test_seeds_learn_the_task_and_are_summarised(run_task, tasks):
         run_task("sst2", num_train_epochs=8, learning_rate=2e-3)
 
 
+@pytest.fixture
+def own_copy(tasks, tmp_path):
+    """The model and a task's data, to be changed; the function runs the program on them."""
+    shutil.copytree(tasks / "conv", tmp_path / "model")
+    shutil.copytree(tasks / "sst2", tmp_path / "sst2")
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", ["weights", "config", "data of sst2"])
+def test_old_scores_are_not_given_for_another_model_or_data(run_task, own_copy, what):
+    options = {"model_name_or_path": own_copy / "model", "dataset_path": own_copy, "max_steps": 2}
+    out = run_task("sst2", **options)
+    # what is not trained on may change
+    (own_copy / "model" / "notes.json").write_text("{}")
+    (own_copy / "model" / "model.safetensors").touch()
+    before = (out / "sst2/seed-0/results.json").stat().st_mtime_ns
+    run_task("sst2", **options)
+    assert (out / "sst2/seed-0/results.json").stat().st_mtime_ns == before
+    if what == "weights":
+        model = AutoModelForCausalLM.from_pretrained(own_copy / "model")
+        model.get_input_embeddings().weight.data[0, 0] += 1
+        model.save_pretrained(own_copy / "model")
+    elif what == "config":
+        config = json.loads((own_copy / "model/config.json").read_text())
+        (own_copy / "model/config.json").write_text(json.dumps({**config, "hidden_dropout": 0.5}))
+    else:
+        (path,) = (own_copy / "sst2").glob("validation.*")
+        rows = datasets.Dataset.from_parquet(str(path)).to_pandas()
+        rows.loc[0, "label"] = 1 - rows.loc[0, "label"]
+        rows.to_parquet(path)
+    with pytest.raises(ScriptError, match=f"holds runs with sha256 of (the )?{what} .*: name another folder"):
+        run_task("sst2", **options)
+    # other tasks and seeds may still be added where nothing changed: the folder is as it was
+    assert (out / "sst2/seed-0/results.json").stat().st_mtime_ns == before
+
+
+def test_a_second_process_does_not_write_to_the_same_folder(run_task, tmp_path):
+    hold = "import sys, pathlib; from ordnung.scripts.training.runs import hold; hold(pathlib.Path(sys.argv[1]))"
+    hold += "; print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ScriptError, match="another process is writing to --output_dir .*out: wait for it"):
+            run_task("sst2", max_steps=2)
+        other.kill()
+    run_task("sst2", max_steps=2)  # what is left of one that was killed does not matter
+    late = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert late.returncode != 0 and "another process is writing to" in late.stderr
+
+
 @pytest.mark.parametrize("model", ["softmax", "bert"])
 def test_other_checkpoints(run_task, tasks, bert, model):
     name = bert if model == "bert" else tasks / model
@@ -137,7 +191,7 @@ def test_best_model_and_early_stopping(run_task):
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind, caplog):
     options = {
         "config_overrides": "hidden_dropout=0.1",
         "early_stopping_patience": 9,
@@ -156,7 +210,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind
 
     whole = run_task("cola", "whole", **options) / "cola/seed-0"
     monkeypatch.setattr(finetune.Finetuning, "train_step", stopping)
-    run_task("cola", "stopped", status=128 + signal.SIGTERM, **options)
+    with caplog.at_level("WARNING"):
+        run_task("cola", "stopped", status=128 + signal.SIGTERM, **options)
+    assert f"to go on: {command_line(sys.argv)}" in caplog.text
     stopped = run_task("cola", "stopped", **options) / "cola/seed-0"
     assert steps == list(range(len(steps)))  # step 5 was not taken twice
     assert metrics(whole) == pytest.approx({k: v for k, v in metrics(stopped).items() if k in metrics(whole)})

@@ -1,6 +1,7 @@
 """scripts/generate.py end to end on a tiny checkpoint."""
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -94,6 +96,21 @@ def test_empty_prompt_begins_with_bos(write):
     assert write("--prompt", "").out == write("--prompt", "<bos>").out
 
 
+def test_a_classifier_writes_no_text(checkpoint, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ScriptError, match=f"{tmp_path} is a ConvLMForSequenceClassification, which writes no text"):
+        generate.main(["--model_name_or_path", str(tmp_path), "--prompt", "x"])
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(checkpoint):
+    command = [sys.executable, SCRIPT, "--model_name_or_path", checkpoint, "--max_new_tokens", "1", "--prompt", "a’b"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("a?b")
+
+
 def test_runs_as_a_program(checkpoint):
     command = [sys.executable, SCRIPT, "--model_name_or_path", checkpoint, "--max_new_tokens", "3"]
     result = subprocess.run(command, input="Call me", capture_output=True, text=True)
@@ -160,8 +177,8 @@ def test_tokenizer_of_another_model(write, tmp_path):
         write("--prompt", "zebra", folder=tmp_path)
 
 
-def test_checkpoint_of_another_head(write, tmp_path):
+def test_checkpoint_without_a_head(write, tmp_path):
     config = AutoConfig.for_model("conv_lm", vocab_size=256, tie_word_embeddings=False, **CONFIG)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ScriptError, match="no causal language model checkpoint: it has no lm_head.weight"):
         write("--prompt", "x", folder=tmp_path)

@@ -49,6 +49,18 @@ def imported(source: str, known) -> set[str]:
     return names
 
 
+def without_encoding(source: str) -> list[int]:
+    """Lines that read or write text in whatever encoding the system has."""
+    lines = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", None))
+        text = {word.value for word in call.args[1:] if isinstance(word, ast.Constant)} <= {"r", "w", "a", "x"}
+        opens = name == "open" or (name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute))
+        if opens and text and "encoding" not in {keyword.arg for keyword in call.keywords}:
+            lines.append(call.lineno)
+    return lines
+
+
 def folder_of(name: str) -> str:
     parts = name.split(".")[1:-1]
     return "modeling" if parts[:1] == ["modeling"] and parts[1:2] != ["ops"] else "/".join(parts[:2])
@@ -74,6 +86,12 @@ def test_imports_point_one_way():
     wrong = [fault for name, path in known.items() for fault in faults(name, path.read_text(), {*known, "ordnung"})]
     assert wrong == []
     assert imported(root.read_text(), known) == {"ordnung.modeling.registration"}
+
+
+def test_files_are_read_and_written_as_utf8():
+    wrong = {name: without_encoding(path.read_text(encoding="utf-8")) for name, path in modules().items()}
+    assert {name: lines for name, lines in wrong.items() if lines} == {}
+    assert without_encoding('open("x")\nopen("x", "rb")\npath.read_text()\nwrite_text(path, "")') == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -482,6 +483,45 @@ def test_a_signal_ends_the_run_at_a_checkpoint(run, tmp_path, monkeypatch, numbe
     monkeypatch.undo()
     run(resume_from_checkpoint="auto")
     assert_same_run(out, whole)
+
+
+def test_a_second_process_does_not_write_to_the_same_folder(run, tmp_path):
+    holder = "import sys, pathlib; from ordnung.scripts.training.runs import hold; hold(pathlib.Path(sys.argv[1]))"
+    holder += "; print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ScriptError, match="another process is writing to --output_dir .*out: wait for it"):
+            run(max_steps=2)
+        other.kill()
+    run(max_steps=2)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_command_that_is_told_after_a_stop_goes_on(data, tokenizer, tmp_path, overwrite):
+    """A config that begins anew each time, as that of `make demo`, is no hindrance."""
+    program = """
+import signal, sys
+from ordnung.scripts import pretrain
+from ordnung.scripts.common.errors import run_script
+from ordnung.scripts.pretraining.run import Pretraining
+step = Pretraining.train_step
+Pretraining.train_step = lambda self, signals: (self.step == 2 and signal.raise_signal(2)) or step(self, signals)
+sys.argv[0] = "ordnung"
+run_script(lambda: pretrain.main(sys.argv[2:]))
+"""
+    options = f"pretrain --model_type conv_lm --config_overrides {TINY} --train_file {data / 'text.txt'} --use_cpu "
+    options += f"--tokenizer_name {tokenizer} --output_dir {tmp_path / 'out'} --max_steps 5 --block_size 32"
+    options += " --overwrite_output_dir" * overwrite
+    stopped = subprocess.run([sys.executable, "-c", program, *options.split()], capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    (line,) = (line for line in stopped.stderr.splitlines() if "told to stop" in line)
+    command = shlex.split(line.partition("to go on: ")[2])
+    assert command[: len(options.split()) + 1] == ["ordnung", *options.split()]
+    again = subprocess.run([sys.executable, "-m", "ordnung.scripts.cli", *command[1:]], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    assert json.loads((tmp_path / "out/results.json").read_text())["steps"] == 5
 
 
 def test_a_killed_save_leaves_the_previous_checkpoint(data, tokenizer, tmp_path):

@@ -12,7 +12,15 @@ from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_key_values
 from ordnung.scripts.pretraining import data as pretrain_setup
-from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, MemoryBlocks, StreamedBlocks, best_fit, pack
+from ordnung.scripts.pretraining.blocks import (
+    IGNORED,
+    BatchMaker,
+    PlacedBlocks,
+    ShuffledBlocks,
+    StreamedBlocks,
+    best_fit,
+    pack,
+)
 from ordnung.scripts.pretraining.options import PretrainOptions
 
 WORDS = "whale ship the a of and sailed harpoon, white wind; storm. night\nday wind\n\n mast\n élan 日本 🐋".split(" ")
@@ -33,6 +41,10 @@ def tokenizer(documents):
     return corpus.train_tokenizer(documents, 300, masked=True)
 
 
+def as_data(texts):
+    return datasets.Dataset.from_list([{"text": text} for text in texts])
+
+
 def encoded(documents, tokenizer):
     return [ids for ids, _ in corpus.tokenize(documents, tokenizer)]
 
@@ -42,7 +54,7 @@ def test_held_out_bytes_are_those_of_the_blocks(documents, tokenizer):
     named = dict.fromkeys(("output_dir", "tokenizer_name"), "any")
     options = PretrainOptions(**named, model_type="conv_lm", train_file=["any"], block_size=16, max_eval_blocks=3)
     text = documents[6] + "и" * 5000
-    held_out = pretrain_setup.held_out_blocks(options, [text], tokenizer)
+    held_out = pretrain_setup.held_out_blocks(options, as_data([text]), tokenizer)
     tokens = encoded([text], tokenizer)[0][:48]
     assert held_out.blocks.reshape(-1).tolist() == tokens.tolist()
     size = len(tokenizer.decode(tokens).encode())
@@ -138,19 +150,111 @@ def test_batches_say_where_packed_documents_begin(tokenizer):
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0]]
 
 
-def test_memory_blocks_visit_each_block_once_an_epoch_and_resume():
+def test_shuffled_blocks_visit_each_block_once_an_epoch_and_resume():
     blocks = np.arange(7)[:, None]
-    source = MemoryBlocks(blocks, np.ones(7), seed=3)
+    source = ShuffledBlocks(blocks, np.ones(7), seed=3)
     epochs = np.concatenate([source.take(count)[0] for count in (3, 9, 2)]).reshape(2, 7)
     for epoch in epochs:
         assert sorted(epoch) == list(range(7))
     assert epochs[0].tolist() != epochs[1].tolist()
     assert source.epoch == 2
     for position in range(14):
-        resumed = MemoryBlocks(blocks, np.ones(7), seed=3)
+        resumed = ShuffledBlocks(blocks, np.ones(7), seed=3)
         resumed.load_state_dict({"position": position})
         assert resumed.take(14 - position)[0][:, 0].tolist() == epochs.reshape(-1)[position:].tolist()
-    assert MemoryBlocks(blocks, np.ones(7), seed=4).take(7)[0][:, 0].tolist() != epochs[0].tolist()
+    assert ShuffledBlocks(blocks, np.ones(7), seed=4).take(7)[0][:, 0].tolist() != epochs[0].tolist()
+
+
+def blocks_by_hand(documents, block_size, several):
+    """Blocks of documents kept apart, and their lengths, as `pack` describes them."""
+    parts = [doc[i : i + block_size] for doc in documents for i in range(0, len(doc), block_size)]
+    parts = [part for part in parts if len(part) > 1]
+    rows = best_fit([len(part) for part in parts], block_size) if several else [[i] for i in range(len(parts))]
+    blocks = []
+    for row in rows:
+        first, *rest = (parts[number].tolist() for number in row)
+        tokens = [*first, *(token for part in rest for token in (~part[0], *part[1:]))]
+        blocks.append(tokens + [0] * (block_size - len(tokens)))
+    return blocks, [sum(len(parts[number]) for number in row) for row in rows]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("block_size", [3, 16, 1000])
+def test_blocks_are_read_from_wherever_their_tokens_lie(documents, tokenizer, block_size, several):
+    ids = [*encoded(documents, tokenizer), np.array([7]), np.arange(16), np.arange(17), np.arange(33), np.arange(0)]
+    tokens, sizes = np.concatenate(ids).astype(np.int32), np.array(list(map(len, ids)))
+    arrays = np.split(tokens, [1, 40, 40, 41, 90, 600])  # which end within documents, and one is empty
+    expected, lengths = blocks_by_hand(ids, block_size, several)
+    blocks = PlacedBlocks(arrays, sizes, block_size, True, several)
+    assert blocks.tokens == len(tokens) and len(blocks) == len(expected)
+    assert blocks[np.arange(len(blocks))].tolist() == expected and blocks.lengths.tolist() == lengths
+    assert pack(ids, block_size, True, several=several)[0].tolist() == expected
+    joined = PlacedBlocks(arrays, sizes, block_size, False)
+    count = len(tokens) // block_size
+    np.testing.assert_array_equal(joined[np.arange(count)], tokens[: count * block_size].reshape(count, block_size))
+    assert len(joined) == count and (joined.lengths == block_size).all()
+
+
+@pytest.fixture
+def text_options(tmp_path, monkeypatch):
+    """Options with two files of text, cached in a folder of their own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, words in (("a", 3000), ("b", 200)):
+        (tmp_path / f"{name}.txt").write_text(make_text(words, len(name)) + name)
+    named = {"output_dir": "any", "tokenizer_name": "any", "model_type": "conv_lm", "block_size": 16}
+    return lambda **more: PretrainOptions(
+        train_file=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], **named, **more
+    )
+
+
+def test_text_is_tokenized_once_and_lies_in_a_file(text_options, tokenizer, tmp_path, monkeypatch):
+    train, _ = pretrain_setup.load_documents(text_options())
+    blocks = pretrain_setup.training_blocks(text_options(), train, tokenizer)
+    assert pretrain_setup.encode(train, tokenizer).cache_files
+    assert not any(array.flags.owndata for array in blocks.blocks.arrays)  # views of the file
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = corpus.load_tokenizer(str(tmp_path / "saved"))  # as a resumed run has it
+    tokenize = corpus.tokenize
+    monkeypatch.setattr(corpus, "tokenize", None)
+    train, _ = pretrain_setup.load_documents(text_options())
+    cached = pretrain_setup.training_blocks(text_options(), train, again)
+    np.testing.assert_array_equal(cached.take(9)[0], blocks.take(9)[0])
+    # another text, or another tokenizer, is another
+    monkeypatch.setattr(corpus, "tokenize", tokenize)
+    other = pretrain_setup.training_blocks(text_options(), train, corpus.train_tokenizer(["whale"], 259, masked=True))
+    assert len(other) > len(blocks)
+    (tmp_path / "a.txt").write_text(make_text(100, 5))
+    train, _ = pretrain_setup.load_documents(text_options())
+    assert len(pretrain_setup.training_blocks(text_options(), train, tokenizer)) < len(blocks) / 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sources_are_mixed_by_weight(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, count in (("a", 200), ("b", 50)):
+        rows = [{"text": f"{name} {i}"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = PretrainOptions(
+        output_dir="any",
+        tokenizer_name="any",
+        model_type="conv_lm",
+        train_file=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+        train_weights=[3, 2],
+        streaming=streaming,
+        max_steps=5,
+        validation_fraction=0 if streaming else 0.1,
+    )
+    train, held_out = pretrain_setup.load_documents(options)
+    drawn = list(corpus.texts(train))
+    assert sum(text.startswith("a") for text in drawn) / len(drawn) == pytest.approx(0.6, abs=0.07)
+    everything = {f"{name} {i}" for name, count in (("a", 200), ("b", 50)) for i in range(count)}
+    if streaming:
+        assert set(drawn) == everything
+    else:
+        kept = set(corpus.texts(held_out))
+        assert len(held_out) == len(kept) == 25 and kept.isdisjoint(drawn) and kept | set(drawn) == everything
+    with pytest.raises(ScriptError, match="--train_weights has 3 numbers and --train_file 2 entries"):
+        PretrainOptions(**{**vars(options), "train_weights": [1, 2, 3]})
 
 
 @pytest.fixture(params=["text", "jsonl", "parquet"])
@@ -246,11 +350,11 @@ def test_every_masked_block_has_a_target(tokenizer):
 
 def test_hold_out_whole_documents_or_their_ends():
     many = [f"document {i}" for i in range(100)]
-    train, held_out = corpus.hold_out(many, 0.1, seed=0)
+    train, held_out = (list(part["text"]) for part in corpus.hold_out(as_data(many), 0.1, seed=0))
     assert len(held_out) == 10 and sorted(train + held_out) == sorted(many)
     assert held_out != many[-10:]
     text = "".join(f"line {i}\n" for i in range(1000))
-    (train,), (held_out,) = corpus.hold_out([text], 0.1, seed=0)
+    (train,), (held_out,) = (part["text"] for part in corpus.hold_out(as_data([text]), 0.1, seed=0))
     assert train + held_out == text and held_out.startswith("line")
     assert len(held_out) == pytest.approx(0.1 * len(text), rel=0.05)
 
@@ -266,11 +370,19 @@ def test_files_of_every_kind_load(tmp_path, monkeypatch):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "e.parquet")
 
     def load(pattern):
-        return corpus.load_files([str(tmp_path / pattern)], "train_file", "body", streaming=False)
+        return list(corpus.texts(corpus.load_files([str(tmp_path / pattern)], "train_file", "body", streaming=False)))
 
     assert load("*.txt") == ["one é", "two\nlines"]
     for name in ("c.jsonl", "d.jsonl.gz", "e.parquet"):
         assert load(name) == ["one é", "three"]
+    (tmp_path / "f.csv").write_text('id,body\n1,"one, é"\n2,\n3,null\n')
+    (tmp_path / "g.tsv").write_text('id\tbody\n1\ta "bare quote\n')
+    assert load("f.csv") == ["one, é", "null"] and load("g.tsv") == ['a "bare quote']
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).rename(tmp_path / "folder" / name)
+    (tmp_path / "folder" / ".hidden").write_bytes(b"\0")
+    assert load("folder") == ["one é", "two\nlines"]
 
 
 def test_unusable_files_are_errors_that_name_them(tmp_path, monkeypatch):
@@ -281,6 +393,10 @@ def test_unusable_files_are_errors_that_name_them(tmp_path, monkeypatch):
     (tmp_path / "broken.jsonl").write_text("{nonsense\n")
     (tmp_path / "fine.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "null.jsonl").write_text('{"body": ""}\n{"body": null}\n')
+    (tmp_path / "nulls.jsonl").write_text('{"body": null}\n')
+    (tmp_path / "number.jsonl").write_text('{"body": 7}\n')
+    (tmp_path / "list.jsonl").write_text('{"body": ["a", "b"]}\n')
+    (tmp_path / "both.jsonl").write_text('{"body": "a"}\n{"body": 7}\n')
 
     def load(*names, streaming=False):
         return corpus.load_files([str(tmp_path / name) for name in names], "train_file", "body", streaming)
@@ -292,11 +408,24 @@ def test_unusable_files_are_errors_that_name_them(tmp_path, monkeypatch):
         "zero.txt": "zero.txt is binary.*character 4",
         "broken.jsonl": "broken.jsonl cannot be loaded",
         "null.jsonl": "null.jsonl holds no text in its column 'body'",
+        "nulls.jsonl": "nulls.jsonl holds no text in its column 'body'",
+        "number.jsonl": "number.jsonl: its column 'body' holds int64, not text; name one by --text_column",
+        "list.jsonl": "list.jsonl: its column 'body' holds list, not text; name one by --text_column",
+        "both.jsonl": "both.jsonl(: its column 'body' holds json, not text| cannot be loaded)",
         "fine.jsonl": "no column 'body', only text; name one by --text_column",
     }.items():
         with pytest.raises(ScriptError, match=message):
             load(name)
     with pytest.raises(ScriptError, match="no column 'body'"):
         load("fine.jsonl", streaming=True)
-    with pytest.raises(ScriptError, match="mixes json and text"):
+    for name in ("number", "list"):
+        with pytest.raises(ScriptError, match="document 0 is .*, not a text; name a column of texts by --text_column"):
+            list(corpus.texts(load(f"{name}.jsonl", streaming=True)))
+    with pytest.raises(ScriptError, match="mixes jsonl and txt files"):
         load("fine.jsonl", "zero.txt")
+    (tmp_path / "table.csv").write_text("name,price\nrope,7\n")
+    with pytest.raises(ScriptError, match="table.csv has no column 'body', only name, price; name one by"):
+        load("table.csv")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ScriptError, match="--train_file .*folder: the folder holds no files"):
+        load("folder")

@@ -498,6 +498,11 @@ def test_an_adapter_that_nobody_could_load_is_refused_before_it_is_trained(hub, 
     AcceleratorState._reset_state(reset_partial_state=True)
     assert finetune.main([*arguments, "--merge_adapter"]) == 0
     assert "model.safetensors" in hub.repositories["ahab/tuned"].files()
+    # the merged model alone: its scores lie one folder up
+    merged = tmp_path / "tuned/sst2/seed-0/merged"
+    assert push_to_hub.main(["--model_name_or_path", str(merged), "--hub_model_id", "w", "--dry_run"]) == 0
+    card = (merged / "hub" / "README.md").read_text()
+    assert "None were recorded" not in card and "accuracy" in card
 
 
 def test_commands_are_shown_without_tokens():

@@ -24,9 +24,9 @@ SETTINGS = {"linformer_lm": {"is_decoder": True}, "cubic_prefix_lm": {"prefix_st
 
 def lengths_of(file: str, column: str, block_size: int, tokens: int, seed: int) -> list[int]:
     """Lengths of documents, in words and punctuation, that hold about `tokens` tokens together; long ones are cut."""
-    texts = corpus.load_files([file], "train_file", column, streaming=False)
-    texts = random.Random(seed).sample(texts, min(len(texts), tokens))
-    lengths = [min(max(len(PIECES.findall(text)), 2), block_size) for text in texts]
+    documents = corpus.load_files([file], "train_file", column, streaming=False)
+    chosen = random.Random(seed).sample(range(len(documents)), min(len(documents), tokens))
+    lengths = [min(max(len(PIECES.findall(text)), 2), block_size) for text in documents[chosen]["text"]]
     total = 0
     for number, length in enumerate(lengths):
         total += length

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from ordnung.scripts.benchmarks.mixer import PARTS
 from ordnung.scripts.benchmarks.report import add_ratios, markdown, plot
 from ordnung.scripts.benchmarks.variants import CAUSAL, VARIANTS, Shape
 from ordnung.scripts.common.errors import ScriptError, closest
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.machine import machine_info
 
 TASKS = (*MODEL_TASKS, "memory", "mixer")
@@ -106,7 +105,7 @@ def run(options) -> int:
         ScriptError: as `complete`.
     """
     if options.markdown is not None:
-        results = json.loads(Path(options.markdown).read_text(encoding="utf-8"))
+        results = read_json(Path(options.markdown))
         results["baseline"] = options.baseline or results["baseline"]
         add_ratios(results["results"], results["baseline"])
         print(markdown(results))

@@ -2,17 +2,28 @@
 
 import glob
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ordnung.scripts.common.errors import ScriptError
 
+Documents = datasets.Dataset | datasets.IterableDataset
+# The readers of local files by their ending. GLUE's own .tsv files hold bare quotation marks, and words such as "null".
+READERS = {
+    ".parquet": ("parquet", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
+}
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Long documents are tokenized in pieces of about this many characters: many at once, and in bounded memory.
 PIECE_CHARACTERS = 2**18
@@ -26,7 +37,7 @@ _SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 def find_files(patterns: Sequence[str], option: str) -> list[str]:
-    """Expand file names and glob patterns; a name that matches nothing may be that of a text which is installed.
+    """Expand file names, folders and glob patterns; what matches nothing may be the name of a text that is installed.
 
     Raises:
         ScriptError: a pattern that matches no file.
@@ -34,6 +45,10 @@ def find_files(patterns: Sequence[str], option: str) -> list[str]:
     files = []
     for pattern in patterns:
         matches = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        if Path(pattern).is_dir():
+            matches = sorted(str(path) for path in Path(pattern).glob("[!.]*") if path.is_file())
+            if not matches:
+                raise ScriptError(f"--{option} {pattern}: the folder holds no files")
         if not matches and (DATA / pattern).is_file():
             matches = [str(DATA / pattern)]
         if not matches:
@@ -42,17 +57,18 @@ def find_files(patterns: Sequence[str], option: str) -> list[str]:
     return files
 
 
-def file_format(files: Sequence[str], option: str) -> str:
-    """The loader for files of one kind: "json", "parquet", or "text" for every other name.
+def file_reader(files: Sequence[str], option: str) -> tuple[str, dict]:
+    """The reader of `READERS` for files of one kind, or "text" for every other name.
 
     Raises:
         ScriptError: files of several kinds.
     """
-    known = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    formats = {known.get(Path(name.removesuffix(".gz")).suffix.lower(), "text") for name in files}
-    if len(formats) > 1:
-        raise ScriptError(f"--{option} mixes {' and '.join(sorted(formats))} files; give files of one kind")
-    return formats.pop()
+    endings = {Path(name.removesuffix(".gz")).suffix.lower() for name in files}
+    readers = {str(reader): reader for reader in (READERS.get(ending, ("text", {})) for ending in endings)}
+    if len(readers) > 1:
+        kinds = " and ".join(sorted(ending.removeprefix(".") or "text" for ending in endings))
+        raise ScriptError(f"--{option} mixes {kinds} files; give files of one kind")
+    return next(iter(readers.values()))
 
 
 def read_text(path: str) -> str:
@@ -72,30 +88,39 @@ def read_text(path: str) -> str:
     return text
 
 
-def _stream_text(files: list[str]) -> Iterator[dict]:
+def _read_texts(files: list[str], stamps: list[tuple]) -> Iterator[dict]:
     for path in files:
         yield {"text": read_text(path)}
 
 
-def load_files(patterns: Sequence[str], option: str, text_column: str, streaming: bool):
-    """Documents of local files: one a .txt file, one a row of a json or parquet file.
+def load_files(patterns: Sequence[str], option: str, text_column: str, streaming: bool) -> Documents:
+    """Documents of local files: one a .txt file, one a row of a JSON, Parquet, CSV or TSV file.
 
     Returns:
-        A list of str, or a `datasets.IterableDataset` with a column "text" if streaming.
+        a data set with a column "text", memory-mapped, or read while it is used if streaming.
     Raises:
         ScriptError: no such file, unreadable or empty data, no such column.
     """
     files = find_files(patterns, option)
-    kind = file_format(files, option)
-    if kind == "text" and streaming:
-        return datasets.IterableDataset.from_generator(_stream_text, gen_kwargs={"files": files})
+    kind, settings = file_reader(files, option)
     if kind == "text":
-        return [read_text(path) for path in files]
-    data = _load_dataset(kind, data_files={"train": files}, streaming=streaming)["train"]
+        # what is cached is found by these arguments: the same file with another content is another
+        stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
+        arguments = {"files": files, "stamps": stamps}
+        if streaming:
+            return datasets.IterableDataset.from_generator(_read_texts, gen_kwargs=arguments)
+        features = datasets.Features({"text": datasets.Value("large_string")})
+        try:
+            return datasets.Dataset.from_generator(_read_texts, features, gen_kwargs=arguments)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+    data = _load_dataset(kind, data_files={"train": files}, streaming=streaming, **settings)["train"]
     return _text_of(data, text_column, ", ".join(files))
 
 
-def load_named(name: str, config_name: str | None, text_column: str, streaming: bool) -> tuple:
+def load_named(
+    name: str, config_name: str | None, text_column: str, streaming: bool
+) -> tuple[Documents, Documents | None]:
     """Documents of a data set of the Hub (or of a folder that `datasets` can load).
 
     Returns:
@@ -112,7 +137,7 @@ def load_named(name: str, config_name: str | None, text_column: str, streaming: 
     )
 
 
-def load_split(name: str, config_name: str | None, split: str, text_column: str) -> list[str]:
+def load_split(name: str, config_name: str | None, split: str, text_column: str) -> Documents:
     """Documents of one split of a data set of the Hub (or of a folder that `datasets` can load).
 
     Raises:
@@ -132,7 +157,7 @@ def _load_dataset(*args, **kwargs):
         raise ScriptError(f"{source} cannot be loaded: {error.__cause__ or error}") from error
 
 
-def _text_of(data, text_column: str, source: str):
+def _text_of(data: Documents, text_column: str, source: str) -> Documents:
     columns = data.column_names
     if columns is None:  # a stream learns its columns from its first row
         columns = list(next(iter(data), {}))
@@ -143,13 +168,33 @@ def _text_of(data, text_column: str, source: str):
     data = data.select_columns([text_column]).rename_columns({} if text_column == "text" else {text_column: "text"})
     if isinstance(data, datasets.IterableDataset):
         return data
-    texts = [text for text in data["text"] if text]
-    if not texts:
+    kind = data.features["text"]
+    kind = getattr(kind, "dtype", None) or type(kind).__name__.lower()
+    if kind not in ("string", "large_string", "null"):
+        raise ScriptError(f"{source}: its column {text_column!r} holds {kind}, not text; name one by --text_column")
+    full = np.zeros(0, dtype=int)
+    if kind != "null":
+        sizes = [pc.fill_null(pc.binary_length(chunk), 0) for chunk in data.data.column("text").chunks]
+        full = np.flatnonzero(np.concatenate(sizes))
+    if not len(full):
         raise ScriptError(f"{source} holds no text in its column {text_column!r}")
-    return texts
+    return data if len(full) == len(data) else data.select(full)
 
 
-def hold_out(documents: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+def texts(documents: Documents) -> Iterator[str]:
+    """The texts of documents, one after the other.
+
+    Raises:
+        ScriptError: one that is no text, which a stream tells only when it comes to it.
+    """
+    for number, row in enumerate(documents):
+        text = row["text"]
+        if not isinstance(text, str | None):
+            raise ScriptError(f"document {number} is {text!r}, not a text; name a column of texts by --text_column")
+        yield text or ""
+
+
+def hold_out(documents: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split documents into training and held-out text.
 
     Whole documents, chosen at random, are held out where `fraction` comes to at least one of them; else the last part
@@ -157,18 +202,30 @@ def hold_out(documents: Sequence[str], fraction: float, seed: int) -> tuple[list
     """
     count = int(len(documents) * fraction)
     if count >= 1:
-        chosen = set(np.random.default_rng(seed).permutation(len(documents))[:count].tolist())
-        return (
-            [text for i, text in enumerate(documents) if i not in chosen],
-            [text for i, text in enumerate(documents) if i in chosen],
-        )
-    train, held_out = [], []
-    for text in documents:
+        chosen = np.zeros(len(documents), dtype=bool)
+        chosen[np.random.default_rng(seed).permutation(len(documents))[:count]] = True
+        return documents.select(np.flatnonzero(~chosen)), documents.select(np.flatnonzero(chosen))
+
+    def part(row: dict, last: bool) -> dict:
+        text = row["text"]
         cut = round(len(text) * (1 - fraction))
         cut = text.rfind("\n", cut // 2, cut) + 1 or cut
-        train.append(text[:cut])
-        held_out.append(text[cut:])
+        return {"text": text[cut:] if last else text[:cut]}
+
+    train, held_out = (documents.map(part, fn_kwargs={"last": last}, desc="splitting") for last in (False, True))
     return train, held_out
+
+
+def mix(sources: Sequence[Documents], weights: Sequence[float] | None = None, seed: int = 0) -> Documents:
+    """Documents of several sources: one source after the other, or at random by weight.
+
+    By weight they go on until each document was drawn once, so that those of other sources may come again.
+    """
+    if weights is None:
+        return sources[0] if len(sources) == 1 else datasets.concatenate_datasets(list(sources))
+    shares = [weight / sum(weights) for weight in weights]
+    sources = [source.cast_column("text", datasets.Value("large_string")) for source in sources]
+    return datasets.interleave_datasets(sources, shares, seed, stopping_strategy="all_exhausted")
 
 
 def split_pieces(text: str) -> list[str]:
@@ -197,16 +254,16 @@ def tokenize(
         flat = tokenizer([piece for some in pieces for piece in some], add_special_tokens=False, verbose=False)
         ids = iter(flat["input_ids"])
         for text, some in zip(group, pieces):
-            tokens = [token for _ in some for token in next(ids)]
-            if not tokens:
+            tokens = np.concatenate([*(np.array(next(ids), dtype=np.int32) for _ in some), [end]], dtype=np.int32)
+            if len(tokens) == 1:
                 continue
-            size, tokens = len(text.encode()), [*tokens, end]
+            size = len(text.encode())
             if len(tokens) > max_tokens:
                 kept = tokens[: int(max_tokens)]
                 # the share of the text that is kept; not its size itself, as a tokenizer may change the text
                 part, whole = (len(tokenizer.decode(some).encode()) for some in (kept, tokens[:-1]))
                 size, tokens = size * part / max(whole, 1), kept
-            yield np.array(tokens, dtype=np.int32), size
+            yield tokens, size
             max_tokens -= len(tokens)
             if max_tokens <= 0:
                 return

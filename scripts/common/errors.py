@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import io
 import sys
 from collections.abc import Callable, Iterable
 
@@ -12,6 +13,9 @@ class ScriptError(Exception):
 
 def run_script(main: Callable[[], int | None]):
     """Run a program's main function; turn a `ScriptError` into one line on stderr and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ± or ’ shows ? in its place
     try:
         sys.exit(main() or 0)
     except ScriptError as error:

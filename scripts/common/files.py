@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,20 @@ def write_text(path: str | Path, text: str):
 def write_json(path: str | Path, value: Any):
     """Write JSON atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def append_json_line(path: str | Path, value: Any):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
 
 
 def read_json_lines(path: str | Path) -> list[dict]:

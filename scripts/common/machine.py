@@ -49,6 +49,13 @@ def command_line(argv: list[str]) -> str:
     return shlex.join(["ordnung", *shown[1:]] if is_command(argv) else [Path(sys.executable).name, *shown])
 
 
+def how_to_go_on(several_processes: bool, *more: str) -> str:
+    """What a stopped run tells its user: the command that goes on, with these further words."""
+    if several_processes:  # how they were launched is not known here
+        return "to go on, launch the same command again" + (f" with {' '.join(more)}" if more else "")
+    return f"to go on: {command_line([*sys.argv, *more])}"
+
+
 def machine_info() -> dict:
     """Describe the machine, the software and the running command.
 

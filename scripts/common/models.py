@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.common.errors import ScriptError, closest
 
 
@@ -29,12 +30,10 @@ def build_config(
     Raises:
         ScriptError: unknown model type, unknown field, wrong value.
     """
-    import ordnung  # noqa: F401  (its model types enter the Auto classes)
-
     if model_type is not None and model_type not in CONFIG_MAPPING:
         raise ScriptError(
             f"unknown model_type {model_type!r}{closest(model_type, CONFIG_MAPPING.keys())}; "
-            "ordnung's own are conv_lm and softmax_lm, and any type of transformers works too"
+            f"ordnung's own are {', '.join(FAMILIES)}, and any type of transformers works too"
         )
     try:
         if model_type is not None:
@@ -78,6 +77,13 @@ def _fit(value: Any, hint: Any) -> Any:
     if type(value) in (int, float, bool) and str in allowed and not allowed & {int, float, bool}:
         return str(value)
     return value
+
+
+def check_writes_text(config: PreTrainedConfig, name: str):
+    """Raise a ScriptError where a checkpoint is of a class that writes no text: its config still names that class."""
+    for architecture in config.architectures or []:
+        if architecture.endswith(("Classification", "QuestionAnswering", "MultipleChoice")):
+            raise ScriptError(f"{name} is a {architecture}, which writes no text: give a causal language model")
 
 
 def check_folder(name):

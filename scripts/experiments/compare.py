@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import read_json_lines, write_json, write_text
+from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
@@ -76,11 +76,11 @@ def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
         if shared.tokenizer_name:
             tokenizer = corpus.load_tokenizer(shared.tokenizer_name, shared.trust_remote_code)
         else:
-            tokenizer = corpus.train_tokenizer(train, shared.train_tokenizer_vocab_size, masked=False)
+            tokenizer = corpus.train_tokenizer(corpus.texts(train), shared.train_tokenizer_vocab_size, masked=False)
         shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer.save_pretrained(unfinished / "tokenizer")
         for name, documents in (("train", train), ("held_out", held_out)):
-            write_text(unfinished / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+            documents.to_json(unfinished / f"{name}.jsonl")
         unfinished.rename(folder)
     return {
         "train_file": str(folder / "train.jsonl"),
@@ -113,7 +113,7 @@ def check_lengths(folders: list[Path], steps: dict[str, int]):
     """Raise a ScriptError where a finished run has another length than equal compute takes now."""
     for folder in folders:
         if steps and (folder / "results.json").exists():
-            taken = json.loads((folder / "results.json").read_text())["steps"]
+            taken = read_json(folder / "results.json")["steps"]
             if taken != steps["max_steps"]:
                 raise ScriptError(
                     f"{folder} was trained for {taken} steps, and beside these variants equal compute takes "
@@ -123,7 +123,7 @@ def check_lengths(folders: list[Path], steps: dict[str, int]):
 
 def collect(folders: list[Path], shared: PretrainOptions, held_out: HeldOut) -> dict[str, Any]:
     """The results of one variant from its finished runs, one for each seed."""
-    runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    runs = [read_json(folder / "results.json") for folder in folders]
     by_position, curves = [], []  # of each run: losses by position; held-out losses by step
     for folder in folders:
         lines = read_json_lines(folder / "metrics.jsonl")

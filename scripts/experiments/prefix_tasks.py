@@ -1,6 +1,5 @@
 """Tasks that a pass over the whole prefix can express and causal attention may not."""
 
-import json
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.experiments.options import TaskOptions
 from ordnung.scripts.experiments.task_training import fit, train_all, write_results
@@ -108,7 +107,7 @@ def share(right: torch.Tensor) -> float:
 def train_and_measure(options: TaskOptions, config: PreTrainedConfig, seed: int, steps: int, path: Path) -> dict:
     """Train and measure one model, or read the results of a run that has finished."""
     if path.exists():
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if result["curve"][-1]["step"] != steps:
             raise ScriptError(
                 f"{path} was trained for {result['curve'][-1]['step']} steps, and beside these variants equal compute "

@@ -1,6 +1,5 @@
 """Multi-query associative recall: what variants can look up, and from how far."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.experiments.options import RecallOptions
 from ordnung.scripts.experiments.task_training import fit, train_all, write_results
@@ -103,7 +102,7 @@ def train_and_measure(options: RecallOptions, config: PreTrainedConfig, seed: in
     """Train and measure one model, or read the results of a run that has finished."""
     if path.exists():
         print(f"{path}: finished, kept")
-        return json.loads(path.read_text())
+        return read_json(path)
     model, result = train(options, config, seed)
     result |= measure(options, model)
     path.parent.mkdir(exist_ok=True)

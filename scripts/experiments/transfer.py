@@ -1,10 +1,9 @@
 """Variants pretrained on the same text, then fine-tuned on the same tasks."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ordnung.scripts.common.files import write_json, write_text
+from ordnung.scripts.common.files import read_json, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.common.tables import markdown_table, spread
@@ -34,7 +33,7 @@ def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str,
         shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
         own |= {name: shared[name] for name in ("dataset_name", "max_train_samples") if name in shared}
         baselines.run(parse_options(BaselineOptions, compare.arguments(own)))
-    return json.loads(path.read_text())["tasks"][task]
+    return read_json(path)["tasks"][task]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -106,14 +105,14 @@ def run(options: TransferOptions) -> int:
             status = pretraining.run(parse_options(PretrainOptions, compare.arguments({**common, **own})))
             if status:
                 return status
-        variants[name] = {"pretraining": json.loads((folder / "results.json").read_text()), "tasks": {}}
+        variants[name] = {"pretraining": read_json(folder / "results.json"), "tasks": {}}
     for task in options.task_name:
         for name in options.variants:
             folder = output_dir / "finetune" / name / task
             status = finetuning.run(finetune_options(options, task, output_dir / "pretrain" / name, folder))
             if status:
                 return status
-            variants[name]["tasks"][task] = json.loads((folder / "results.json").read_text())["tasks"][task]
+            variants[name]["tasks"][task] = read_json(folder / "results.json")["tasks"][task]
     results = {
         "machine": machine_info(),
         "settings": settings | by_task | {"variants": options.variants},

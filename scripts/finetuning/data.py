@@ -1,5 +1,6 @@
 """Data for fine-tuning: splits read and checked, texts tokenized and cut to length, padded batches."""
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -12,18 +13,11 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from ordnung.scripts.common import corpus
+from ordnung.scripts.common.corpus import READERS
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
 
-# The readers of local files by their ending. GLUE's own .tsv files hold bare quotation marks, and words such as "null".
-READERS = {
-    ".parquet": ("parquet", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
-}
 # Fewer rows than this are tokenized faster by one process.
 ROWS_PER_WORKER = 20_000
 
@@ -258,6 +252,13 @@ class Examples:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
+
+    def digest(self) -> str:
+        """Of all that is learned from them or told of them."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.types, self.starts, self.labels, self.numbers):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def subset(self, rows: np.ndarray) -> "Examples":
         """Some of the rows; `cut` still counts all."""

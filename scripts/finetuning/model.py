@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from ordnung.scripts.common import limits, models
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import sha256
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
 from ordnung.scripts.training.optimization import recompute_activations
@@ -44,6 +45,24 @@ def build_config(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "regression" if task.regression else "single_label_classification"
     return config
+
+
+def source(name: str, config: PreTrainedConfig) -> dict[str, str | None]:
+    """What a run starts from, so that it is not taken for one from something else under the same name.
+
+    Returns:
+        a folder's weights and config as digests; of a name on the Hub, the commit.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"commit of the model": config._commit_hash}
+    files = {"weights": ("*.safetensors", "*model*.bin"), "config": ("config.json", "adapter_config.json", "*.py")}
+    return {
+        f"sha256 of {part}": " ".join(
+            sha256(path) for path in sorted(path for pattern in patterns for path in folder.glob(pattern))
+        )
+        for part, patterns in files.items()
+    }
 
 
 def empty_model(options: FinetuneOptions, config: PreTrainedConfig) -> torch.nn.Module:

@@ -1,13 +1,12 @@
 """What fine-tuning leaves behind: predictions as the GLUE server takes them, results over seeds, the table."""
 
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from ordnung.scripts.common.files import write_json, write_text
+from ordnung.scripts.common.files import read_json, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
@@ -47,7 +46,7 @@ def collect(output_dir: Path, seeds: list[int], options: FinetuneOptions) -> dic
         folders = [output_dir / task / f"seed-{seed}" for seed in seeds]
         if not all(map(is_finished, folders)):
             continue
-        runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+        runs = [read_json(folder / "results.json") for folder in folders]
         first = runs[0]
         summaries[task] = {
             "metrics": {

@@ -31,13 +31,13 @@ from transformers.utils import logging as transformers_logging
 
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import append_json_line, write_json
 from ordnung.scripts.common.limits import model_length
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.machine import how_to_go_on, machine_info
 from ordnung.scripts.finetuning.adapters import write_base
 from ordnung.scripts.finetuning.data import Batches, Encoder, Examples, encode, load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.glue_metric import Glue
-from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model
+from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model, source
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
 from ordnung.scripts.finetuning.sharing import describe_run, find_targets, push_best
@@ -66,6 +66,10 @@ class TaskData:
     scored: dict[str, Examples]
     tests: dict[str, Examples]
     truncated: dict[str, dict[str, int]]  # by split: rows, and how many of them were cut to max_length tokens
+
+    def digest(self) -> str:
+        splits = [self.train, self.selection, *self.scored.values(), *self.tests.values()]
+        return " ".join(split.digest() for split in splits if split is not None)
 
 
 def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedTokenizerBase) -> TaskData:
@@ -256,8 +260,7 @@ class Finetuning:
 
     def _log(self, values: dict):
         if self.is_main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "tokens": self.tokens, **values}) + "\n")
+            append_json_line(self.folder / "metrics.jsonl", {"step": self.step, "tokens": self.tokens, **values})
         self.accelerator.log(values, step=self.step)
 
     def _check_finite(self, loss: float):
@@ -348,7 +351,7 @@ class Finetuning:
                     self._save_checkpoint()
                     start = time.perf_counter()
                 if stop and not self._enough():
-                    logger.warning(f"told to stop: saved {self.writer.last}; the same command goes on")
+                    logger.warning(f"told to stop: saved {self.writer.last}; {how_to_go_on(several)}")
                     return 128 + (signals.received or signal.SIGTERM)
         self._finish()
         return 0
@@ -428,7 +431,9 @@ def run(options: FinetuneOptions) -> int:
         tokenizer = prepare_tokenizer(options)
         prepared = [prepare_task(task, options, tokenizer) for task in tasks]
     if accelerator.is_main_process:
-        claim_output_dir(output_dir, options.record(), {})
+        made_of = source(options.model_name_or_path, prepared[0].config)
+        made_of |= {f"sha256 of the data of {data.task.name}": data.digest() for data in prepared}
+        claim_output_dir(output_dir, options.record() | made_of, {})
     accelerator.wait_for_everyone()
     try:
         status = _run_all(accelerator, options, prepared, tokenizer)

@@ -1,11 +1,10 @@
 """What fine-tuned models are on the Hub: one repository for each task, with the best of its runs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
@@ -81,7 +80,7 @@ def push_best(results: dict[str, Any], options: FinetuneOptions, targets: dict[s
         summary = results["tasks"][name]
         values = summary["score"]["values"]
         folder = output_dir / summary["runs"][values.index(max(values))]
-        run = json.loads((folder / "results.json").read_text())
+        run = read_json(folder / "results.json")
         for entry in run["eval_results"]:
             of_all = summary["metrics"][entry["dataset_split"]][entry["metric_type"]]
             entry["over_seeds"] = summarise(of_all["values"])

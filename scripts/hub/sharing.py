@@ -38,7 +38,7 @@ import ordnung
 from ordnung.modeling.standalone import WEIGHTS
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_text
+from ordnung.scripts.common.files import read_json, write_text
 from ordnung.scripts.hub.model_card import Subject, eval_result_files, head_of, make_card
 from ordnung.scripts.hub.options import COMMIT_MESSAGE, LICENSE, REVISION, HubOptions
 
@@ -266,7 +266,7 @@ def outdated_files(api: HfApi, target: Target) -> set[str]:
         with tempfile.TemporaryDirectory() as folder:
             path = api.hf_hub_download(target.repo_id, "results.json", revision=target.revision, local_dir=folder)
             try:
-                results = json.loads(Path(path).read_text(encoding="utf-8"))
+                results = read_json(Path(path))
                 if "machine" in results:
                     old |= there & {"results.json", "run.yaml", *eval_result_files(results)}
             except (ScriptError, ValueError, TypeError):
@@ -322,10 +322,12 @@ def write_folder(checkpoint: str | Path, target: Target, results: str | Path | N
 
 def _read_results(checkpoint: Path, results: str | Path | None) -> dict:
     path = Path(results) if results is not None else checkpoint / "results.json"
+    if results is None and not path.exists() and checkpoint.resolve().name == "merged":
+        path = checkpoint.resolve().parent / "results.json"  # those of the run whose adapters were merged
     if results is None and not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ScriptError(f"the results file {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -356,10 +358,10 @@ def _write_model(checkpoint: Path, folder: Path, subject: Subject):
 
 
 def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
-    adapter = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = read_json(checkpoint / "adapter_config.json")
     base = checkpoint / BASE
     if (base / BASE_NOTE).is_file():
-        adapter |= json.loads((base / BASE_NOTE).read_text(encoding="utf-8"))
+        adapter |= read_json(base / BASE_NOTE)
     subject.base_model = adapter.get("base_model_name_or_path")
     if not subject.base_model or Path(subject.base_model).exists():
         raise ScriptError(
@@ -369,7 +371,7 @@ def _write_adapter(checkpoint: Path, folder: Path, subject: Subject):
     subject.head = PEFT_HEADS.get(adapter.get("task_type"), "Model")
     config_file = next((path / "config.json" for path in (base, checkpoint) if (path / "config.json").is_file()), None)
     if config_file is not None:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = read_json(config_file)
         # JSON has made strings of the numbers
         subject.labels = {int(number): name for number, name in config.get("id2label", {}).items()}
     for path in checkpoint.glob("adapter_*"):

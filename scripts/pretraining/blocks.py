@@ -42,18 +42,8 @@ def pack(
         count = len(tokens) // block_size
         lengths = np.full(count, block_size, dtype=np.int32)
         return tokens[: count * block_size].reshape(count, block_size), lengths, tokens[count * block_size :]
-    parts = [doc[i : i + block_size] for doc in documents for i in range(0, len(doc), block_size)]
-    parts = [part for part in parts if len(part) > 1]
-    rows = best_fit([len(part) for part in parts], block_size) if several else [[i] for i in range(len(parts))]
-    blocks, lengths = np.zeros((len(rows), block_size), dtype=np.int32), np.zeros(len(rows), dtype=np.int32)
-    for i, row in enumerate(rows):
-        for part in (parts[number] for number in row):
-            end = lengths[i] + len(part)
-            blocks[i, lengths[i] : end] = part
-            if lengths[i]:
-                blocks[i, lengths[i]] = ~part[0]
-            lengths[i] = end
-    return blocks, lengths, nothing
+    blocks = PlacedBlocks(documents, np.array([len(doc) for doc in documents]), block_size, True, several)
+    return blocks[np.arange(len(blocks))], blocks.lengths, nothing
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
@@ -79,10 +69,64 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
     return bins
 
 
-class MemoryBlocks:
-    """All blocks in memory, in a new random order each epoch. The order depends on the seed and the epoch alone."""
+class PlacedBlocks:
+    """Blocks as `pack` describes them, read where the tokens lie: `blocks[rows]` is (rows, block_size).
 
-    def __init__(self, blocks: np.ndarray, lengths: np.ndarray, seed: int):
+    Args:
+        arrays: the tokens of all documents, one after the other, in any number of arrays, as those of a mapped file.
+        sizes: (documents,) the tokens in each.
+    """
+
+    def __init__(
+        self, arrays: Sequence[np.ndarray], sizes: np.ndarray, block_size: int, separate: bool, several: bool = False
+    ):
+        self.arrays, self.block_size = arrays, block_size
+        self.array_ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+        self.tokens = int(sizes.sum())
+        if separate:
+            counts = -(-sizes // block_size) - (sizes % block_size == 1)  # a rest of a single token is no part
+            ends = np.repeat(np.cumsum(sizes), counts)
+            places = np.arange(len(ends)) - np.repeat(np.cumsum(counts) - counts, counts)
+            self.starts = ends - np.repeat(sizes, counts) + places * block_size
+            sizes = np.minimum(ends - self.starts, block_size)
+        else:
+            self.starts = np.arange(self.tokens // block_size) * block_size
+            sizes = np.full(len(self.starts), block_size)
+        # block i holds the parts from first[i] to first[i + 1] of those in the order of the blocks
+        rows = best_fit(sizes.tolist(), block_size) if several else []
+        self.first = np.cumsum([0, *map(len, rows)]) if several else np.arange(len(sizes) + 1)
+        order = np.array([part for row in rows for part in row], dtype=int) if several else slice(None)
+        self.starts, self.sizes = self.starts[order], sizes[order]
+        self.lengths = np.diff(np.cumsum([0, *self.sizes])[self.first]).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        blocks = np.zeros((len(rows), self.block_size), dtype=np.int32)
+        for block, row in zip(blocks, rows):
+            end = 0
+            for part in range(self.first[row], self.first[row + 1]):
+                begin, end = end, end + self.sizes[part]
+                self._read(self.starts[part], block[begin:end])
+                if begin:
+                    block[begin] = ~block[begin]
+        return blocks
+
+    def _read(self, start: int, out: np.ndarray):
+        """Fill `out` with the tokens from `start` on."""
+        array, done = int(np.searchsorted(self.array_ends, start, side="right")), 0
+        while done < len(out):
+            begin = start + done - (self.array_ends[array] - len(self.arrays[array]))
+            piece = self.arrays[array][begin : begin + len(out) - done]
+            out[done : done + len(piece)] = piece
+            array, done = array + 1, done + len(piece)
+
+
+class ShuffledBlocks:
+    """Blocks in a new random order each epoch. The order depends on the seed and the epoch alone."""
+
+    def __init__(self, blocks: np.ndarray | PlacedBlocks, lengths: np.ndarray, seed: int):
         self.blocks, self.lengths, self.seed = blocks, lengths, seed
         self.position = 0  # blocks taken so far, over all epochs
 
@@ -140,7 +184,7 @@ class StreamedBlocks:
         self.block_size, self.separate, self.several, self.seed = block_size, separate, several, seed
         self.position = 0  # blocks taken so far
         self.passes = 0  # times the stream was read to its end
-        self._documents: Iterator[dict] | None = None
+        self._documents: Iterator[str] | None = None
         self._pass_begun = self._end_pass = False
         self._pass_blocks = 0
         self._group = 0
@@ -177,11 +221,11 @@ class StreamedBlocks:
         }
         if self._documents is None:
             self.stream.set_epoch(self.passes)
-            self._documents = iter(self.stream)
+            self._documents = corpus.texts(self.stream)
         texts, characters = [], 0
-        for row in self._documents:
+        for text in self._documents:
             self._pass_begun = True
-            texts.append(row["text"] or "")
+            texts.append(text)
             characters += len(texts[-1])
             if characters >= corpus.GROUP_CHARACTERS:
                 break
@@ -209,7 +253,7 @@ class StreamedBlocks:
         if start["stream"] is not None:
             self.stream.set_epoch(self.passes)
             self.stream.load_state_dict(start["stream"])
-            self._documents, self._pass_begun = iter(self.stream), True
+            self._documents, self._pass_begun = corpus.texts(self.stream), True
         self._read_group()
         self._taken, self.position = state["taken"], state["position"]
 

@@ -4,43 +4,47 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.compute as pc
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.pretraining.blocks import MemoryBlocks, StreamedBlocks, pack
+from ordnung.scripts.pretraining.blocks import PlacedBlocks, ShuffledBlocks, StreamedBlocks, pack
 from ordnung.scripts.pretraining.options import PretrainOptions
 
 
-def load_documents(options: PretrainOptions):
-    """Training and held-out documents: lists of str, or streams if `options.streaming`; None for no held-out text.
+def load_documents(options: PretrainOptions) -> tuple[corpus.Documents, corpus.Documents | None]:
+    """Training and held-out documents, streams if `options.streaming`; None for no held-out text.
 
     Raises:
         ScriptError: as `corpus.load_files`; a stream without validation data.
     """
     if options.train_file:
-        train = corpus.load_files(options.train_file, "train_file", options.text_column, options.streaming)
+        # with weights, each pattern is a source of its own
+        sources = [[pattern] for pattern in options.train_file] if options.train_weights else [options.train_file]
+        sources = [corpus.load_files(files, "train_file", options.text_column, options.streaming) for files in sources]
         held_out = None
     else:
         train, held_out = corpus.load_named(
             options.dataset_name, options.dataset_config_name, options.text_column, options.streaming
         )
+        sources = [train]
     if options.validation_file:
         held_out = corpus.load_files(options.validation_file, "validation_file", options.text_column, options.streaming)
-    if held_out is not None or options.validation_fraction == 0:
-        return train, held_out
-    if options.streaming:
-        raise ScriptError(
-            "nothing can be held out of a stream: give --validation_file, or --validation_fraction 0 for no evaluation"
-        )
-    return corpus.hold_out(train, options.validation_fraction, options.seed)
-
-
-def texts_of(documents):
-    """The texts of documents, be they a list or a stream of rows."""
-    return documents if isinstance(documents, list) else (row["text"] for row in documents)
+    if held_out is None and options.validation_fraction > 0:
+        if options.streaming:
+            raise ScriptError(
+                "nothing can be held out of a stream: give --validation_file, or --validation_fraction 0 for no "
+                "evaluation"
+            )
+        # before they are mixed, as a mixture may hold a document twice
+        parts = [corpus.hold_out(source, options.validation_fraction, options.seed) for source in sources]
+        sources, held_out = [train for train, _ in parts], corpus.mix([rest for _, rest in parts])
+    return corpus.mix(sources, options.train_weights, options.seed), held_out
 
 
 @dataclass
@@ -52,9 +56,25 @@ class HeldOut:
     tokens_per_byte: float
 
 
+def encode(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    """The token ids of each document, in a memory-mapped column "ids"; `datasets` keeps them for the next run."""
+    # by what the tokenizer does, not by the object, whose name is another after a checkpoint
+    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    state = datasets.fingerprint.Hasher.hash([documents._fingerprint, state, corpus.end_of_document(tokenizer)])
+    return documents.map(
+        lambda rows: {"ids": [ids for ids, _ in corpus.tokenize(rows["text"], tokenizer)]},
+        batched=True,
+        batch_size=100,
+        remove_columns=documents.column_names,
+        features=datasets.Features({"ids": datasets.Sequence(datasets.Value("int32"))}),
+        new_fingerprint=state,
+        desc="tokenizing",
+    )
+
+
 def training_blocks(
-    options: PretrainOptions, documents, tokenizer, several: bool = False
-) -> MemoryBlocks | StreamedBlocks:
+    options: PretrainOptions, documents: corpus.Documents, tokenizer, several: bool = False
+) -> ShuffledBlocks | StreamedBlocks:
     """The endless sequence of training blocks.
 
     Args:
@@ -66,14 +86,16 @@ def training_blocks(
     separate = options.respect_document_boundaries
     if options.streaming:
         return StreamedBlocks(documents, tokenizer, options.block_size, separate, options.seed, several)
-    encoded = [ids for ids, _ in corpus.tokenize(documents, tokenizer)]
-    blocks, lengths, _ = pack(encoded, options.block_size, separate, several=several)
+    column = encode(documents, tokenizer).data.column("ids")
+    sizes = np.concatenate([np.zeros(0, dtype=int), *map(pc.list_value_length, column.chunks)])
+    arrays = [chunk.flatten().to_numpy() for chunk in column.chunks]  # of the mapped file, not copied
+    blocks = PlacedBlocks(arrays, sizes, options.block_size, separate, several)
     if len(blocks) == 0:
         raise ScriptError(
-            f"the training data holds {sum(map(len, encoded))} tokens, less than one block of {options.block_size}; "
+            f"the training data holds {blocks.tokens} tokens, less than one block of {options.block_size}; "
             "give more text or a smaller --block_size"
         )
-    return MemoryBlocks(blocks, lengths, options.seed)
+    return ShuffledBlocks(blocks, blocks.lengths, options.seed)
 
 
 def held_out_blocks(options: PretrainOptions, documents, tokenizer, several: bool = False) -> HeldOut:
@@ -84,7 +106,7 @@ def held_out_blocks(options: PretrainOptions, documents, tokenizer, several: boo
     """
     wanted = math.inf if options.max_eval_blocks is None else options.max_eval_blocks * options.block_size
     encoded, tokens, size = [], 0, 0.0
-    for ids, part in corpus.tokenize(texts_of(documents), tokenizer, wanted):
+    for ids, part in corpus.tokenize(corpus.texts(documents), tokenizer, wanted):
         encoded.append(ids)
         tokens, size = tokens + len(ids), size + part
     blocks, lengths, _ = pack(encoded, options.block_size, options.respect_document_boundaries, several=several)
@@ -102,7 +124,7 @@ def load_tokenizer(options: PretrainOptions, checkpoint: Path | None, documents,
         trained = None
         if accelerator.is_main_process:
             trained = corpus.train_tokenizer(
-                texts_of(documents), options.train_tokenizer_vocab_size, options.objective == "masked"
+                corpus.texts(documents), options.train_tokenizer_vocab_size, options.objective == "masked"
             )
         return broadcast_object_list([trained])[0]
     name = checkpoint or options.tokenizer_name or options.model_name_or_path

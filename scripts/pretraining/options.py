@@ -28,13 +28,16 @@ class PretrainOptions(HubOptions):
     use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     train_file: list[str] | None = option(
-        None, "Files or glob patterns: .txt (a document each), .json, .jsonl or .parquet.", section="data"
+        None, "Files, folders or glob patterns: .txt (a document each), .jsonl, .parquet, .csv or .tsv.", section="data"
+    )
+    train_weights: list[float] | None = option(
+        None, "How often documents are drawn from each entry of train_file; default: each document once.", above=0
     )
     validation_file: list[str] | None = option(None, "Held-out files, as train_file.")
     dataset_name: str | None = option(None, "A data set of the Hub, or a folder `datasets` can load.")
     dataset_config_name: str | None = option(None, "Its configuration.")
     text_column: str = option("text", "Column that holds a document's text.")
-    streaming: bool = option(False, "Read and tokenize while training, for data larger than memory.")
+    streaming: bool = option(False, "Read and tokenize while training, and keep nothing on the disk.")
     validation_fraction: float = option(
         0.05, "Share held out of the training data if there is no validation data; 0: no evaluation.", least=0, below=1
     )
@@ -86,6 +89,11 @@ class PretrainOptions(HubOptions):
             raise ScriptError("give one of --model_type, --config_name and --model_name_or_path")
         if (self.train_file is None) == (self.dataset_name is None):
             raise ScriptError("give one of --train_file and --dataset_name")
+        if self.train_weights is not None and len(self.train_weights) != len(self.train_file or []):
+            raise ScriptError(
+                f"--train_weights has {len(self.train_weights)} numbers and --train_file {len(self.train_file or [])} "
+                "entries: give a weight for each"
+            )
         if self.tokenizer_name and self.train_tokenizer_vocab_size:
             raise ScriptError("give --tokenizer_name or --train_tokenizer_vocab_size, not both")
         if not (self.tokenizer_name or self.train_tokenizer_vocab_size or self.model_name_or_path):

@@ -14,6 +14,7 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.models import check_writes_text
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.pretraining.losses import position_buckets, token_losses
 
@@ -77,17 +78,19 @@ def evaluate(model: torch.nn.Module, tokens: np.ndarray, block_size: int, stride
     }
 
 
-def encode(documents: list[str], tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
+def encode(documents: corpus.Documents, tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
     """The documents' tokens one after the other, at most `max_tokens`, and the tokens per UTF-8 byte of their text."""
     parts, sizes = [np.zeros(0, dtype=np.int32)], [0.0]
-    for ids, size in corpus.tokenize(documents, tokenizer, math.inf if max_tokens is None else max_tokens):
+    for ids, size in corpus.tokenize(
+        corpus.texts(documents), tokenizer, math.inf if max_tokens is None else max_tokens
+    ):
         parts.append(ids)
         sizes.append(size)
     tokens = np.concatenate(parts)
     return tokens, len(tokens) / max(sum(sizes), 1)
 
 
-def load_documents(options) -> list[str]:
+def load_documents(options) -> corpus.Documents:
     """The documents of the files or the data set.
 
     Raises:
@@ -96,7 +99,7 @@ def load_documents(options) -> list[str]:
     if options.dataset_name:
         return corpus.load_split(options.dataset_name, options.dataset_config_name, options.split, options.text_column)
     files = corpus.find_files(options.text_file, "text_file")
-    if options.text_column != "text" and corpus.file_format(files, "text_file") == "text":
+    if options.text_column != "text" and corpus.file_reader(files, "text_file")[0] == "text":
         raise ScriptError(f"--text_column {options.text_column}: {files[0]} has no columns, leave it out")
     return corpus.load_files(options.text_file, "text_file", options.text_column, streaming=False)
 
@@ -117,6 +120,7 @@ def load_model(options) -> torch.nn.Module:
         raise ScriptError(
             f"no causal language model can be loaded from {options.model_name_or_path}: {error}"
         ) from error
+    check_writes_text(model.config, options.model_name_or_path)
     if not options.use_cpu and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model

@@ -1,6 +1,5 @@
 """One pretraining run: built from its options, trained, its results written."""
 
-import json
 import logging
 import math
 import signal
@@ -18,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import write_json, write_text
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.files import append_json_line, read_json, write_json, write_text
+from ordnung.scripts.common.machine import how_to_go_on, machine_info
 from ordnung.scripts.hub import sharing
 from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker
 from ordnung.scripts.pretraining.data import held_out_blocks, load_documents, load_tokenizer, training_blocks
@@ -29,6 +28,7 @@ from ordnung.scripts.pretraining.report import describe_data, describe_evaluatio
 from ordnung.scripts.training import checkpointing
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.optimization import make_optimizer, make_scheduler, recompute_activations
+from ordnung.scripts.training.runs import hold
 from ordnung.scripts.training.signals import StopSignals
 
 logger = logging.getLogger("ordnung.pretrain")  # __name__ is __main__ when run as a script
@@ -87,6 +87,7 @@ class Pretraining:
             logger.info(f"going on from {self.checkpoint}, step {self.step}")
         self.best = self._read_best()
         if self.is_main:  # only now is it certain that the run can start
+            hold(self.output_dir)
             checkpointing.prepare_output_dir(
                 self.output_dir, options.overwrite_output_dir, self.step if self.checkpoint else None
             )
@@ -100,7 +101,8 @@ class Pretraining:
         separate = options.respect_document_boundaries
         self.make_batch = BatchMaker(options.objective, self.tokenizer, separate, options.mlm_probability, options.seed)
         several = separate and getattr(build_run_config(options, self.tokenizer), "packs_documents", False)
-        self.blocks = training_blocks(options, train, self.tokenizer, several)
+        with self.accelerator.main_process_first():
+            self.blocks = training_blocks(options, train, self.tokenizer, several)
         self.held_out = None
         if held_out is not None:
             self.held_out = held_out_blocks(options, held_out, self.tokenizer, several)
@@ -139,7 +141,7 @@ class Pretraining:
     def _read_best(self) -> dict | None:
         """The best evaluation so far, if best/ holds its model and it lies before the step to go on from."""
         path = self.output_dir / "best" / "eval_results.json"
-        best = json.loads(path.read_text()) if self.checkpoint and path.exists() else None
+        best = read_json(path) if self.checkpoint and path.exists() else None
         return best if best and best["step"] <= self.step else None
 
     def _sum(self, *values: float) -> list[float]:
@@ -226,8 +228,7 @@ class Pretraining:
     def _log(self, values: dict):
         """Append a line to metrics.jsonl and tell the trackers."""
         if self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "tokens": self.tokens, **values}) + "\n")
+            append_json_line(self.output_dir / "metrics.jsonl", {"step": self.step, "tokens": self.tokens, **values})
         self.accelerator.log(values, step=self.step)
 
     def _evaluate_and_log(self, progress: tqdm) -> dict[str, float]:
@@ -303,7 +304,10 @@ class Pretraining:
                 if self.step % options.save_steps == 0 or done or stop:
                     self._save_checkpoint()
                 if stop and not done:
-                    logger.warning(f"told to stop: saved {self.writer.last}; --resume_from_checkpoint auto goes on")
+                    more = [] if options.resume_from_checkpoint == "auto" else ["--resume_from_checkpoint", "auto"]
+                    more += ["--overwrite_output_dir", "false"] if options.overwrite_output_dir else []
+                    goes_on = how_to_go_on(self.accelerator.num_processes > 1, *more)
+                    logger.warning(f"told to stop: saved {self.writer.last}; {goes_on}")
                     self.accelerator.end_training()
                     return 128 + (signals.received or signal.SIGTERM)
         if evaluation is None and self.held_out is not None:  # the run had ended before it was resumed

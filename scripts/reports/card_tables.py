@@ -1,12 +1,12 @@
 """The tables and figures of README.md and the model cards by name, each made from files of model_cards/results."""
 
-import json
 from functools import partial
 from pathlib import Path
 
 from ordnung.scripts.benchmarks import prefix as bench_prefix
 from ordnung.scripts.benchmarks import report as bench_report
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
@@ -27,7 +27,7 @@ def load(name: str) -> dict:
     path = RESULTS / f"{name}.json"
     if not path.exists():
         raise ScriptError(f"there is no {path}: make it with the command that the card names")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def load_benchmark(*names: str) -> dict:

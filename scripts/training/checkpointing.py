@@ -5,7 +5,6 @@ scheduler and random states and `trainer_state.json`. Optimizer state is stored 
 number of processes and however they share the parameters, so that a run may resume on other hardware.
 """
 
-import hashlib
 import json
 import logging
 import random
@@ -25,7 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import read_json_lines, write_json, write_text
+from ordnung.scripts.common.files import read_json, read_json_lines, sha256, write_json, write_text
+from ordnung.scripts.training.runs import LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,7 @@ def _step(folder: Path) -> int:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    digests = {}
-    for path in files:
-        with open(path, "rb") as file:
-            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def checkpoint_fault(folder: str | Path) -> str | None:
@@ -62,7 +58,7 @@ def checkpoint_fault(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        expected = json.loads((folder / MANIFEST).read_text())
+        expected = read_json(folder / MANIFEST)
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}): it was not written to the end"
     found = _digests(folder)
@@ -100,7 +96,7 @@ def find_checkpoint(output_dir: str | Path, resume_from: str | None, overwrite: 
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ScriptError(f"--output_dir {output_dir} is a file; name a folder")
-    contents = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
+    contents = sorted({path.name for path in output_dir.glob("*")} - {LOCK})
     own = resume_from is not None and (
         resume_from == "auto" or Path(resume_from).resolve().parent == output_dir.resolve()
     )
@@ -288,7 +284,7 @@ def _random_state() -> dict[str, Any]:
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON state given to `CheckpointWriter.save_checkpoint`."""
-    return json.loads((checkpoint / TRAINER_STATE).read_text())
+    return read_json(checkpoint / TRAINER_STATE)
 
 
 def load_training_state(checkpoint: Path, accelerator: Accelerator, model, optimizer, scheduler):
