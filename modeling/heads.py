@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
 from ordnung.modeling.backbone import BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.mixers.norms import make_norm
 from ordnung.modeling.mixers.rows import Rows
 
 # What says that a row of a batch holds several documents, besides `position_ids`.
@@ -83,7 +84,7 @@ class LMTransform(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = make_norm(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm(self.act_fn(self.dense(hidden_states)))

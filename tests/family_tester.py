@@ -29,6 +29,20 @@ VOCAB = 50
 PAD = 0
 
 
+# What Llama, Qwen and their like are made of.
+MODERN = {
+    "norm_type": "rms_norm",
+    "mlp_type": "gated",
+    "hidden_act": "silu",
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "qk_norm": True,
+    "position_embedding_type": "rope",
+}
+
+
 def masked_batch():
     """Three rows of 19: padded on the left, on the right, and in the middle (with one pad at the end)."""
     ids = torch.randint(1, VOCAB, (3, 19))
@@ -820,6 +834,13 @@ class FamilyTester:
     def test_wrong_config_is_refused_in_words(self):
         for overrides, message in (
             ({"hidden_size": 30}, r"`hidden_size` \(30\) must be a multiple of `num_attention_heads` \(4\)"),
+            ({"num_key_value_heads": 3}, r"`num_key_value_heads` \(3\) must divide `num_attention_heads` \(4\)"),
+            ({"num_key_value_heads": 0}, r"`num_key_value_heads` \(0\) must be at least 1"),
+            ({"head_dim": 0}, r"`head_dim` \(0\) must be at least 1"),
+            ({"head_dim": 7, "position_embedding_type": "rope"}, r"even head size, but `head_dim` \(7\)"),
+            ({"norm_type": "group_norm"}, "norm_type"),
+            ({"mlp_type": "mixture"}, "mlp_type"),
+            ({"attention_bias": "out"}, "attention_bias"),
             ({"num_hidden_layers": 0}, r"`num_hidden_layers` \(0\) must be at least 1"),
             ({"hidden_act": "gelo"}, r"`hidden_act` \('gelo'\)"),
             ({"norm_position": "middle"}, "norm_position"),
