@@ -1,4 +1,4 @@
-"""Conversion: the weights of BERT, RoBERTa and GPT-2 checkpoints in a family of this package.
+"""Conversion: the weights of BERT-style, GPT-2 and Llama-style checkpoints in a family of this package.
 
 A `Source` says, for one architecture, what its config fields and modules are called here. Everything else is generic:
 a parameter goes where the model has one of that name, so a new family needs nothing, and a new architecture one table.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 import transformers
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -57,7 +58,7 @@ class Source:
             spaces, share the output rows of one of the source.
         heads: head -> the same for the modules of that head.
         query_scale: (config, layer number) -> what attention scores are multiplied by beyond 1 / sqrt(head size).
-        notes: config -> what of the source's computation has no counterpart.
+        notes: config -> what of the source's computation has no counterpart, and does not change what it gives.
     """
 
     fields: Callable[[PreTrainedConfig], dict]
@@ -119,6 +120,47 @@ def gpt2_notes(config) -> list[str]:
     ]
 
 
+def distilbert_fields(config) -> dict:
+    return {
+        "norm_position": "post",
+        "position_embedding_type": "learned",
+        "intermediate_size": config.hidden_dim,
+        "hidden_act": config.activation,
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "classifier_dropout": config.seq_classif_dropout,
+        "is_decoder": False,
+    }
+
+
+def llama_fields(config) -> dict:
+    return {
+        "norm_position": "pre",
+        "norm_type": "rms_norm",
+        "layer_norm_eps": config.rms_norm_eps,
+        "position_embedding_type": "rope",
+        "rope_parameters": copy.deepcopy(config.rope_parameters),
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None),
+        "attention_bias": getattr(config, "attention_bias", False),
+        "intermediate_size": config.intermediate_size,
+        "mlp_type": "gated",
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "hidden_act": config.hidden_act,
+        "attention_dropout": config.attention_dropout,
+        "is_decoder": True,
+    }
+
+
+def qwen2_fields(config) -> dict:
+    return {**llama_fields(config), "attention_bias": "qkv"}
+
+
+def qwen3_fields(config) -> dict:
+    return {**llama_fields(config), "qk_norm": True}
+
+
 ENCODER_MODULES = {
     "embeddings.word_embeddings": "embed_tokens",
     "embeddings.position_embeddings": "embed_positions",
@@ -146,6 +188,68 @@ def encoder_heads(language_modelling: dict[str, str]) -> dict[str, dict[str, str
         "ForTokenClassification": {"classifier": "score"},
         "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
     }
+
+
+LLAMA_MODULES = {
+    "embed_tokens": "embed_tokens",
+    "layers.*.input_layernorm": "layers.*.mixer_norm",
+    "layers.*.self_attn.q_proj": "layers.*.mixer.q_proj",
+    "layers.*.self_attn.k_proj": "layers.*.mixer.k_proj",
+    "layers.*.self_attn.v_proj": "layers.*.mixer.v_proj",
+    "layers.*.self_attn.o_proj": "layers.*.mixer.out_proj",
+    "layers.*.self_attn.q_norm": "layers.*.mixer.q_norm",
+    "layers.*.self_attn.k_norm": "layers.*.mixer.k_norm",
+    "layers.*.post_attention_layernorm": "layers.*.mlp_norm",
+    "layers.*.mlp.gate_proj": "layers.*.mlp.gate_proj",
+    "layers.*.mlp.up_proj": "layers.*.mlp.up_proj",
+    "layers.*.mlp.down_proj": "layers.*.mlp.down_proj",
+    "norm": "norm",
+}
+DECODER_HEADS = {
+    "ForCausalLM": {"lm_head": "lm_head"},
+    "ForSequenceClassification": {"score": "score"},
+    "ForTokenClassification": {"score": "score"},
+    "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
+}
+
+# Options of the sources and their kin that change what a model computes and are not known here -> values that do not.
+FOREIGN_OPTIONS = {
+    "sliding_window": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "embedding_multiplier": (None, 1),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (None, 1),
+    "query_pre_attn_scalar": (None,),
+    "scale_embedding": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "use_parallel_residual": (None, False),
+    "parallel_attn": (None, False),
+}
+
+
+def check_options(config: PreTrainedConfig) -> None:
+    """Refuses what a source computes and the backbone does not.
+
+    Raises:
+        ValueError: an option is set that would change the result; the message names it, its value and the cure.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope.get("rope_type", "default") not in known:
+            raise ValueError(f"`rope_type` ({rope['rope_type']!r}) is not known: it must be one of {sorted(known)}")
+    given = {name: getattr(config, name, None) for name in FOREIGN_OPTIONS}
+    given["partial_rotary_factor"] = rope.get("partial_rotary_factor", given["partial_rotary_factor"])
+    for name, neutral in FOREIGN_OPTIONS.items():
+        if given[name] not in neutral:
+            cure = "no family here has windows yet; set it to None if no row is longer" if "window" in name else ""
+            raise ValueError(
+                f"`{name}` ({given[name]!r}) of the source changes its result, and has no counterpart here: "
+                f"{cure or f'only {neutral[-1]!r} can be converted'}"
+            )
 
 
 SOURCES = {
@@ -194,6 +298,33 @@ SOURCES = {
         query_scale=gpt2_query_scale,
         notes=gpt2_notes,
     ),
+    "distilbert": Source(
+        fields=distilbert_fields,
+        modules={
+            "embeddings.word_embeddings": "embed_tokens",
+            "embeddings.position_embeddings": "embed_positions",
+            "embeddings.LayerNorm": "embed_norm",
+            "transformer.layer.*.attention.q_lin": "layers.*.mixer.q_proj",
+            "transformer.layer.*.attention.k_lin": "layers.*.mixer.k_proj",
+            "transformer.layer.*.attention.v_lin": "layers.*.mixer.v_proj",
+            "transformer.layer.*.attention.out_lin": "layers.*.mixer.out_proj",
+            "transformer.layer.*.sa_layer_norm": "layers.*.mixer_norm",
+            "transformer.layer.*.ffn.lin1": "layers.*.mlp.up_proj",
+            "transformer.layer.*.ffn.lin2": "layers.*.mlp.down_proj",
+            "transformer.layer.*.output_layer_norm": "layers.*.mlp_norm",
+        },
+        heads=encoder_heads(
+            {
+                "vocab_transform": "lm_transform.dense",
+                "vocab_layer_norm": "lm_transform.norm",
+                "vocab_projector": "lm_head",
+            }
+        ),
+    ),
+    "llama": Source(fields=llama_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
+    "mistral": Source(fields=llama_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
+    "qwen2": Source(fields=qwen2_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
+    "qwen3": Source(fields=qwen3_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
 }
 
 
@@ -235,7 +366,7 @@ def convert(
     output_report: bool = False,
     **config_overrides,
 ) -> PreTrainedModel | tuple[PreTrainedModel, ConversionReport]:
-    """A model of this package with the weights of a BERT, RoBERTa or GPT-2 checkpoint.
+    """A model of this package with the weights of a checkpoint of another architecture, one of `SOURCES`.
 
     Embeddings, norms, MLPs, projections and heads are copied where the family has them; sizes, activation, dropout,
     token ids, labels, tying and dtype are the source's. SoftmaxLM then computes what the source computes, and
@@ -260,10 +391,12 @@ def convert(
 
     Raises:
         TypeError: `source` is neither a bare model of transformers nor a name.
-        ValueError: an unknown architecture, family, head or config field, or overrides that give a part of the base
+        ValueError: an unknown architecture, family, head or config field, an option of the source that changes its
+            result and is not known here, or overrides that give a part of the base
             model another shape than the source's.
     """
     model, missing, unexpected = _load(source)
+    check_options(model.config)
     table, source_head = SOURCES[model.config.model_type], _head_of(type(model))
     head, config = _target(model, table, source_head, model_type, head, config_overrides)
     target = getattr(modeling_auto, AUTO_CLASSES[head]).from_config(config).eval().to(model.device)
@@ -332,7 +465,11 @@ def _target(model, table, source_head, model_type, head, overrides) -> tuple[str
     auto_classes = heads_of(model_type)
     heads = [name for name, auto_class in AUTO_CLASSES.items() if auto_class in auto_classes]
     source = model.config
-    fields = {name: getattr(source, name) for name in COMMON_FIELDS} | table.fields(source) | {"dtype": model.dtype}
+    fields = (
+        {name: getattr(source, name) for name in COMMON_FIELDS if hasattr(source, name)}
+        | table.fields(source)
+        | {"dtype": model.dtype}
+    )
     config_class = CONFIG_MAPPING[model_type]
     if "ForMaskedLM" not in heads or config_class.encoder_generates:
         fields["is_decoder"] = True
@@ -386,9 +523,13 @@ def _copy(parameters, parts, target, base, report) -> None:
                 continue
             if place == f"{base}embed_positions.weight":
                 values = _fit_positions(values, target.config, report)
+            if re.search(r"\.mixer\.[kv]_proj\.", place):
+                values = _fit_heads(values, len(places[place]), target.config, report)
             if values.shape == places[place].shape:
                 places[place].copy_(values)
                 used.append(place)
+            elif re.sub(r"(v|out)_proj\.\w+$", "q_proj.weight", place) not in places and ".mixer." in place:
+                continue  # a mixer without queries has one width, whatever the heads of the source are
             elif place.startswith(base):
                 raise ValueError(
                     f"`{place}` is {tuple(places[place].shape)}, but {name} of the source {tuple(values.shape)}: leave "
@@ -413,6 +554,16 @@ def _fit_positions(table: torch.Tensor, config, report) -> torch.Tensor:
         report.notes.append(f"the {len(table) - offset} learned positions are {change} to {config.num_positions}")
     index = torch.arange(rows, device=table.device)
     return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
+
+
+def _fit_heads(values: torch.Tensor, rows: int, config, report) -> torch.Tensor:
+    """The source's keys or values with `rows` rows, each head repeated for the query heads that it serves."""
+    if rows == len(values) or rows % len(values) or len(values) % config.head_dim:
+        return values
+    note = f"each head of keys and values is repeated {rows // len(values)} times"
+    if note not in report.notes:
+        report.notes.append(note)
+    return values.unflatten(0, (-1, config.head_dim)).repeat_interleave(rows // len(values), 0).flatten(0, 1)
 
 
 def _count_layers(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Convert a BERT, RoBERTa or GPT-2 checkpoint into a family of this package.
+"""Convert a BERT-style, GPT-2 or Llama-style checkpoint into a family of this package.
 
     ordnung convert --source bert-base-uncased --model_type softmax_lm --output_dir out/softmax-bert
 
