@@ -43,6 +43,8 @@ class BackboneConfig(PreTrainedConfig):
         hidden_dropout: dropout after the embeddings, each mixer and each MLP.
         attention_dropout: dropout on softmax attention weights.
         classifier_dropout: dropout before a classification head, `hidden_dropout` if None.
+        classifier_pooling: what a sequence is classified by: "first" or "last" (its first or last real token's state)
+            or "mean" (of all). None means the last of a causal and the first of a bidirectional model.
         initializer_range: standard deviation of the initial weights; projections into the residual stream start
             smaller by sqrt(2 L).
         is_decoder: causal (True) or bidirectional (False).
@@ -90,6 +92,7 @@ class BackboneConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
+    classifier_pooling: Literal["first", "last", "mean"] | None = None
     initializer_range: float | int = 0.02
     is_decoder: bool = True
     use_cache: bool = True
@@ -128,6 +131,11 @@ class BackboneConfig(PreTrainedConfig):
     def attends_causally(self) -> bool:
         """Whether the states of a token do not depend on later ones."""
         return self.is_decoder
+
+    @property
+    def pooling(self) -> str:
+        """`classifier_pooling`, or what it is by default."""
+        return self.classifier_pooling or ("last" if self.is_decoder else "first")
 
     @property
     def num_positions(self) -> int:

@@ -7,9 +7,11 @@ a parameter goes where the model has one of that name, so a new family needs not
 import copy
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import transformers
@@ -18,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ordnung.modeling.registration import AUTO_CLASSES, FAMILIES, heads_of
 
@@ -374,6 +376,8 @@ def convert(
     Positions count each row's real tokens, where BERT and GPT-2 without `position_ids` count padding too. GPT-2's token
     types, which are word embeddings, have no counterpart.
 
+    `classifier_pooling` is what the source's classifier reads, or what a sentence-transformers folder has beside it.
+
     With a larger `max_position_embeddings` the learned positions are repeated along the longer table, as Longformer
     starts from RoBERTa's (Beltagy et al. 2020, arXiv 2004.05150, section 5); with a smaller one the first are kept.
 
@@ -398,6 +402,8 @@ def convert(
     model, missing, unexpected = _load(source)
     check_options(model.config)
     table, source_head = SOURCES[model.config.model_type], _head_of(type(model))
+    pooling = _pooling_of(source, table, source_head)
+    config_overrides = {"classifier_pooling": pooling, **config_overrides}
     head, config = _target(model, table, source_head, model_type, head, config_overrides)
     target = getattr(modeling_auto, AUTO_CLASSES[head]).from_config(config).eval().to(model.device)
     if target.can_generate() and model.can_generate():
@@ -446,6 +452,20 @@ def _load(source) -> tuple[PreTrainedModel, set[str], list[str]]:
     source_class = getattr(transformers, names[0], AutoModel)
     model, loading = source_class.from_pretrained(source, output_loading_info=True)
     return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+
+
+def _pooling_of(source, table: Source, source_head: str) -> str | None:
+    """`classifier_pooling` of the source: what its classifier reads, or what sentence-transformers wrote beside it."""
+    if source_head == "ForSequenceClassification" and source_head in table.heads:
+        return "last"  # the heads without a pooler are those of causal models
+    if isinstance(source, PreTrainedModel):
+        return None
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(source, "1_Pooling/config.json", **missing)
+    modes = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    named = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
+    chosen = [pooling for mode, pooling in named.items() if modes.get(mode)]
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def _check_architecture(model_type: str | None) -> None:

@@ -1,6 +1,7 @@
 """Converted checkpoints compute what the originals compute, and the report says what was done."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,26 @@ def test_decoder_converts_from_its_folder(tmp_path):
     ids = torch.randint(1, 50, (2, 9))
     torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=1e-4)
     assert report.new == report.left_out == report.notes == []
+
+
+def test_pooling_carries_over(tmp_path):
+    source = make("GPT2ForSequenceClassification")
+    model = ordnung.convert(source, "cubic_prefix_lm")  # which classifies by a bidirectional pass
+    assert model.config.pooling == "last"
+    assert ordnung.convert(source, "softmax_lm", classifier_pooling="mean").config.pooling == "mean"
+    make("BertModel").float().save_pretrained(tmp_path)
+    assert ordnung.convert(tmp_path, "softmax_lm").config.classifier_pooling is None
+    (tmp_path / "1_Pooling").mkdir()
+    modes = {"word_embedding_dimension": 24, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    model = ordnung.convert(tmp_path, "softmax_lm", head="ForSequenceClassification")
+    assert model.config.classifier_pooling == "mean"
+    ordnung.save_standalone(model, tmp_path / "alone")
+    auto = transformers.AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(tmp_path / "alone", trust_remote_code=True).eval()
+    ids, mask = masked_batch()
+    assert loaded.config.pooling == "mean"
+    assert torch.equal(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
 
 
 def test_heads_that_do_not_carry_over_are_new_and_named():
