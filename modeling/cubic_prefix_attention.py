@@ -6,7 +6,8 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicLa
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
 from ordnung.modeling.backbone import Attention, make_attention_mask
-from ordnung.modeling.mixers.projections import angles_of, per_query_head
+from ordnung.modeling.mixers.projections import angles_of
+from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.prefix_attention import fold_keys, fold_values, join_scores
 
 

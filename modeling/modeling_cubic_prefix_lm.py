@@ -29,8 +29,8 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from ordnung.modeling.mixers.projections import per_query_head
 from ordnung.modeling.mixers.rows import Rows
+from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.prefix_attention import (
     FirstLayer,
     Group,

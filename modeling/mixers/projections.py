@@ -22,11 +22,6 @@ def angles_of(position_embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> 
     return [x[:, :, None] for x in position_embeddings or ()]
 
 
-def per_query_head(x: torch.Tensor, groups: int, dim: int = 1) -> torch.Tensor:
-    """`x` with G key heads in `dim` as H = G * groups query heads."""
-    return x if groups == 1 else x.repeat_interleave(groups, dim=dim)
-
-
 def input_projection(config: BackboneConfig, size: int) -> nn.Linear:
     """A projection of the layer's input, D to `size`."""
     return nn.Linear(config.hidden_size, size, bias=config.attention_bias is not False)
@@ -80,4 +75,4 @@ class Projections:
         return not self.config.qk_norm and self.config.position_embedding_type != "rope"
 
 
-__all__ = ["Projections", "angles_of", "input_projection", "output_projection", "per_query_head", "rotate"]
+__all__ = ["Projections", "angles_of", "input_projection", "output_projection", "rotate"]

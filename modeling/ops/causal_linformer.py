@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ordnung.modeling.mixers.projections import per_query_head
 from ordnung.modeling.ops.chunks import is_graph
+from ordnung.modeling.ops.grouped import per_query_head
 
 # Elements of the keys that are laid out at once, tokens of all rows times width: few stay in a processor's cache, a GPU
 # wants more work.

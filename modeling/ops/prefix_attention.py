@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ordnung.modeling.mixers.projections import per_query_head
+from ordnung.modeling.ops.grouped import per_query_head
 
 
 def prefix_states_naive(
