@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
+from transformers.utils.import_utils import is_gguf_available
 
 from ordnung.modeling.registration import AUTO_CLASSES, FAMILIES, heads_of
 
@@ -366,6 +367,7 @@ def convert(
     model_type: str,
     head: str | None = None,
     output_report: bool = False,
+    gguf_file: str | None = None,
     **config_overrides,
 ) -> PreTrainedModel | tuple[PreTrainedModel, ConversionReport]:
     """A model of this package with the weights of a checkpoint of another architecture, one of `SOURCES`.
@@ -387,6 +389,8 @@ def convert(
         head: ending of the class to make, such as "Model" or "ForSequenceClassification"; by default the source's, a
             language modelling head being the one that fits `is_decoder`.
         output_report: return the report too; otherwise it is logged if anything is new, left out or noted.
+        gguf_file: name of a GGUF file of a causal model in `source`, a folder or Hub name; its weights are dequantized
+            to float32. Needs the package `gguf`.
         config_overrides: fields of the family's config, such as `kernel_size=64`.
 
     Returns:
@@ -394,12 +398,13 @@ def convert(
         `ConversionReport`.
 
     Raises:
+        ImportError: `gguf_file` without the package `gguf`.
         TypeError: `source` is neither a bare model of transformers nor a name.
         ValueError: an unknown architecture, family, head or config field, an option of the source that changes its
             result and is not known here, or overrides that give a part of the base
             model another shape than the source's.
     """
-    model, missing, unexpected = _load(source)
+    model, missing, unexpected = _load(source, gguf_file)
     check_options(model.config)
     table, source_head = SOURCES[model.config.model_type], _head_of(type(model))
     pooling = _pooling_of(source, table, source_head)
@@ -434,8 +439,18 @@ def convert(
     return target
 
 
-def _load(source) -> tuple[PreTrainedModel, set[str], list[str]]:
+def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[str], list[str]]:
     """The source, the parameters that its checkpoint does not have, and what else the checkpoint has."""
+    if gguf_file is not None:
+        if isinstance(source, PreTrainedModel):
+            raise TypeError(f"`gguf_file` ({gguf_file!r}) is a file in a folder or on the Hub: give that as `source`")
+        if not is_gguf_available():
+            raise ImportError(f"`gguf_file` ({gguf_file!r}) is read by the package gguf: pip install gguf")
+        config, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
+        _check_architecture(config.get("model_type"))
+        loading = {"gguf_file": gguf_file, "dtype": torch.float32, "output_loading_info": True}
+        model, loading = AutoModelForCausalLM.from_pretrained(source, **loading)
+        return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if isinstance(source, PreTrainedModel):
         if getattr(source, "hf_quantizer", None) is not None or getattr(source, "_hf_peft_config_loaded", False):
             raise TypeError("convert needs plain weights: dequantize the model, or merge its adapters, first")

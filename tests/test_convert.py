@@ -350,6 +350,74 @@ def test_decoder_converts_from_its_folder(tmp_path):
     assert report.new == report.left_out == report.notes == []
 
 
+def write_gguf(model, path):
+    """A Llama as llama.cpp names its parts."""
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    names = {
+        "embed_tokens": "token_embd",
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("model.").replace("layers.", "blk.")
+        name = {"norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}.get(name, name)
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, parameter.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file(tmp_path):
+    write_gguf(make("LlamaForCausalLM").float(), tmp_path / "tiny.gguf")
+    source = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    model, report = ordnung.convert(tmp_path, "softmax_lm", gguf_file="tiny.gguf", output_report=True)
+    assert report.new == report.left_out == []
+    assert model.config.num_key_value_heads == 2
+    ids = torch.randint(1, 50, (2, 9))
+    torch.testing.assert_close(model(ids).logits, source.eval()(ids).logits, rtol=0, atol=1e-4)
+    arguments = ["--source", str(tmp_path), "--gguf_file", "tiny.gguf", "--model_type", "softmax_lm"]
+    script.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_gguf_without_its_library_is_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr("ordnung.modeling.convert.is_gguf_available", lambda: False)
+    with pytest.raises(ImportError, match=r"`gguf_file` \('a.gguf'\) is read by the package gguf: pip install gguf"):
+        ordnung.convert(tmp_path, "softmax_lm", gguf_file="a.gguf")
+    (tmp_path / "a.gguf").touch()
+    arguments = ["--source", str(tmp_path), "--model_type", "softmax_lm", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ScriptError, match=r"b.gguf is not in .*, whose GGUF files are \['a.gguf'\]"):
+        script.main([*arguments, "--gguf_file", "b.gguf"])
+    with pytest.raises(ScriptError, match="pip install gguf"):
+        script.main([*arguments, "--gguf_file", "a.gguf"])
+    with pytest.raises(TypeError, match="give that as `source`"):
+        ordnung.convert(make("LlamaModel"), "softmax_lm", gguf_file="a.gguf")
+
+
 def test_pooling_carries_over(tmp_path):
     source = make("GPT2ForSequenceClassification")
     model = ordnung.convert(source, "cubic_prefix_lm")  # which classifies by a bidirectional pass
