@@ -17,12 +17,22 @@ class BackboneConfig(PreTrainedConfig):
         vocab_size: number of token ids.
         hidden_size: width D of the residual stream.
         num_hidden_layers: number of layers L.
-        num_attention_heads: number of heads H of a mixer, in every family; `hidden_size` is a multiple of it.
+        num_attention_heads: number of heads H of a mixer, in every family; `hidden_size` is a multiple of it unless
+            `head_dim` is given.
+        num_key_value_heads: heads of keys and values, each shared by as many query heads, H if None. ConvLM's
+            convolutions have values of `hidden_size` whatever this, `head_dim` and `qk_norm` are.
+        head_dim: channels of a head, `hidden_size / num_attention_heads` if None.
+        qk_norm: RMSNorm over the channels of each query and key, before rotary positions, as in Qwen3.
+        attention_bias: biases of a mixer's projections: True (all), False (none) or "qkv" (all but the output's, as in
+            Qwen2).
         intermediate_size: width of the MLP, `4 * hidden_size` if None.
+        mlp_type: "plain" (down(act(up(x)))) or "gated" (down(act(gate(x)) * up(x)), as in Llama).
+        mlp_bias: biases of the MLP's projections.
         hidden_act: activation of the MLP, a name of `transformers.activations.ACT2FN`.
+        norm_type: "layer_norm" or "rms_norm", every norm of the model.
         norm_position: "pre" (norm before mixer and MLP, and one after the last layer) or "post" (after each residual
             sum, and one after the embeddings, as in BERT).
-        layer_norm_eps: epsilon of every LayerNorm.
+        layer_norm_eps: epsilon of every norm.
         position_embedding_type: "none", "learned" (table of `max_position_embeddings` rows added to the token
             embeddings) or "rope" (rotary embedding of queries and keys in attention layers).
         max_position_embeddings: rows of the learned table; the trained length that rope scaling refers to.
@@ -33,6 +43,8 @@ class BackboneConfig(PreTrainedConfig):
         hidden_dropout: dropout after the embeddings, each mixer and each MLP.
         attention_dropout: dropout on softmax attention weights.
         classifier_dropout: dropout before a classification head, `hidden_dropout` if None.
+        classifier_pooling: what a sequence is classified by: "first" or "last" (its first or last real token's state)
+            or "mean" (of all). None means the last of a causal and the first of a bidirectional model.
         initializer_range: standard deviation of the initial weights; projections into the residual stream start
             smaller by sqrt(2 L).
         is_decoder: causal (True) or bidirectional (False).
@@ -61,8 +73,15 @@ class BackboneConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool | Literal["qkv"] = True
     intermediate_size: int | None = None
+    mlp_type: Literal["plain", "gated"] = "plain"
+    mlp_bias: bool = True
     hidden_act: str = "gelu"
+    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_position: Literal["pre", "post"] = "pre"
     layer_norm_eps: float | int = 1e-5
     position_embedding_type: Literal["none", "learned", "rope"] = "rope"
@@ -73,6 +92,7 @@ class BackboneConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
+    classifier_pooling: Literal["first", "last", "mean"] | None = None
     initializer_range: float | int = 0.02
     is_decoder: bool = True
     use_cache: bool = True
@@ -87,6 +107,10 @@ class BackboneConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0 and not self.hidden_size % self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         mixers = kwargs.pop("mixers", None)  # see `to_dict`
         if self.layer_types is None:
             self.layer_types = mixers or [self.mixer_types[0]] * self.num_hidden_layers
@@ -115,6 +139,11 @@ class BackboneConfig(PreTrainedConfig):
         return self.pad_token_id is not None and self.pad_token_id in (self.bos_token_id, *ends)
 
     @property
+    def pooling(self) -> str:
+        """`classifier_pooling`, or what it is by default."""
+        return self.classifier_pooling or ("last" if self.is_decoder else "first")
+
+    @property
     def num_positions(self) -> int:
         """Rows of the learned table that are positions."""
         return self.max_position_embeddings - self.position_offset
@@ -140,10 +169,12 @@ class BackboneConfig(PreTrainedConfig):
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
             "intermediate_size",
             "max_position_embeddings",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
         if self.type_vocab_size < 0:
             raise ValueError(f"`type_vocab_size` ({self.type_vocab_size}) must be 0 (no token types) or more.")
@@ -152,15 +183,21 @@ class BackboneConfig(PreTrainedConfig):
                 f"`position_offset` ({self.position_offset}) must be a row of the learned table of "
                 f"`max_position_embeddings` ({self.max_position_embeddings})."
             )
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None:  # where the sizes give none
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
+                f"({self.num_attention_heads}): change one, or set `head_dim`."
             )
-        if self.position_embedding_type == "rope" and (self.hidden_size // self.num_attention_heads) % 2:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"rope needs an even head size, but `hidden_size` ({self.hidden_size}) / `num_attention_heads` "
-                f"({self.num_attention_heads}) is odd: change one, or set position_embedding_type='learned'."
+                f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
+                f"({self.num_attention_heads}): each head of keys serves equally many heads of queries."
+            )
+        if self.position_embedding_type == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"rope needs an even head size, but `head_dim` ({self.head_dim}), by default `hidden_size` "
+                f"({self.hidden_size}) / `num_attention_heads` ({self.num_attention_heads}), is odd: change one, or "
+                "set position_embedding_type='learned'."
             )
 
     def validate_hidden_act(self):

@@ -64,6 +64,12 @@ class ConvLMConfig(BackboneConfig):
                 )
             if any(value < 1 for value in values):
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        if self.kernel_sharing == "head" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads}), whose kernels it is shared out to: change one, or set "
+                "kernel_sharing='channel'."
+            )
         if not self.is_decoder:
             raise ValueError("ConvLM is causal: `is_decoder` must be True. SoftmaxLM has a bidirectional form.")
 

@@ -21,11 +21,7 @@ from transformers.masking_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -33,6 +29,8 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
+from ordnung.modeling.mixers.norms import make_norm
+from ordnung.modeling.mixers.projections import Projections, angles_of
 from ordnung.modeling.mixers.rows import Rows, begins_of
 from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.chunks import in_pieces, is_graph
@@ -161,24 +159,18 @@ def linear_flops(module: nn.Module) -> int:
     return sum(2 * m.in_features * m.out_features for m in module.modules() if hasattr(m, "in_features"))
 
 
-class Attention(Mixer):
+class Attention(Projections, Mixer):
     """Softmax attention (Vaswani et al. 2017, section 3.2), causal or bidirectional.
 
-    head = softmax(Q K^T / sqrt(d)) V. Training and prefill O(N^2), decoding O(N) a token, state 2 N rows.
+    head = softmax(Q K^T / sqrt(d)) V. Training and prefill O(N^2), decoding O(N) a token, state 2 N rows of G d.
     """
 
     layer_type = "full_attention"
 
     def __init__(self, config: BackboneConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
         self.is_causal = config.is_decoder
-        self.num_key_value_groups = 1  # read by the attention functions
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.add_projections(config)
 
     def forward(
         self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, rows=None, **kwargs
@@ -191,10 +183,10 @@ class Attention(Mixer):
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
             output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return self.out_proj(output.reshape(hidden_states.shape)), weights
+        return self.out_proj(output.flatten(2)), weights
 
     def attend_rows(self, query, key, value, lengths, **kwargs) -> torch.Tensor:
-        """(R, M, H, D / H) of documents (R, M, H, D / H): causal attention does not reach the padding after them."""
+        """(R, M, H, d) of documents (R, M, heads, d): causal attention does not reach the padding after them."""
         mask = None
         if lengths is not None and not self.is_causal:
             real = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
@@ -202,7 +194,7 @@ class Attention(Mixer):
         return self.attend(*(x.transpose(1, 2) for x in (query, key, value)), mask, **kwargs)[0]
 
     def attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The configured implementation of attention (B, H, ., D / H): (B, N, H, D / H), and weights or None."""
+        """The configured implementation of attention (B, heads, ., d): (B, N, H, d), and weights or None."""
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -210,14 +202,10 @@ class Attention(Mixer):
     def project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of `hidden_states`, (B, H, N, D / H) each."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        return query, key, value
+        """Queries (B, H, N, d), keys and values (B, G, N, d) of `hidden_states` (B, N, D)."""
+        angles = angles_of(position_embeddings)
+        query, key = self.queries(hidden_states, angles), self.keys(hidden_states, angles)
+        return tuple(x.transpose(1, 2) for x in (query, key, self.values(hidden_states)))
 
     @staticmethod
     def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, rows=None, **kwargs):
@@ -225,10 +213,10 @@ class Attention(Mixer):
 
     def flops(self, seq_len: int) -> int:
         pairs = seq_len * (seq_len + 1) // 2 if self.is_causal else seq_len**2
-        return linear_flops(self) * seq_len + 4 * pairs * self.config.hidden_size
+        return linear_flops(self) * seq_len + 4 * pairs * self.config.num_attention_heads * self.head_dim
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
-        return 2 * seq_len * self.config.hidden_size * itemsize
+        return 2 * seq_len * self.config.num_key_value_heads * self.head_dim * itemsize
 
 
 def make_attention_mask(config, inputs_embeds, attention_mask, past_key_values, rows, causal) -> torch.Tensor | None:
@@ -245,11 +233,13 @@ def make_attention_mask(config, inputs_embeds, attention_mask, past_key_values, 
 
 
 class MLP(nn.Module):
+    """down(act(up(x)))."""
+
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -262,6 +252,20 @@ class MLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
+class GatedMLP(MLP):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+MLPS = {"plain": MLP, "gated": GatedMLP}
+
+
 class BackboneLayer(GradientCheckpointingLayer):
     """Mixer and MLP, each with a residual connection, normed before (`pre`) or after the sum (`post`)."""
 
@@ -269,9 +273,9 @@ class BackboneLayer(GradientCheckpointingLayer):
         super().__init__()
         self.pre_norm = config.norm_position == "pre"
         self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
-        self.mlp = MLP(config)
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLPS[config.mlp_type](config)
+        self.mixer_norm = make_norm(config)
+        self.mlp_norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor, *inputs, run=None, **kwargs) -> torch.Tensor:
@@ -344,14 +348,10 @@ class BackboneModel(BackbonePreTrainedModel):
         elif config.position_embedding_type == "rope":
             self.rotary_emb = LlamaRotaryEmbedding(config)
         if config.norm_position == "post":
-            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.embed_norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([BackboneLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.norm_position == "pre"
-            else nn.Identity()
-        )
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.lm_transform = nn.Identity()  # of a causal head: see `heads.ForCausalLM`
         self.gradient_checkpointing = False
         self.post_init()

@@ -1,4 +1,4 @@
-"""Conversion: the weights of BERT, RoBERTa and GPT-2 checkpoints in a family of this package.
+"""Conversion: the weights of BERT-style, GPT-2 and Llama-style checkpoints in a family of this package.
 
 A `Source` says, for one architecture, what its config fields and modules are called here. Everything else is generic:
 a parameter goes where the model has one of that name, so a new family needs nothing, and a new architecture one table.
@@ -7,17 +7,21 @@ a parameter goes where the model has one of that name, so a new family needs not
 import copy
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
+from transformers.utils.import_utils import is_gguf_available
 
 from ordnung.modeling.registration import AUTO_CLASSES, FAMILIES, heads_of
 
@@ -57,7 +61,7 @@ class Source:
             spaces, share the output rows of one of the source.
         heads: head -> the same for the modules of that head.
         query_scale: (config, layer number) -> what attention scores are multiplied by beyond 1 / sqrt(head size).
-        notes: config -> what of the source's computation has no counterpart.
+        notes: config -> what of the source's computation has no counterpart, and does not change what it gives.
     """
 
     fields: Callable[[PreTrainedConfig], dict]
@@ -119,6 +123,47 @@ def gpt2_notes(config) -> list[str]:
     ]
 
 
+def distilbert_fields(config) -> dict:
+    return {
+        "norm_position": "post",
+        "position_embedding_type": "learned",
+        "intermediate_size": config.hidden_dim,
+        "hidden_act": config.activation,
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "classifier_dropout": config.seq_classif_dropout,
+        "is_decoder": False,
+    }
+
+
+def llama_fields(config) -> dict:
+    return {
+        "norm_position": "pre",
+        "norm_type": "rms_norm",
+        "layer_norm_eps": config.rms_norm_eps,
+        "position_embedding_type": "rope",
+        "rope_parameters": copy.deepcopy(config.rope_parameters),
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None),
+        "attention_bias": getattr(config, "attention_bias", False),
+        "intermediate_size": config.intermediate_size,
+        "mlp_type": "gated",
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "hidden_act": config.hidden_act,
+        "attention_dropout": config.attention_dropout,
+        "is_decoder": True,
+    }
+
+
+def qwen2_fields(config) -> dict:
+    return {**llama_fields(config), "attention_bias": "qkv"}
+
+
+def qwen3_fields(config) -> dict:
+    return {**llama_fields(config), "qk_norm": True}
+
+
 ENCODER_MODULES = {
     "embeddings.word_embeddings": "embed_tokens",
     "embeddings.position_embeddings": "embed_positions",
@@ -146,6 +191,68 @@ def encoder_heads(language_modelling: dict[str, str]) -> dict[str, dict[str, str
         "ForTokenClassification": {"classifier": "score"},
         "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
     }
+
+
+LLAMA_MODULES = {
+    "embed_tokens": "embed_tokens",
+    "layers.*.input_layernorm": "layers.*.mixer_norm",
+    "layers.*.self_attn.q_proj": "layers.*.mixer.q_proj",
+    "layers.*.self_attn.k_proj": "layers.*.mixer.k_proj",
+    "layers.*.self_attn.v_proj": "layers.*.mixer.v_proj",
+    "layers.*.self_attn.o_proj": "layers.*.mixer.out_proj",
+    "layers.*.self_attn.q_norm": "layers.*.mixer.q_norm",
+    "layers.*.self_attn.k_norm": "layers.*.mixer.k_norm",
+    "layers.*.post_attention_layernorm": "layers.*.mlp_norm",
+    "layers.*.mlp.gate_proj": "layers.*.mlp.gate_proj",
+    "layers.*.mlp.up_proj": "layers.*.mlp.up_proj",
+    "layers.*.mlp.down_proj": "layers.*.mlp.down_proj",
+    "norm": "norm",
+}
+DECODER_HEADS = {
+    "ForCausalLM": {"lm_head": "lm_head"},
+    "ForSequenceClassification": {"score": "score"},
+    "ForTokenClassification": {"score": "score"},
+    "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
+}
+
+# Options of the sources and their kin that change what a model computes and are not known here -> values that do not.
+FOREIGN_OPTIONS = {
+    "sliding_window": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "embedding_multiplier": (None, 1),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (None, 1),
+    "query_pre_attn_scalar": (None,),
+    "scale_embedding": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "use_parallel_residual": (None, False),
+    "parallel_attn": (None, False),
+}
+
+
+def check_options(config: PreTrainedConfig) -> None:
+    """Refuses what a source computes and the backbone does not.
+
+    Raises:
+        ValueError: an option is set that would change the result; the message names it, its value and the cure.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope.get("rope_type", "default") not in known:
+            raise ValueError(f"`rope_type` ({rope['rope_type']!r}) is not known: it must be one of {sorted(known)}")
+    given = {name: getattr(config, name, None) for name in FOREIGN_OPTIONS}
+    given["partial_rotary_factor"] = rope.get("partial_rotary_factor", given["partial_rotary_factor"])
+    for name, neutral in FOREIGN_OPTIONS.items():
+        if given[name] not in neutral:
+            cure = "no family here has windows yet; set it to None if no row is longer" if "window" in name else ""
+            raise ValueError(
+                f"`{name}` ({given[name]!r}) of the source changes its result, and has no counterpart here: "
+                f"{cure or f'only {neutral[-1]!r} can be converted'}"
+            )
 
 
 SOURCES = {
@@ -194,6 +301,33 @@ SOURCES = {
         query_scale=gpt2_query_scale,
         notes=gpt2_notes,
     ),
+    "distilbert": Source(
+        fields=distilbert_fields,
+        modules={
+            "embeddings.word_embeddings": "embed_tokens",
+            "embeddings.position_embeddings": "embed_positions",
+            "embeddings.LayerNorm": "embed_norm",
+            "transformer.layer.*.attention.q_lin": "layers.*.mixer.q_proj",
+            "transformer.layer.*.attention.k_lin": "layers.*.mixer.k_proj",
+            "transformer.layer.*.attention.v_lin": "layers.*.mixer.v_proj",
+            "transformer.layer.*.attention.out_lin": "layers.*.mixer.out_proj",
+            "transformer.layer.*.sa_layer_norm": "layers.*.mixer_norm",
+            "transformer.layer.*.ffn.lin1": "layers.*.mlp.up_proj",
+            "transformer.layer.*.ffn.lin2": "layers.*.mlp.down_proj",
+            "transformer.layer.*.output_layer_norm": "layers.*.mlp_norm",
+        },
+        heads=encoder_heads(
+            {
+                "vocab_transform": "lm_transform.dense",
+                "vocab_layer_norm": "lm_transform.norm",
+                "vocab_projector": "lm_head",
+            }
+        ),
+    ),
+    "llama": Source(fields=llama_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
+    "mistral": Source(fields=llama_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
+    "qwen2": Source(fields=qwen2_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
+    "qwen3": Source(fields=qwen3_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
 }
 
 
@@ -233,15 +367,18 @@ def convert(
     model_type: str,
     head: str | None = None,
     output_report: bool = False,
+    gguf_file: str | None = None,
     **config_overrides,
 ) -> PreTrainedModel | tuple[PreTrainedModel, ConversionReport]:
-    """A model of this package with the weights of a BERT, RoBERTa or GPT-2 checkpoint.
+    """A model of this package with the weights of a checkpoint of another architecture, one of `SOURCES`.
 
     Embeddings, norms, MLPs, projections and heads are copied where the family has them; sizes, activation, dropout,
     token ids, labels, tying and dtype are the source's. SoftmaxLM then computes what the source computes, and
     CubicPrefixLM predicts at each token what an encoder with its masked-LM head computes at the end of that prefix.
     Positions count each row's real tokens, where BERT and GPT-2 without `position_ids` count padding too. GPT-2's token
     types, which are word embeddings, have no counterpart.
+
+    `classifier_pooling` is what the source's classifier reads, or what a sentence-transformers folder has beside it.
 
     With a larger `max_position_embeddings` the learned positions are repeated along the longer table, as Longformer
     starts from RoBERTa's (Beltagy et al. 2020, arXiv 2004.05150, section 5); with a smaller one the first are kept.
@@ -252,6 +389,8 @@ def convert(
         head: ending of the class to make, such as "Model" or "ForSequenceClassification"; by default the source's, a
             language modelling head being the one that fits `is_decoder`.
         output_report: return the report too; otherwise it is logged if anything is new, left out or noted.
+        gguf_file: name of a GGUF file of a causal model in `source`, a folder or Hub name; its weights are dequantized
+            to float32. Needs the package `gguf`.
         config_overrides: fields of the family's config, such as `kernel_size=64`.
 
     Returns:
@@ -259,12 +398,17 @@ def convert(
         `ConversionReport`.
 
     Raises:
+        ImportError: `gguf_file` without the package `gguf`.
         TypeError: `source` is neither a bare model of transformers nor a name.
-        ValueError: an unknown architecture, family, head or config field, or overrides that give a part of the base
+        ValueError: an unknown architecture, family, head or config field, an option of the source that changes its
+            result and is not known here, or overrides that give a part of the base
             model another shape than the source's.
     """
-    model, missing, unexpected = _load(source)
+    model, missing, unexpected = _load(source, gguf_file)
+    check_options(model.config)
     table, source_head = SOURCES[model.config.model_type], _head_of(type(model))
+    pooling = _pooling_of(source, table, source_head)
+    config_overrides = {"classifier_pooling": pooling, **config_overrides}
     head, config = _target(model, table, source_head, model_type, head, config_overrides)
     target = getattr(modeling_auto, AUTO_CLASSES[head]).from_config(config).eval().to(model.device)
     if target.can_generate() and model.can_generate():
@@ -295,10 +439,24 @@ def convert(
     return target
 
 
-def _load(source) -> tuple[PreTrainedModel, set[str], list[str]]:
+def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[str], list[str]]:
     """The source, the parameters that its checkpoint does not have, and what else the checkpoint has."""
+    if gguf_file is not None:
+        if isinstance(source, PreTrainedModel):
+            raise TypeError(f"`gguf_file` ({gguf_file!r}) is a file in a folder or on the Hub: give that as `source`")
+        if not is_gguf_available():
+            raise ImportError(f"`gguf_file` ({gguf_file!r}) is read by the package gguf: pip install gguf")
+        config, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
+        _check_architecture(config.get("model_type"))
+        loading = {"gguf_file": gguf_file, "dtype": torch.float32, "output_loading_info": True}
+        if hasattr(transformers, "GgufConfig"):  # earlier versions dequantize always
+            loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(source, **loading)
+        return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if isinstance(source, PreTrainedModel):
-        if getattr(source, "hf_quantizer", None) is not None or getattr(source, "_hf_peft_config_loaded", False):
+        quantizer = getattr(source, "hf_quantizer", None)
+        quantized = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
+        if quantized or getattr(source, "_hf_peft_config_loaded", False):
             raise TypeError("convert needs plain weights: dequantize the model, or merge its adapters, first")
         _check_architecture(source.config.model_type)
         return source, set(), []
@@ -313,6 +471,20 @@ def _load(source) -> tuple[PreTrainedModel, set[str], list[str]]:
     source_class = getattr(transformers, names[0], AutoModel)
     model, loading = source_class.from_pretrained(source, output_loading_info=True)
     return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+
+
+def _pooling_of(source, table: Source, source_head: str) -> str | None:
+    """`classifier_pooling` of the source: what its classifier reads, or what sentence-transformers wrote beside it."""
+    if source_head == "ForSequenceClassification" and source_head in table.heads:
+        return "last"  # the heads without a pooler are those of causal models
+    if isinstance(source, PreTrainedModel):
+        return None
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(source, "1_Pooling/config.json", **missing)
+    modes = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    named = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
+    chosen = [pooling for mode, pooling in named.items() if modes.get(mode)]
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def _check_architecture(model_type: str | None) -> None:
@@ -332,7 +504,11 @@ def _target(model, table, source_head, model_type, head, overrides) -> tuple[str
     auto_classes = heads_of(model_type)
     heads = [name for name, auto_class in AUTO_CLASSES.items() if auto_class in auto_classes]
     source = model.config
-    fields = {name: getattr(source, name) for name in COMMON_FIELDS} | table.fields(source) | {"dtype": model.dtype}
+    fields = (
+        {name: getattr(source, name) for name in COMMON_FIELDS if hasattr(source, name)}
+        | table.fields(source)
+        | {"dtype": model.dtype}
+    )
     config_class = CONFIG_MAPPING[model_type]
     if "ForMaskedLM" not in heads or config_class.encoder_generates:
         fields["is_decoder"] = True
@@ -386,9 +562,13 @@ def _copy(parameters, parts, target, base, report) -> None:
                 continue
             if place == f"{base}embed_positions.weight":
                 values = _fit_positions(values, target.config, report)
+            if re.search(r"\.mixer\.[kv]_proj\.", place):
+                values = _fit_heads(values, len(places[place]), target.config, report)
             if values.shape == places[place].shape:
                 places[place].copy_(values)
                 used.append(place)
+            elif re.sub(r"(v|out)_proj\.\w+$", "q_proj.weight", place) not in places and ".mixer." in place:
+                continue  # a mixer without queries has one width, whatever the heads of the source are
             elif place.startswith(base):
                 raise ValueError(
                     f"`{place}` is {tuple(places[place].shape)}, but {name} of the source {tuple(values.shape)}: leave "
@@ -413,6 +593,16 @@ def _fit_positions(table: torch.Tensor, config, report) -> torch.Tensor:
         report.notes.append(f"the {len(table) - offset} learned positions are {change} to {config.num_positions}")
     index = torch.arange(rows, device=table.device)
     return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
+
+
+def _fit_heads(values: torch.Tensor, rows: int, config, report) -> torch.Tensor:
+    """The source's keys or values with `rows` rows, each head repeated for the query heads that it serves."""
+    if rows == len(values) or rows % len(values) or len(values) % config.head_dim:
+        return values
+    note = f"each head of keys and values is repeated {rows // len(values)} times"
+    if note not in report.notes:
+        report.notes.append(note)
+    return values.unflatten(0, (-1, config.head_dim)).repeat_interleave(rows // len(values), 0).flatten(0, 1)
 
 
 def _count_layers(names: Iterable[str]) -> list[str]:

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
 from ordnung.modeling.backbone import Attention, make_attention_mask
+from ordnung.modeling.mixers.projections import angles_of
+from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.prefix_attention import fold_keys, fold_values, join_scores
 
 
@@ -80,7 +81,8 @@ class PrefixAttention(Attention):
     The distribution of token t + 1 comes from a bidirectional pass over tokens 0 to t, read at t (ENTP, Ewer et al.
     2024, arXiv 2410.01600). The first layer shares its attention between prefixes and the last computes one row, O(N^2)
     each; the layers between are O(N^3), the N^2 / 2 rows of MLPs and projections O(N^2 D). Prefill O(N^2), decoding
-    O(N^2) a token, state 5 rows of D a token. With stride s, training O(N^3 / s), decoding O(N^2 / s) on average.
+    O(N^2) a token, state 5 rows of D a token (those of keys and values G d wide). With stride s, training O(N^3 / s),
+    decoding O(N^2 / s) on average.
     """
 
     layer_type = "cubic_prefix"
@@ -106,26 +108,23 @@ class PrefixAttention(Attention):
         `visible` (G, S, T) says which tokens each of them sees. `past_key_values` takes the keys and values of all T.
         """
         G, S = chosen.shape
-        query = self.q_proj(states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1])))
-        query = query.view(G, S, -1, self.head_dim).transpose(1, 2)
-        keep = past_key_values is not None
-        if not keep and position_embeddings is None and self.folds(self.k_proj, S):
+        angles = position_embeddings or ()  # (G or 1, T, P) each
+        at = [x.expand(G, -1, -1).gather(1, chosen[..., None].expand(-1, -1, self.head_dim)) for x in angles]
+        read = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1]))
+        query = self.queries(read, angles_of(at)).transpose(1, 2)  # (G, H, S, P)
+        keep, groups = past_key_values is not None, self.num_key_value_groups
+        if not keep and self.keys_are_linear and self.folds(self.k_proj, S):
             scores = fold_keys(query, states, self.k_proj.weight, self.k_proj.bias)
         else:
-            key = self.k_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
-            if position_embeddings is not None:
-                _, key = apply_rotary_pos_emb(key, key, *position_embeddings)
-                chosen = chosen[..., None].expand(-1, -1, self.head_dim)
-                at = (x.expand(G, -1, -1).gather(1, chosen) for x in position_embeddings)
-                query, _ = apply_rotary_pos_emb(query, query, *at)
-            scores = query @ key.transpose(2, 3)
+            key = self.keys(states, angles_of(angles)).transpose(1, 2)
+            scores = query @ per_query_head(key, groups).transpose(2, 3)
         weights = join_scores(scores * self.scaling, visible[:, None]).softmax(-1)
         weights = nn.functional.dropout(weights, self.dropout).to(states.dtype)
         if not keep and self.folds(self.v_proj, S):
-            mixed = fold_values(weights, states, self.v_proj.weight, self.v_proj.bias)
+            mixed = fold_values(weights, states, self.v_proj.weight, self.v_proj.bias, groups)
         else:
-            value = self.v_proj(states).view(G, -1, query.shape[1], self.head_dim).transpose(1, 2)
-            mixed = weights @ value
+            value = self.values(states).transpose(1, 2)
+            mixed = weights @ per_query_head(value, groups)
         if keep:
             past_key_values.update(key, value, self.layer_idx)
         return self.out_proj(mixed.transpose(1, 2).reshape(G, S, -1))
@@ -142,14 +141,17 @@ class PrefixAttention(Attention):
         """
         hooks = linear._forward_pre_hooks or linear._forward_hooks or hasattr(linear, "_hf_hook")
         plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooks
-        return plain and reads * (self.config.num_attention_heads - 1) < self.config.hidden_size
+        width, inner = self.config.hidden_size, self.q_proj.out_features
+        # folded, each read has a key's products with all heads' states; plain, each token has its key
+        return plain and reads * (self.config.num_attention_heads * width - inner) < linear.out_features * width
 
     def read_flops(self, reads: int, tokens: int) -> int:
         """FLOPs of `read` for one pass of `tokens` tokens."""
         D, H = self.config.hidden_size, self.config.num_attention_heads
-        folded = 2 * D * D * reads + 2 * H * D * reads * tokens
-        plain = 2 * D * D * tokens + 2 * D * reads * tokens
+        inner, held = self.q_proj.out_features, self.k_proj.out_features
+        folded = 2 * D * inner * reads + 2 * H * D * reads * tokens
+        plain = 2 * D * held * tokens + 2 * inner * reads * tokens
         keys = plain
-        if self.config.position_embedding_type != "rope" and self.folds(self.k_proj, reads):
-            keys = folded + 2 * D * reads  # with the bias
-        return 4 * D * D * reads + keys + (folded if self.folds(self.v_proj, reads) else plain)
+        if self.keys_are_linear and self.folds(self.k_proj, reads):
+            keys = folded + (0 if self.k_proj.bias is None else 2 * inner * reads)
+        return 4 * D * inner * reads + keys + (folded if self.folds(self.v_proj, reads) else plain)

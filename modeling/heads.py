@@ -25,7 +25,9 @@ from transformers.utils.generic import can_return_tuple
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
 from ordnung.modeling.backbone import BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.mixers.norms import make_norm
 from ordnung.modeling.mixers.rows import Rows
+from ordnung.modeling.pooling import pool_documents, pool_rows
 
 # What says that a row of a batch holds several documents, besides `position_ids`.
 MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -83,7 +85,7 @@ class LMTransform(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = make_norm(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm(self.act_fn(self.dense(hidden_states)))
@@ -239,7 +241,7 @@ class ClassificationHead(Head):
 
 
 class ForSequenceClassification(ClassificationHead):
-    """One label per sequence, read from its last real token (causal) or its first one (bidirectional).
+    """One label per sequence, read from its tokens' states as `config.classifier_pooling` says.
 
     Real tokens are those of `attention_mask`; without one, those that differ from `config.pad_token_id`. Of packed rows
     each document has its label: logits (documents, labels) and `labels` (documents,) are in their order in the batch.
@@ -263,6 +265,11 @@ class ForSequenceClassification(ClassificationHead):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
+        if past_key_values is not None and self.config.pooling != "last" and past_key_values.get_seq_length():
+            raise ValueError(
+                f"`past_key_values` has no states of earlier tokens, which classifier_pooling={self.config.pooling!r} "
+                "reads: give all tokens of a sequence at once, or set classifier_pooling='last'."
+            )
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         rows, kwargs = self.packed_rows(inputs, attention_mask, position_ids, past_key_values, kwargs)
         outputs: BaseModelOutputWithPast = self.model(
@@ -277,13 +284,11 @@ class ForSequenceClassification(ClassificationHead):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        B, N = hidden_states.shape[:2]
         if rows is not None:
-            read = rows.bounds[1 if self.config.is_decoder else 0]
-            pooled = hidden_states.flatten(0, 1)[read.to(hidden_states.device)]  # (documents, D)
+            pooled = pool_documents(hidden_states, rows, self.config.pooling)  # (documents, D)
         else:
-            read = self.read_positions(input_ids, attention_mask, B, N).to(hidden_states.device)
-            pooled = hidden_states[torch.arange(B, device=hidden_states.device), read]  # (B, D)
+            real = self.real_tokens(input_ids, attention_mask, *hidden_states.shape[:2])
+            pooled = pool_rows(hidden_states, real, self.config.pooling)  # (B, D)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
@@ -299,24 +304,19 @@ class ForSequenceClassification(ClassificationHead):
     def head_flops(self, seq_len: int) -> int:
         return linear_flops(self.score)
 
-    def read_positions(self, input_ids, attention_mask, B: int, N: int) -> torch.LongTensor:
-        """(B,) index of the token that each row is classified by."""
+    def real_tokens(self, input_ids, attention_mask, B: int, N: int) -> torch.BoolTensor | None:
+        """(B, N), False for padding; None if all tokens are taken to be real."""
         pad = self.config.pad_token_id
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            real = attention_mask[:, -N:] != 0
-        elif input_ids is not None and pad is not None:
-            real = input_ids != pad
-        elif B > 1 and pad is None:
+            return attention_mask[:, -N:] != 0
+        if input_ids is not None and pad is not None:
+            return input_ids != pad
+        if B > 1 and pad is None:
             raise ValueError(
                 f"{type(self).__name__} cannot tell the real tokens of {B} rows: give an `attention_mask`, or set "
                 "`config.pad_token_id`."
             )
-        else:
-            return torch.full((B,), N - 1 if self.config.is_decoder else 0)
-        index = torch.arange(N, device=real.device)
-        if self.config.is_decoder:
-            return torch.where(real, index, -1).amax(1)
-        return torch.where(real, index, N).amin(1).clamp(max=N - 1)
+        return None
 
 
 class ForMultipleChoice(ForSequenceClassification):

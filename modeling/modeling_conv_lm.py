@@ -17,6 +17,7 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ordnung.modeling.mixers.projections import input_projection, output_projection
 from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.causal_conv import causal_conv
@@ -63,10 +64,10 @@ class CausalConvolution(Mixer):
         kernels = config.num_attention_heads if config.kernel_sharing == "head" else config.hidden_size
         # lag-major: column 0 weighs the current token
         self.kernel_logits = nn.Parameter(torch.empty(kernels, self.kernel_size))
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = input_projection(config, config.hidden_size)
         if config.gate == "input_output":
-            self.gate_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+            self.gate_proj = input_projection(config, 2 * config.hidden_size)
+        self.out_proj = output_projection(config, config.hidden_size)
 
     def init_weights(self, std: float) -> None:
         """`std` is not used: kernels start as weighted means of the past, wider from head to head."""

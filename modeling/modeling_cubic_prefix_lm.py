@@ -30,6 +30,7 @@ from ordnung.modeling.heads import (
     ForTokenClassification,
 )
 from ordnung.modeling.mixers.rows import Rows
+from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.prefix_attention import (
     FirstLayer,
     Group,
@@ -392,7 +393,9 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         if not projected:
             query, key, value = self.layers[0](hidden_states, rope, run=project_first)
             projected = query * mixer.scaling, key, value
-        return FirstLayer(hidden_states, *projected, real, rope, mixer.dropout)
+        query, *held = projected
+        held = [per_query_head(x, mixer.num_key_value_groups) for x in held]
+        return FirstLayer(hidden_states, query, *held, real, rope, mixer.dropout)
 
     def first_state(self, past: Cache) -> dict[str, torch.Tensor]:
         if not past.layers or not isinstance(past.layers[0], PrefixCacheLayer):
@@ -435,31 +438,32 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
 
     def prefix_flops(self, seq_len: int, read: torch.Tensor | None = None) -> int:
         """FLOPs of predicting from each of `seq_len` tokens, or those in `read` (1, seq_len), two per multiply-add."""
-        D = self.config.hidden_size
+        A, D = self.layers[0].mixer.q_proj.out_features, self.config.hidden_size
         mixer, mlp = (linear_flops(part) for part in (self.layers[0].mixer, self.layers[0].mlp))
         if self.stride is None or seq_len < self.stride:
             pairs = seq_len * (seq_len + 1) // 2
-            return len(self.layers) * ((mixer + mlp) * seq_len + 4 * pairs * D)
+            return len(self.layers) * ((mixer + mlp) * seq_len + 4 * pairs * A)
         real = torch.ones(1, seq_len, dtype=torch.bool, device="cpu")
         [(_, groups)] = self.plan(prefix_ends(real, self.stride), real if read is None else read)
-        flops, at = 6 * D * D * seq_len, 0
+        flops, at = (mixer - 2 * A * D) * seq_len, 0  # the output is projected in each pass
         for group in groups:
             G, T, S = len(group.rows), group.stop, group.reads.shape[1]
             if group.start - at >= SEGMENT or (group is groups[-1] and group.start > at):
-                flops += 4 * D * seq_len * (group.start - at)
+                flops += 4 * A * seq_len * (group.start - at)
                 at = group.start
-            flops += 4 * D * T * (group.start - at) + 2 * D * T * (T - group.start) * (1 + G)
-            flops += G * T * (2 * D * D + mlp)
-            flops += (len(self.layers) - 2) * G * T * (mixer + mlp + 4 * T * D)
+            flops += 4 * A * T * (group.start - at) + 2 * A * T * (T - group.start) * (1 + G)
+            flops += G * T * (2 * A * D + mlp)
+            flops += (len(self.layers) - 2) * G * T * (mixer + mlp + 4 * T * A)
             flops += G * (S * mlp + self.layers[-1].mixer.read_flops(S, T))
         return flops
 
     def cache_bytes(self, seq_len: int) -> int:
         """Bytes of the generation state of one sequence after `seq_len` tokens, in the dtype of the weights."""
         D, H, itemsize = self.config.hidden_size, self.config.num_attention_heads, self.dtype.itemsize
+        inner, held = (linear.out_features for linear in (self.layers[0].mixer.q_proj, self.layers[0].mixer.k_proj))
         if self.stride == 1:
-            return seq_len * (4 * D * itemsize + (D + H) * max(itemsize, 4))
-        return seq_len * (2 * len(self.layers) + (self.stride is not None)) * D * itemsize
+            return seq_len * ((D + inner + 2 * held) * itemsize + (inner + H) * max(itemsize, 4))
+        return seq_len * (2 * len(self.layers) * held + (self.stride is not None) * D) * itemsize
 
 
 class CubicPrefixLMForCausalLM(CubicPrefixLMPreTrainedModel, ForCausalLM, GenerationMixin):

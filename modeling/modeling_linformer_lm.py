@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_linformer_lm import LinformerLMConfig
@@ -21,6 +21,7 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ordnung.modeling.mixers.projections import Projections, angles_of
 from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.causal_linformer import CausalLinformer, CausalState
@@ -34,13 +35,8 @@ class LinformerCacheLayer(RecurrentStateLayer):
     _layer_type = "causal_linformer_attention"
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of queries or keys (B, N, H, D / H), cos and sin (B, N, 1, D / H)."""
-    return states * cos + rotate_half(states) * sin
-
-
 def of_batch(position_embeddings, hidden_states) -> list[torch.Tensor]:
-    """Cosines and sines (B, N, D / H) for every row of the batch, or none."""
+    """Cosines and sines (B, N, d) for every row of the batch, or none."""
     return [x.expand(hidden_states.shape[0], -1, -1) for x in position_embeddings or ()]
 
 
@@ -51,7 +47,7 @@ def by_token(outputs):
 
 
 class SequenceProjection(nn.Module):
-    """The weights of E and F, with a row for each position: (2 or 1, H or 1, n, k), or (2 or 1, H or 1, n / k) taps.
+    """The weights of E and F, with a row for each position: (2 or 1, G or 1, n, k), or (2 or 1, G or 1, n / k) taps.
 
     A bidirectional model uses them as they are; a causal one needs positive weights and takes them for logarithms.
     """
@@ -60,7 +56,7 @@ class SequenceProjection(nn.Module):
         super().__init__()
         self.config, self.k = config, k
         separate = config.projection_sharing in ("none", "headwise")
-        heads = config.num_attention_heads if config.projection_sharing == "none" else 1
+        heads = config.num_key_value_heads if config.projection_sharing == "none" else 1
         n = config.num_positions
         shape = (n, k) if config.projection_type == "linear" else (n // k,)
         self.weight = nn.Parameter(torch.empty(2 if separate else 1, heads, *shape))
@@ -81,32 +77,22 @@ class SequenceProjection(nn.Module):
             init.normal_(self.weight, std=k**-0.5)
 
 
-class LinformerMixer(Mixer):
+class LinformerMixer(Projections, Mixer):
     """What the bidirectional and the causal mixer share."""
 
     def __init__(self, config: LinformerLMConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.k = config.projected_sizes[layer_idx]
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
         self.is_causal = False  # read by the attention functions: the queries and the slots are no square
-        self.num_key_value_groups = 1  # likewise
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.add_projections(config)
         owns = config.learns_projection(layer_idx) and config.projection_sharing != "layerwise"
         self.projection = SequenceProjection(config, self.k) if owns else None
 
     def sequence_weights(self, shared: torch.Tensor | None) -> torch.Tensor | None:
         return shared if self.projection is None else self.projection()
 
-    def heads(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) to (B, N, H, D / H)."""
-        return states.unflatten(-1, (-1, self.head_dim))
-
     def attend(self, query, key, value, bias, **kwargs):
-        """Softmax attention (B, H, ., D / H) of the configured implementation: (B, N, H, D / H), weights or None."""
+        """Softmax attention (B, heads, ., d) of the configured implementation: (B, N, H, d), weights or None."""
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         return interface(self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -148,18 +134,16 @@ class LinformerAttention(LinformerMixer):
 
         def mix_row(states, *rest):
             *angles, lengths = rest
-            angles = [x[:, :, None] for x in angles]
+            angles = angles_of(angles)
             key, value = self.keys_and_values(states, angles, weights, lengths)
             bias = self.slot_bias(states, lengths)
 
             def mix(place):
                 part, which = states[place], place[0]
-                query = self.heads(self.q_proj(part))  # (B, N, H, D / H)
-                if angles:
-                    query = rotate(query, *(x[place] for x in angles))
+                query = self.queries(part, [x[place] for x in angles])  # (B, N, H, d)
                 biased = None if bias is None else bias[which, :, place[1]]
                 output, probabilities = self.attend(query.transpose(1, 2), key[which], value[which], biased, **kwargs)
-                return self.out_proj(output.reshape(part.shape)), probabilities
+                return self.out_proj(output.flatten(2)), probabilities
 
             # all else of the layer treats each token by itself
             output, probabilities = self.in_pieces(mix, states)
@@ -171,13 +155,13 @@ class LinformerAttention(LinformerMixer):
         return by_token(over_rows(rows, mix_row, hidden_states, *of_batch(position_embeddings, hidden_states)))
 
     def keys_and_values(self, states, angles, weights, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected keys and values (B, H, M, D / H) of states (B, N, D)."""
+        """Projected keys and values (B, G, M, d) of states (B, N, D)."""
         e, f = (None, None) if weights is None else (weights[0], weights[-1])
         rows = self.project(states, f, lengths) if self.projects_first else None  # (B, M, D)
         sums = self.weight_sums(states, f, lengths)
         value = self.rows_of(self.v_proj, states, rows, f, lengths, sums)
-        if angles:  # keys turn before they are summed
-            key = self.project(rotate(self.heads(self.k_proj(states)), *angles).flatten(2), e, lengths)
+        if not self.keys_are_linear:  # they are normed and turn before they are summed
+            key = self.project(self.keys(states, angles).flatten(2), e, lengths)
         else:
             if rows is not None and weights is not None and len(weights) == 2:
                 rows, sums = self.project(states, e, lengths), self.weight_sums(states, e, lengths)
@@ -217,7 +201,7 @@ class LinformerAttention(LinformerMixer):
         return min(N, self.config.num_positions)
 
     def project(self, states, weight, lengths: torch.Tensor | None):
-        """(B, N, D) to (B, M, D)."""
+        """(B, N, ...) to (B, M, ...), of states D wide or of all heads of keys or values."""
         kind, k, n = self.shape
         if lengths is not None:
             states = states[:, : self.span(states.shape[1], lengths)]
@@ -234,7 +218,7 @@ class LinformerAttention(LinformerMixer):
         return weight_sums(kind, weight, self.span(states.shape[1], lengths), lengths)
 
     def rows_of(self, linear: nn.Module, states, rows, weight, lengths: torch.Tensor | None, sums):
-        """The projected keys or values (B, M, D): `linear` of the projected input `rows`, or the reverse."""
+        """The projected keys or values (B, M, G d): `linear` of the projected input `rows`, or the reverse."""
         if rows is None:
             return self.project(linear(states), weight, lengths)
         if sums is None:
@@ -250,8 +234,9 @@ class LinformerAttention(LinformerMixer):
 
     def flops(self, seq_len: int) -> int:
         width, (kind, k, n), N = self.config.hidden_size, self.shape, seq_len
+        inner, held = self.q_proj.out_features, self.k_proj.out_features  # widths of queries, and of keys and values
         separate = kind in LEARNED and self.config.projection_sharing in ("none", "headwise")
-        rope = self.config.position_embedding_type == "rope"
+        linear = self.keys_are_linear
         if kind == "linear":
             rows, terms = k, N * k  # products of a weight and a token
         elif kind == "adaptive_mean_pool":
@@ -259,14 +244,16 @@ class LinformerAttention(LinformerMixer):
         else:
             rows = -(-N // (n // k))
             terms = rows * (n // k) if kind == "conv" else 0
-        total = 2 * 2 * N * width**2 + 4 * N * rows * width  # queries and output; attention
-        for first in (self.projects_first and not rope, self.projects_first):  # keys and values
+        total = 2 * 2 * N * width * inner + 4 * N * rows * inner  # queries and output; attention
+        for first in (self.projects_first and linear, self.projects_first):  # keys and values
             # after learned projections a row more, for the bias
-            total += 2 * width**2 * (rows + (kind in LEARNED) if first else N)
+            total += 2 * width * held * (rows + (kind in LEARNED) if first else N)
         if self.projects_first and kind in LEARNED:  # the sums that multiply the bias
-            total += 2 * terms * (2 if separate and not rope else 1)
-        shared = self.projects_first and not rope and not separate
-        return total + 2 * terms * width * (1 if shared else 2)
+            total += 2 * terms * (2 if separate and linear else 1)
+        values = width if self.projects_first else held
+        shared = self.projects_first and linear and not separate
+        keys = 0 if shared else width if self.projects_first and linear else held
+        return total + 2 * terms * (values + keys)
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
         """None: a bidirectional model does not generate."""
@@ -305,14 +292,11 @@ class CausalLinformerAttention(LinformerMixer):
         attend = partial(self.attend, **kwargs)
 
         def project(states, angles):
-            query, key, value = (self.heads(p(states)) for p in (self.q_proj, self.k_proj, self.v_proj))
-            if angles:
-                query, key = rotate(query, *angles), rotate(key, *angles)
-            return query, key, value
+            return self.queries(states, angles), self.keys(states, angles), self.values(states)
 
         def mix_row(states, *rest):
             *angles, lengths = rest
-            angles = [x[:, :, None] for x in angles]
+            angles = angles_of(angles)
             carry = None
 
             def mix(place):
@@ -348,19 +332,20 @@ class CausalLinformerAttention(LinformerMixer):
         angles = of_batch(position_embeddings, hidden_states)
         if rows is None or not rows.packed:
             return by_token(over_rows(rows, mix_row, hidden_states, *angles))
-        output, probabilities = rows.mix(mix_document, *project(hidden_states, [x[:, :, None] for x in angles]))
+        output, probabilities = rows.mix(mix_document, *project(hidden_states, angles_of(angles)))
         return by_token((self.out_proj(output.flatten(2)), probabilities))
 
     def flops(self, seq_len: int) -> int:
         # what a whole block costs, shared out to its tokens: so the difference of two lengths is the cost of decoding
         window = (self.config.local_blocks_back + 1) * self.config.local_block_size
-        mixing = 4 * seq_len * (window + self.k) + 4 * seq_len * self.k  # attention; adding to the slots
-        return linear_flops(self) * seq_len + mixing * self.config.hidden_size
+        attention = 4 * seq_len * (window + self.k) * self.q_proj.out_features
+        adding = 4 * seq_len * self.k * self.k_proj.out_features  # to the slots
+        return linear_flops(self) * seq_len + attention + adding
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
         window = (self.config.local_blocks_back + 1) * self.config.local_block_size
-        sharing, width = self.config.projection_sharing, self.config.hidden_size
-        parts = {"none": 2 * self.config.num_attention_heads, "headwise": 2}.get(sharing, 1)
+        sharing, width = self.config.projection_sharing, self.k_proj.out_features
+        parts = {"none": 2 * self.config.num_key_value_heads, "headwise": 2}.get(sharing, 1)
         if not self.config.learns_projection(self.layer_idx):
             parts = 1
         return 2 * window * width * itemsize + self.k * (2 * width + parts) * max(itemsize, 4)

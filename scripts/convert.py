@@ -1,4 +1,4 @@
-"""Convert a BERT, RoBERTa or GPT-2 checkpoint into a family of this package.
+"""Convert a BERT-style, GPT-2 or Llama-style checkpoint into a family of this package.
 
     ordnung convert --source bert-base-uncased --model_type softmax_lm --output_dir out/softmax-bert
 
@@ -17,6 +17,9 @@ from ordnung.scripts.common.options import MergeKeyValues, option, parse_options
 @dataclass(kw_only=True)
 class ConvertOptions:
     source: str = required("Checkpoint to convert: folder or Hub name.", section="model")
+    gguf_file: str | None = option(
+        None, "GGUF file of the source to read instead of its own; needs `pip install gguf`."
+    )
     model_type: str = required(f"Family to convert into: {', '.join(FAMILIES)}.")
     head: str | None = option(None, "Class to make, such as Model or ForSequenceClassification; default: as before.")
     config_overrides: str | None = option(None, "Config fields to change: projected_size=256.", action=MergeKeyValues)
@@ -43,20 +46,26 @@ def main(argv: list[str] | None = None) -> int:
     from ordnung.scripts.common import limits
     from ordnung.scripts.common.models import check_folder
 
-    check_folder(options.source)
+    if options.gguf_file is None:
+        check_folder(options.source)
+    elif Path(options.source).is_dir() and not (Path(options.source) / options.gguf_file).is_file():
+        files = sorted(path.name for path in Path(options.source).glob("*.gguf"))
+        raise ScriptError(f"--gguf_file {options.gguf_file} is not in {options.source}, whose GGUF files are {files}")
     try:
         model, report = ordnung.convert(
             options.source,
             options.model_type,
             head=options.head,
             output_report=True,
+            gguf_file=options.gguf_file,
             **(options.config_overrides or {}),
         )
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (ImportError, OSError, ValueError, StrictDataclassError) as error:
         raise ScriptError(f"cannot convert {options.source}: {' '.join(str(error).split())}") from error
     print(report)
     try:
-        tokenizer = limits.fit_tokenizer(AutoTokenizer.from_pretrained(options.source), model)
+        gguf = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
+        tokenizer = limits.fit_tokenizer(AutoTokenizer.from_pretrained(options.source, **gguf), model)
     except (OSError, ValueError):
         tokenizer = None
         print(f"  note: no tokenizer in {options.source}: put one into {options.output_dir}")

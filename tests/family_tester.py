@@ -29,6 +29,20 @@ VOCAB = 50
 PAD = 0
 
 
+# What Llama, Qwen and their like are made of.
+MODERN = {
+    "norm_type": "rms_norm",
+    "mlp_type": "gated",
+    "hidden_act": "silu",
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "qk_norm": True,
+    "position_embedding_type": "rope",
+}
+
+
 def masked_batch():
     """Three rows of 19: padded on the left, on the right, and in the middle (with one pad at the end)."""
     ids = torch.randint(1, VOCAB, (3, 19))
@@ -772,6 +786,46 @@ class FamilyTester:
         for before, a, b in zip(start.parameters(), whole.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(a, b) and not torch.equal(a, before)
 
+    # classification
+
+    @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
+    @pytest.mark.parametrize("is_decoder", [True, False])
+    def test_pooling_reads_real_tokens_alone(self, pooling, is_decoder):
+        """Padded anywhere, packed, and as choices: each sequence gives what it gives alone."""
+        encoders = "AutoModelForMultipleChoice" in heads_of(self.model_type)
+        if not is_decoder and not encoders:
+            pytest.skip("this family is causal")
+        fields = {"classifier_pooling": pooling, "is_decoder": is_decoder}
+        model = self.model(head="AutoModelForSequenceClassification", num_labels=3, **fields)
+        states = getattr(model, model.base_model_prefix)
+
+        def expected(ids):
+            hidden = states(ids[None]).last_hidden_state[0]
+            return model.score({"first": hidden[0], "last": hidden[-1], "mean": hidden.mean(0)}[pooling])
+
+        ids, mask = masked_batch()
+        logits = model(ids, attention_mask=mask).logits
+        for row in range(3):
+            self.assert_equal(logits[row], expected(ids[row][mask[row] == 1]))
+        packed, places = packed_batch()
+        logits = model(packed, **marks_of("position_ids", places)).logits
+        for number, (row, place) in enumerate(places):
+            self.assert_equal(logits[number], expected(packed[row, place]))
+        if encoders:
+            choice = self.model(head="AutoModelForMultipleChoice", **fields)
+            got = choice(ids[None], attention_mask=mask[None]).logits[0]
+            for row in range(3):
+                self.assert_equal(got[row], choice(ids[row][mask[row] == 1][None, None]).logits[0, 0])
+
+    def test_pooling_of_earlier_tokens_is_refused_in_words(self):
+        model = self.model(head="AutoModelForSequenceClassification", classifier_pooling="mean")
+        ids = torch.randint(1, VOCAB, (2, 8))
+        past = model(ids, use_cache=True).past_key_values
+        if past is None:
+            pytest.skip("this family classifies without a state")
+        with pytest.raises(ValueError, match="classifier_pooling='mean' reads: give all tokens"):
+            model(ids[:, :1], past_key_values=past)
+
     # unusual input
 
     def test_unusual_input_has_an_answer(self, variant):
@@ -820,6 +874,14 @@ class FamilyTester:
     def test_wrong_config_is_refused_in_words(self):
         for overrides, message in (
             ({"hidden_size": 30}, r"`hidden_size` \(30\) must be a multiple of `num_attention_heads` \(4\)"),
+            ({"num_key_value_heads": 3}, r"`num_key_value_heads` \(3\) must divide `num_attention_heads` \(4\)"),
+            ({"num_key_value_heads": 0}, r"`num_key_value_heads` \(0\) must be at least 1"),
+            ({"head_dim": 0}, r"`head_dim` \(0\) must be at least 1"),
+            ({"head_dim": 7, "position_embedding_type": "rope"}, r"even head size, but `head_dim` \(7\)"),
+            ({"norm_type": "group_norm"}, "norm_type"),
+            ({"mlp_type": "mixture"}, "mlp_type"),
+            ({"classifier_pooling": "max"}, "classifier_pooling"),
+            ({"attention_bias": "out"}, "attention_bias"),
             ({"num_hidden_layers": 0}, r"`num_hidden_layers` \(0\) must be at least 1"),
             ({"hidden_act": "gelo"}, r"`hidden_act` \('gelo'\)"),
             ({"norm_position": "middle"}, "norm_position"),

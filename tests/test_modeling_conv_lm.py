@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 import torch._dynamo.testing
-from family_tester import PAD, VOCAB, FamilyTester
+from family_tester import MODERN, PAD, VOCAB, FamilyTester
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +26,7 @@ class TestConvLM(FamilyTester):
         "one-tap": {"kernel_size": 1, "kernel_normalization": "none"},
         "learned-post": {"kernel_size": 20, "position_embedding_type": "learned", "norm_position": "post"},
         "conv1d": {"kernel_size": 5, "conv_implementation": "conv1d"},
+        "modern": {**MODERN, "kernel_size": 4, "layer_types": ["conv", "full_attention", "conv"]},
     }
     mixing_exponent = 1
     state_grows = False

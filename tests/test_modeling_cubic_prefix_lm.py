@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from family_tester import VOCAB, FamilyTester, masked_batch
+from family_tester import MODERN, VOCAB, FamilyTester, masked_batch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,6 +25,9 @@ class TestCubicPrefixLM(FamilyTester):
         "post-two-layers": {"norm_position": "post", "num_hidden_layers": 2, "prefix_group_tokens": 64},
         "stride-post": {"norm_position": "post", "prefix_stride": 8, "attn_implementation": "eager"},
         "causal": {"prefix_stride": None},
+        "modern": MODERN,
+        "modern-folded": {**MODERN, "qk_norm": False, "position_embedding_type": "learned", "attention_bias": "qkv"},
+        "modern-stride": {**MODERN, "prefix_stride": 3},
     }
     counted_variant = "stride-post"  # torch does not count its fused CPU kernel
     single_precision = ("stride-post",)

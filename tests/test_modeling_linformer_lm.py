@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
-from family_tester import PAD, VOCAB, FamilyTester, masked_batch
+from family_tester import MODERN, PAD, VOCAB, FamilyTester, masked_batch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -75,6 +75,7 @@ class TestCausalLinformerLM(FamilyTester):
             "local_block_size": 4,
             "attn_implementation": "eager",
         },
+        "modern": {**MODERN, "projected_size": 8, "projection_sharing": "none", "local_block_size": 4},
     }
     counted_variant = "eager"  # torch does not count its fused CPU kernel
     mixing_exponent = 1

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from family_tester import VOCAB, FamilyTester, masked_batch
+from family_tester import MODERN, VOCAB, FamilyTester, masked_batch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -20,6 +20,7 @@ class TestSoftmaxLM(FamilyTester):
         "learned-post": {"position_embedding_type": "learned", "norm_position": "post"},
         "none": {"position_embedding_type": "none", "tie_word_embeddings": False, "lm_head_bias": True},
         "eager": {"attn_implementation": "eager"},
+        "modern": MODERN,
     }
     counted_variant = "eager"  # torch does not count its fused CPU kernel
     mixing_exponent = 2

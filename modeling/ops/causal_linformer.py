@@ -1,6 +1,7 @@
 """Causal attention to a window of blocks and to k slots that hold the projection of everything older.
 
-Legend: B batch, N new tokens, H heads, D head dimension, C tokens of a block, W blocks that a token sees before its
+Legend: B batch, N new tokens, H heads (those of keys and values, in them and all that is made of them, may be fewer and
+each serve as many heads of queries), D head dimension, C tokens of a block, W blocks that a token sees before its
 own, R = (W + 1) C tokens of the window at most, k slots, n positions of the table, T blocks of a slab, L = R + k keys.
 P of a weight or mass is (2 or 1, H or 1): keys and values, and the heads, each with their own weights or not.
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ordnung.modeling.ops.chunks import is_graph
+from ordnung.modeling.ops.grouped import per_query_head
 
 # Elements of the keys that are laid out at once, tokens of all rows times width: few stay in a processor's cache, a GPU
 # wants more work.
@@ -117,9 +119,9 @@ def fused_attention(query, key, value, bias):
 class CausalLinformer(NamedTuple):
     """The operator with one layer's weights: `kind`, `weight`, `k` and `n` as `positive_weights` takes them, C and W.
 
-    Its methods take `attend`, a function of query (X, H, Q, D), key and value (X, H, L, D) and bias (X, 1 or H, Q, L)
-    that returns (X, Q, H, D) and, or None, the weights (X, H, Q, L); they return (B, N, H, D) and, or None, the weights
-    (B, H, N, L): those of the tokens of the window, oldest first, then those of the slots.
+    Its methods take `attend`, a function of query (X, H, Q, D), key and value (X, heads, L, D) and bias
+    (X, 1 or H, Q, L) that returns (X, Q, H, D) and, or None, the weights (X, H, Q, L); they return (B, N, H, D) and, or
+    None, the weights (B, H, N, L): those of the tokens of the window, oldest first, then those of the slots.
     """
 
     kind: str
@@ -299,14 +301,15 @@ class CausalLinformer(NamedTuple):
         place = torch.arange(self.R, device=query.device)
         seen = (place <= place[self.W * self.C :, None]) & exists  # (B or 1, T, 1, C, R)
         local = torch.zeros((), dtype=query.dtype, device=query.device).where(seen, -torch.inf)
-        slots = log_mass(mass[:, :, 0]).to(query.dtype)[:, :, :, None]  # (B or 1, T, H or 1, 1, k)
+        slots = log_mass(mass[:, :, 0]).to(query.dtype)[:, :, :, None]  # (B or 1, T, heads or 1, 1, k)
+        slots = for_queries(slots, 2, key, query)
         shape = (B, T, slots.shape[2], self.C)
         bias = torch.cat([local.expand(*shape, self.R), slots.expand(*shape, self.k)], dim=-1)
 
         output, probabilities = attend(
             reshape(query, B * T, self.C, H, D).transpose(1, 2),
-            reshape(keys, B * T, self.R + self.k, H, D).transpose(1, 2),
-            reshape(values, B * T, self.R + self.k, H, D).transpose(1, 2),
+            reshape(keys, B * T, self.R + self.k, key.shape[2], D).transpose(1, 2),
+            reshape(values, B * T, self.R + self.k, key.shape[2], D).transpose(1, 2),
             reshape(bias, B * T, slots.shape[2], self.C, self.R + self.k),
         )
         if probabilities is not None:  # (B T, H, C, L) to (B, H, T C, L)
@@ -322,7 +325,8 @@ class CausalLinformer(NamedTuple):
         start = (state.count // self.C - self.W).clamp(min=0) * self.C
         seen = self.positions(state.count + 1) >= start[:, None]  # (B, R)
         local = torch.zeros((), dtype=query.dtype, device=query.device).where(seen, -torch.inf)[:, None, None]
-        slots = log_mass(state.mass[:, 0]).to(query.dtype)[:, :, None]  # (B, H or 1, 1, k)
+        slots = log_mass(state.mass[:, 0]).to(query.dtype)[:, :, None]  # (B, heads or 1, 1, k)
+        slots = for_queries(slots, 1, key, query)
         bias = torch.cat([local.expand(-1, slots.shape[1], -1, -1), slots], dim=-1)
         output, weights = attend(*(x.transpose(1, 2) for x in (query, keys, values)), bias)
         return output, weights, after
@@ -366,6 +370,11 @@ class CausalLinformer(NamedTuple):
             select(new >= 0, take(x, new.clamp(0, x.shape[1] - 1)).to(window.dtype), window)
             for x, window in ((key, state.k_window), (value, state.v_window))
         )
+
+
+def for_queries(x, dim, key, query):
+    """`x` with 1 or the heads of `key` in `dim` as 1 or the heads of `query`; both (B, N, heads, D)."""
+    return x if x.shape[dim] == 1 else per_query_head(x, query.shape[2] // key.shape[2], dim)
 
 
 def take(x, index):

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from ordnung.modeling.ops.grouped import per_query_head
+
 
 def prefix_states_naive(
     encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -237,17 +239,26 @@ def fold_keys(
     q (W x + b) = (W^T q) x + q b: a product with `weight` for each of the S queries instead of the T states.
     """
     G, H, S, P = query.shape
-    heads = weight.view(H, P, -1)
+    heads = weight.unflatten(0, (-1, P))  # fewer than H where each serves several heads of queries
+    groups = H // len(heads)
+    heads = per_query_head(heads, groups, 0)
     scores = torch.matmul(query, heads).view(G, H * S, -1) @ states.transpose(1, 2)
     scores = scores.view(G, H, S, -1)
-    return scores if bias is None else scores + query @ bias.view(H, P, 1)
+    return scores if bias is None else scores + query @ per_query_head(bias.view(-1, P, 1), groups, 0)
 
 
 def fold_values(
-    weights: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    weights: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1
 ) -> torch.Tensor:
-    """Outputs (G, H, S, P) of attention weights (G, H, S, T) on the values `states @ weight.T + bias`, never made."""
+    """Outputs (G, H, S, P) of attention weights (G, H, S, T) on the values `states @ weight.T + bias`, never made.
+
+    Each head of values serves `groups` of the H heads.
+    """
     G, H, S, T = weights.shape
-    heads = weight.view(H, -1, weight.shape[1]).transpose(1, 2)  # (H, D, P)
+    heads = per_query_head(weight.view(H // groups, -1, weight.shape[1]), groups, 0).transpose(1, 2)  # (H, D, P)
     mixed = (weights.reshape(G, H * S, T) @ states).view(G, H, S, -1) @ heads
-    return mixed if bias is None else mixed + bias.view(H, 1, -1) * weights.sum(-1, keepdim=True)
+    return (
+        mixed
+        if bias is None
+        else mixed + per_query_head(bias.view(H // groups, 1, -1), groups, 0) * weights.sum(-1, keepdim=True)
+    )

@@ -8,7 +8,6 @@ seeds; where a run fails, of the seeds that each task of the call has by then, o
 """
 
 import inspect
-import json
 import logging
 import math
 import shutil

@@ -18,6 +18,19 @@ PASSES = {
 }
 
 
+# What Llama, Qwen and their like are made of.
+MODERN = {
+    "norm_type": "rms_norm",
+    "mlp_type": "gated",
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "qk_norm": True,
+    "position_embedding_type": "rope",
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """
@@ -62,10 +75,22 @@ ROWS = {
         },
         excluded=STATE_LAYERS,
     ),
+    "conv_lm-modern": Row(
+        "conv_lm",
+        config={**MODERN, "kernel_size": 4, "layer_types": ["causal_conv", "full_attention"]},
+        excluded=STATE_LAYERS,
+    ),
     "cubic_prefix_lm": Row(
         "cubic_prefix_lm",
         heads=("Model", "ForCausalLM"),
         config={"position_embedding_type": "rope"},
+        flags={"has_attentions": False},
+        excluded=PASSES,
+    ),
+    "cubic_prefix_lm-modern": Row(
+        "cubic_prefix_lm",
+        heads=("Model", "ForCausalLM"),
+        config=MODERN,
         flags={"has_attentions": False},
         excluded=PASSES,
     ),
@@ -92,6 +117,12 @@ ROWS = {
         flags={"has_attentions": False},
         excluded=STATE_LAYERS,
     ),
+    "linformer_lm-modern": Row(
+        "linformer_lm",
+        config={**MODERN, "is_decoder": True, "projected_size": 8, "local_block_size": 4},
+        flags={"has_attentions": False},
+        excluded=STATE_LAYERS,
+    ),
     "linformer_lm-bidirectional": Row(
         "linformer_lm",
         heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
@@ -103,6 +134,7 @@ ROWS = {
         },
     ),
     "softmax_lm": Row("softmax_lm"),
+    "softmax_lm-modern": Row("softmax_lm", config=MODERN),
     "softmax_lm-bidirectional": Row(
         "softmax_lm",
         heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
