@@ -1,5 +1,7 @@
 """Configuration fields that every ordnung family shares."""
 
+import json
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -111,21 +113,22 @@ class BackboneConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0 and not self.hidden_size % self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        mixers = kwargs.pop("mixers", None)  # see `to_dict`
+        mixers = kwargs.pop("mixers", None)  # see `to_json_file`
         if self.layer_types is None:
             self.layer_types = mixers or [self.mixer_types[0]] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
-    def to_dict(self) -> dict:
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """As transformers', with `layer_types` under "mixers".
 
         Where this package is not imported, transformers reads a folder's config.json as a base config to find out about
-        its tokenizer, and takes no `layer_types` but its own there. Configs that have them are read as well.
+        its tokenizer, and takes no `layer_types` but its own there. Files that have them are read as well.
         """
-        fields = super().to_dict()
+        fields = json.loads(self.to_json_string(use_diff))
         if "layer_types" in fields:
             fields["mixers"] = fields.pop("layer_types")
-        return fields
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     @property
     def attends_causally(self) -> bool:

@@ -1,4 +1,4 @@
-"""Time a packed training step against full rows and against the padded batch.
+"""Time packed training steps beside full rows and the padded batch.
 
     ordnung bench-packing --train_file sst2.parquet imdb.parquet --text_column sentence text --output_file packing.json
 

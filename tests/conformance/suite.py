@@ -95,6 +95,11 @@ class FamilyChecks:
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def test_reverse_loading_mapping(self):
+        # the only keys that checkpoints call otherwise are those of a causal head's transform
+        self.model_tester.config["lm_head_transform"] = self.model_tester.get_config().is_decoder
+        super().test_reverse_loading_mapping()
+
     def test_attention_outputs(self):
         # only attention layers have weights to return
         attends = ("full_attention", "cubic_prefix")
