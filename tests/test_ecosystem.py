@@ -197,6 +197,7 @@ def test_transformers_serve_looks_classes_up_in_transformers(model_type, build, 
     ordnung.save_standalone(model, tmp_path, tokenizer)
     manager = model_manager.ModelManager(device="cpu", trust_remote_code=True)
     name, path = type(model).__name__, f"{tmp_path}@main"
+    monkeypatch.delattr(model_manager.transformers, name, raising=False)  # `ordnung serve` may have run in this process
     with pytest.raises(AttributeError, match=f"has no attribute {name}"):
         manager.load_model_and_processor(path)
     monkeypatch.setattr(model_manager.transformers, name, type(model), raising=False)
