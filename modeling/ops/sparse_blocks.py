@@ -1,0 +1,222 @@
+"""Softmax attention of blocks of queries, each to the keys that it gathers; how `ops.sparse_attention` is computed.
+
+Legend: R rows, N tokens, H heads, G key and value heads (H is a multiple), D head dimension, C queries of a block, n
+blocks, K keys that a block gathers, B = R n.
+
+One call of fused attention has the blocks as its batch. On a CPU a few blocks of one row are computed at a time: what
+is copied for them stays in the caches, its memory serves the next, and backward copies again instead of keeping all.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 64  # C: more see fewer of the keys that they share, fewer copy more keys
+SLAB = 4  # blocks computed at a time on a CPU
+
+# fused attention and its derivative, by which torch's own function is computed on a CPU
+fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Plan(NamedTuple):
+    """Which keys the blocks of queries see.
+
+    `keys(row, first, last)` says it for the blocks from `first` on, before `last`, of one row, or of all where `row` is
+    None: positions (R or 1, n, K) within the row, and (R or 1, n, C, K) which of them each query sees. Every query,
+    beyond the row too, sees at least one.
+
+    Queries of the blocks `inner` see, of the C + sum(reach) keys from `reach[0]` before their block on, those of
+    `mask`, and none else.
+    """
+
+    keys: Callable
+    alike: bool  # whether all rows see the same
+    inner: range = range(0)
+    reach: tuple[int, int] = (0, 0)
+    mask: torch.Tensor | None = None  # (C, C + sum(reach))
+
+
+def is_graph() -> bool:
+    """Whether a graph is being made: it cannot look at values, nor, if it serves every length, at lengths."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exporting() -> bool:
+    """Whether the graph that is made must serve every length."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def attend(query, key, value, mask=None, causal=False, dropout=0.0, scale=None):
+    """Softmax attention.
+
+    Args:
+        query: (B, C, H, D).
+        key, value: (B, K, G, D).
+        mask: (B or 1, 1, C or 1, K), True where a query sees a key, or None.
+        causal: query i sees the keys up to i; C is K.
+
+    Returns:
+        (B, C, H, D).
+    """
+    C, shared = query.shape[1], query.shape[2] // key.shape[2]
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if causal:
+        query = query.transpose(1, 2)
+        output = F.scaled_dot_product_attention(
+            query, key, value, None, dropout, is_causal=True, scale=scale, enable_gqa=shared > 1
+        )
+        return output.transpose(1, 2)
+    query, mask = fold(query, shared), fold_mask(mask, shared)
+    return unfold(F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale), C)
+
+
+def fold(query, shared: int):
+    """(B, C, H, D) to (B, G, C H / G, D): the heads that share keys and values are more queries of these."""
+    if shared == 1:
+        return query.transpose(1, 2)
+    return query.unflatten(2, (-1, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def fold_mask(mask, shared: int):
+    """The mask (B or 1, 1, C or 1, K) for that."""
+    return mask if mask is None or shared == 1 or mask.shape[2] == 1 else mask.repeat(1, 1, shared, 1)
+
+
+def unfold(output, C: int):
+    """Back from (B, G, C H / G, D) to (B, C, H, D)."""
+    if output.shape[2] == C:
+        return output.transpose(1, 2)
+    return output.unflatten(2, (-1, C)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def by_blocks(query, key, value, plan: Plan, dropout=0.0, scale=None):
+    """Attention of each block of queries to the keys of the plan: (R, N, H, D).
+
+    Args:
+        query: (R, N, H, D).
+        key, value: (R, N, G, D).
+    """
+    if not is_graph() and not dropout and query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
+        return BlockAttention.apply(query, key, value, plan, scale)
+    (R, N), n = query.shape[:2], (query.shape[1] + BLOCK - 1) // BLOCK
+    keys, mask = plan.keys(None, 0, n)
+    index = (keys + torch.arange(R, device=keys.device)[:, None, None] * N).flatten()
+    # a key gathers the gradients of many blocks: they are summed in single precision at least
+    exact = torch.promote_types(query.dtype, torch.float32) if torch.is_grad_enabled() else query.dtype
+    key, value = (
+        x.flatten(0, 1).to(exact).index_select(0, index).to(x.dtype).unflatten(0, (R * n, -1)) for x in (key, value)
+    )
+    padded = F.pad(query, (0, 0, 0, 0, 0, n * BLOCK - N)).unflatten(1, (n, BLOCK)).flatten(0, 1)
+    mask = mask.expand(R, -1, -1, -1).flatten(0, 1)[:, None]
+    output = attend(padded, key, value, mask, dropout=dropout, scale=scale)
+    return output.unflatten(0, (R, n)).flatten(1, 2)[:, :N]
+
+
+class Slab(NamedTuple):
+    """Some blocks of one row."""
+
+    row: int
+    first: int
+    last: int
+    keys: torch.Tensor | None  # (n, K), None where they are the window alone
+    bias: torch.Tensor  # (n or 1, 1, C H / G, K), 0 or -inf
+    reach: tuple[int, int]
+    shared: int  # H / G
+
+    def inputs(self, query, key, value, room):
+        """Queries (n, G, C H / G, D), keys and values (n, G, K, D) of these blocks; `room` are two tensors to fill."""
+        return self.queries(query), self.gather(key, room[0]), self.gather(value, room[1])
+
+    def queries(self, x):
+        """Of x (R, N, H, D): (n, G, C H / G, D)."""
+        x = x[self.row, self.first * BLOCK : self.last * BLOCK]
+        missing = (self.last - self.first) * BLOCK - len(x)
+        x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        return fold(x.unflatten(0, (-1, BLOCK)), self.shared)
+
+    def put(self, x, part) -> None:
+        """Writes a part (n, G, C H / G, D) into x (R, N, H, D)."""
+        place = x[self.row, self.first * BLOCK : self.last * BLOCK]
+        place.copy_(unfold(part, BLOCK).flatten(0, 1)[: len(place)])
+
+    def gather(self, x, room):
+        """Of x (R, N, G, D): (n, G, K, D)."""
+        if self.keys is not None:
+            room.resize_(self.keys.numel(), *x.shape[2:])
+            torch.index_select(x[self.row], 0, self.keys.flatten(), out=room)
+            parts = room.unflatten(0, self.keys.shape)
+        else:
+            before, after = self.reach
+            x = x[self.row, self.first * BLOCK - before : self.last * BLOCK + after]
+            parts = x.unfold(0, before + BLOCK + after, BLOCK).movedim(-1, 1)
+        return parts.transpose(1, 2)
+
+    def add(self, x, part) -> None:
+        """Adds a part (n, G, K, D) to x (R, N, G, D)."""
+        part = part.transpose(1, 2)
+        if self.keys is not None:
+            x[self.row].index_add_(0, self.keys.flatten(), part.flatten(0, 1).to(x.dtype))
+            return
+        before, after = self.reach
+        for block, each in enumerate(part, self.first):
+            x[self.row, block * BLOCK - before : (block + 1) * BLOCK + after] += each
+
+
+def slabs(plan: Plan, query, key):
+    """The slabs that make up all rows."""
+    n, shared = (query.shape[1] + BLOCK - 1) // BLOCK, query.shape[2] // key.shape[2]
+
+    def bias(mask):
+        mask = fold_mask(mask, shared)
+        return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, -torch.inf)
+
+    inner = None if plan.mask is None else bias(plan.mask[None, None])
+    bounds = (0, plan.inner.start, plan.inner.stop, n) if plan.inner else (0, n)
+    for start, stop in zip(bounds, bounds[1:]):
+        for last in range(stop, start, -SLAB):  # from the end, where most is seen: the memory for it is made once
+            first, both = max(last - SLAB, start), None
+            for row in range(len(query)):
+                if first in plan.inner:
+                    yield Slab(row, first, last, None, inner, plan.reach, shared)
+                    continue
+                if both is None or not plan.alike:
+                    keys, mask = plan.keys(row, first, last)
+                    both = keys[0], bias(mask[0, :, None])
+                yield Slab(row, first, last, *both, plan.reach, shared)
+
+
+class BlockAttention(torch.autograd.Function):
+    """`by_blocks` on a CPU."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, plan, scale):
+        output, sums = torch.empty_like(query, memory_format=torch.contiguous_format), []
+        room = key.new_empty(0), value.new_empty(0)
+        for slab in slabs(plan, query, key):
+            part, total = fused(*slab.inputs(query, key, value, room), attn_mask=slab.bias, scale=scale)
+            slab.put(output, part)
+            sums.append(total)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(query, key, value, output, *sums)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, output, *sums = ctx.saved_tensors
+        exact = torch.promote_types(query.dtype, torch.float32)  # many blocks add to a key
+        of_query, of_key = torch.empty_like(query), torch.zeros_like(key, dtype=exact)
+        of_value = torch.zeros_like(value, dtype=exact)
+
+        room = key.new_empty(0), value.new_empty(0)
+        for slab, total in zip(slabs(ctx.plan, query, key), sums):
+            inputs, part = slab.inputs(query, key, value, room), slab.queries(output)
+            options = {"attn_mask": slab.bias, "scale": ctx.scale}
+            found = fused_backward(slab.queries(gradient), *inputs, part, total, 0.0, False, **options)
+            slab.put(of_query, found[0])
+            slab.add(of_key, found[1])
+            slab.add(of_value, found[2])
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None

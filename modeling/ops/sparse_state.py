@@ -1,0 +1,223 @@
+"""The generation state of causal sparse attention: the keys and values that later queries may see, each held once.
+
+Legend: B rows, M tokens of a step, S places, G key and value heads, D head dimension; w, g, r, R, s as in
+`ops.sparse_pattern`.
+
+The places are [g first tokens | R random blocks of r tokens | window of w tokens | strided tokens]. A token enters the
+window at place (position % w). When the token w later comes it leaves: to its own place among the others if it is one
+that stays visible, or for good. Only the strided tokens grow in number. Rows count their tokens each for itself.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ordnung.modeling.ops.sparse_blocks import attend, is_graph
+from ordnung.modeling.ops.sparse_keys import NEVER, is_fixed, ordered, positions_of, reservoir
+from ordnung.modeling.ops.sparse_pattern import Pattern
+
+STEP = 64  # tokens that are added at a time to a state that is not empty
+
+
+class SparseState(NamedTuple):
+    """What is held."""
+
+    pairs: torch.Tensor  # (B, S, 2, G, D) keys and values
+    count: torch.Tensor  # (B,) tokens so far
+    drawn: torch.Tensor  # (B, R) numbers of the random blocks (see `ordered`) that the last token sees
+
+
+def window_start(pattern: Pattern) -> int:
+    """The first place of the window."""
+    return pattern.num_global + pattern.num_random * pattern.random_block
+
+
+def strided_places(pattern: Pattern, tokens: int) -> int:
+    """Places for the strided tokens that have left the window, of rows of so many tokens."""
+    if not pattern.stride:
+        return 0
+    return max(0, (tokens - pattern.window) // pattern.stride - pattern.num_global // pattern.stride)
+
+
+def empty_state(key: torch.Tensor, pattern: Pattern, tokens: int = 0) -> SparseState:
+    """A state for keys (B, M, G, D); `tokens` is the length that strided tokens get places for at once."""
+    B, _, G, D = key.shape
+    places = window_start(pattern) + pattern.window + strided_places(pattern, tokens)
+    drawn = torch.full((B, pattern.num_random), NEVER, device=key.device)
+    return SparseState(key.new_zeros(B, places, 2, G, D), drawn.new_zeros(B), drawn)
+
+
+def held(pattern: Pattern, S, count, drawn):
+    """Which tokens are held after `count` (B,) of them: positions (B, S), and (B, S) whether there is one."""
+    device, w, last = count.device, pattern.window, count[:, None] - 1
+    position = [torch.arange(pattern.num_global, device=device).expand(len(count), -1)]
+    there = [position[0] <= last - w]
+    if pattern.num_random:
+        position.append(positions_of(pattern, drawn))
+        there.append((drawn < NEVER).repeat_interleave(pattern.random_block, 1) & (position[-1] <= last - w))
+        there[-1] = there[-1] & ~is_fixed(pattern, position[-1])
+    position.append(last - (last - torch.arange(w, device=device)) % w)
+    there.append(position[-1] >= 0)
+    if pattern.stride:
+        number = torch.arange(S - window_start(pattern) - w, device=device) + pattern.num_global // pattern.stride
+        position.append((number * pattern.stride + pattern.stride - 1).expand(len(count), -1))
+        there.append(position[-1] <= last - w)
+    return torch.cat(position, 1), torch.cat(there, 1)
+
+
+def own_place(pattern: Pattern, position, drawn):
+    """(B,) the place outside of the window for tokens at `position` (B,), and (B,) whether they have one."""
+    start, w = window_start(pattern), pattern.window
+    place, known = position, position < pattern.num_global
+    if pattern.stride:
+        number = position // pattern.stride - pattern.num_global // pattern.stride
+        strided = ~known & (position % pattern.stride == pattern.stride - 1)
+        place, known = torch.where(strided, start + w + number, place), known | strided
+    if pattern.num_random:
+        r = pattern.random_block
+        match = (drawn < NEVER) & (drawn % 2**31 == (position // r)[:, None])  # (B, R)
+        inside = pattern.num_global + match.to(torch.uint8).argmax(1) * r + position % r
+        chosen = ~known & match.any(1)
+        place, known = torch.where(chosen, inside, place), known | chosen
+    return place, known & (position >= 0)
+
+
+def redrawn(pattern: Pattern, count, drawn):
+    """The random blocks of the next block of queries, (B, R), and its first query (B,), after `count` (B,) tokens."""
+    block = (count - 1) // pattern.random_block  # complete by then; before the first token: none
+    number = torch.where(block >= 0, ordered(pattern, block.clamp(min=0)), NEVER)
+    worst, place = drawn.max(1, keepdim=True)
+    return drawn.scatter(1, place, torch.minimum(worst, number[:, None])), (block + 1) * pattern.random_block
+
+
+def take_rows(x, index):
+    """x (B, S, ...) at index (B, K): (B, K, ...)."""
+    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
+
+
+def grown(pattern: Pattern, state: SparseState, count) -> SparseState:
+    """With places for the strided tokens of rows of `count` (B,) tokens; a graph cannot look how many these are."""
+    if not pattern.stride or is_graph():
+        return state
+    missing = strided_places(pattern, int(count.max())) - (
+        state.pairs.shape[1] - window_start(pattern) - pattern.window
+    )
+    if missing <= 0:
+        return state
+    B, _, *shape = state.pairs.shape
+    return state._replace(pairs=torch.cat([state.pairs, state.pairs.new_zeros(B, missing, *shape)], 1))
+
+
+def moved(pattern: Pattern, state: SparseState, pairs, count, drawn) -> torch.Tensor:
+    """What is held after `pairs` (B, M, 2, G, D) came, so that there are `count` tokens."""
+    S, before = state.pairs.shape[1], state.count[:, None]
+    position, there = held(pattern, S, count, drawn)
+    own = torch.arange(S, device=pairs.device)
+    source = torch.where(position >= before - pattern.window, window_start(pattern) + position % pattern.window, own)
+    source = torch.where(position >= before, S + position - before, source)
+    return take_rows(torch.cat([state.pairs, pairs], 1), torch.where(there, source, own))
+
+
+def move_one(pattern: Pattern, state: SparseState, pairs, real, drawn) -> None:
+    """`moved` for one token a row, where `real` (B,) says so, in place."""
+    window = window_start(pattern) + state.count % pattern.window  # of the new token, and so far of the one that leaves
+    places, values = [window], [pairs[:, 0]]
+    if not pattern.local:
+        place, known = own_place(pattern, state.count - pattern.window, drawn)
+        leaving = take_rows(state.pairs, window[:, None])[:, 0]
+        places.append(torch.where(known, place, window))
+        values.append(torch.where(known[:, None, None, None], leaving, pairs[:, 0]))
+    places, values = torch.stack(places, 1), torch.stack(values, 1)
+    if real is not None:
+        values = torch.where(real[:, None, None, None, None], values, take_rows(state.pairs, places))
+    places = places + torch.arange(len(places), device=places.device)[:, None] * state.pairs.shape[1]
+    state.pairs.flatten(0, 1).index_copy_(0, places.flatten(), values.flatten(0, 1))
+
+
+def visible(pattern: Pattern, query, key, drawn, redrawn, turn):
+    """(B, M, K) which keys at positions (B, K) the queries at positions (B, M) see."""
+    query, key = query[:, :, None], key[:, None]
+    seen = (query - key < pattern.window) | is_fixed(pattern, key)
+    if pattern.num_random:
+        block = (key // pattern.random_block)[..., None]  # (B, 1, K, 1)
+        early, late = (
+            ((block == (x % 2**31)[:, None, None]) & (x < NEVER)[:, None, None]).any(-1) for x in (drawn, redrawn)
+        )
+        seen = seen | torch.where(query >= turn[:, None, None], late, early)
+    return seen & (key <= query)
+
+
+def add(pattern: Pattern, state: SparseState, query, pairs, lengths, in_place, **options):
+    """`step` for so few tokens that the random blocks change once at most."""
+    M = pairs.shape[1]
+    count = state.count + (M if lengths is None else lengths)
+    state = grown(pattern, state, count)
+    drawn, late, turn = state.drawn, state.drawn, None
+    if pattern.num_random:
+        late, turn = redrawn(pattern, state.count, drawn)
+        drawn = torch.where((count > turn)[:, None], late, drawn)
+    output = None
+    if M > 1 and query is not None:
+        position, there = held(pattern, state.pairs.shape[1], state.count, state.drawn)
+        new = state.count[:, None] + torch.arange(M, device=count.device)  # (B, M)
+        keys = torch.cat([position, new], 1)
+        mask = visible(pattern, new.minimum(count[:, None] - 1), keys, state.drawn, late, turn)
+        mask = mask & torch.cat([there, new < count[:, None]], 1)[:, None]
+        output = look(query, torch.cat([state.pairs, pairs], 1), mask, count, lengths, options)
+    if M == 1 and in_place:
+        move_one(pattern, state, pairs, None if lengths is None else lengths > 0, drawn)
+        state = SparseState(state.pairs, state.count.copy_(count), state.drawn.copy_(drawn))
+    else:
+        state = SparseState(moved(pattern, state, pairs, count, drawn), count, drawn)
+    if M == 1 and query is not None:  # it sees just what is held after it came
+        there = held(pattern, state.pairs.shape[1], count, drawn)[1]
+        output = look(query, state.pairs, there[:, None], count, lengths, options)
+    return output, state
+
+
+def look(query, pairs, mask, count, lengths, options):
+    """Attention (B, M, H, D) to pairs (B, K, 2, G, D) under a mask (B, M, K)."""
+    if lengths is not None:
+        mask = mask | (count == 0)[:, None, None]  # a row of nothing but padding so far: anything but NaN
+    return attend(query, pairs[:, :, 0], pairs[:, :, 1], mask[:, None], **options)
+
+
+def step(pattern: Pattern, state: SparseState, query, key, value, lengths=None, in_place=False, **options):
+    """Attention of M more tokens, to what is held and to each other.
+
+    Args:
+        query: (B, M, H, D), or None for the state alone.
+        key, value: (B, M, G, D).
+        lengths: (B,) how many of each row's M tokens are real, these first; None for all.
+        in_place: whether a step of one token may write into the state; its memory then stays where it is.
+        options: `dropout` and `scale`, as `attend` takes them.
+
+    Returns:
+        (B, M, H, D) or None, and the state after these tokens.
+    """
+    pairs = torch.stack([key, value.to(key.dtype)], 2).to(state.pairs.dtype)
+    size = min(STEP, pattern.random_block) if pattern.num_random else STEP
+    outputs = []
+    for first in range(0, pairs.shape[1], size):
+        part, some = pairs[:, first : first + size], query if query is None else query[:, first : first + size]
+        fewer = None if lengths is None else (lengths - first).clamp(0, part.shape[1])
+        output, state = add(pattern, state, some, part, fewer, in_place, **options)
+        outputs.append(output)
+    return None if query is None else torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
+
+
+def first_state(pattern: Pattern, key, value, lengths=None, tokens: int = 0) -> SparseState:
+    """The state after M tokens of rows that had none: `step` from `empty_state`, at once.
+
+    Args:
+        key, value, lengths: as `step` takes them.
+        tokens: as `empty_state` takes it.
+    """
+    state, M = empty_state(key, pattern, tokens), key.shape[1]
+    count = state.count + (M if lengths is None else lengths)
+    state, drawn = grown(pattern, state, count), state.drawn
+    if pattern.num_random:
+        r = pattern.random_block
+        drawn = reservoir(pattern, (M - 1) // r + 1, key.device)[(count - 1).clamp(min=0) // r]
+    return SparseState(moved(pattern, state, torch.stack([key, value], 2), count, drawn), count, drawn)
