@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ordnung.modeling.ops.sparse_attention import sparse_attention, weighted
+from ordnung.modeling.ops.sparse_attention import sparse_attention, weighted_attention
 from ordnung.modeling.ops.sparse_pattern import Pattern, mask_naive, sparse_attention_naive
 from ordnung.modeling.ops.sparse_state import first_state, step
 
@@ -65,9 +65,9 @@ def test_rows_of_other_lengths_equal_rows_alone(pattern):
 @pytest.mark.parametrize("pattern", [case for case in CASES if "causal" in case.id])
 def test_weights_are_those_of_the_mask(pattern):
     query, key, value = (x.detach() for x in inputs(70, rows=1))
-    weights = weighted(query, key, value, pattern)
+    mixed, weights = weighted_attention(query, key, value, pattern)
     assert torch.equal(weights[0, 0] > 0, mask_naive(pattern, 70))
-    mixed = torch.einsum("rhnm,rmhd->rnhd", weights, value)
+    torch.testing.assert_close(mixed, torch.einsum("rhnm,rmhd->rnhd", weights, value), rtol=0, atol=1e-12)
     torch.testing.assert_close(mixed, naive(query, key, value, pattern), rtol=0, atol=1e-12)
 
 

@@ -54,28 +54,35 @@ def sparse_attention(
     return output.scatter(1, index, torch.where(seen, seeing, output.gather(1, index)))
 
 
-def weighted(query, key, value, pattern: Pattern, lengths=None, is_global=None, global_inputs=None, scale=None):
-    """(R, H, N, N) the weights of `sparse_attention`, to be looked at: all pairs, most of them 0."""
+def weighted_attention(
+    query, key, value, pattern: Pattern, lengths=None, is_global=None, global_inputs=None, dropout=0.0, scale=None
+):
+    """`sparse_attention` by the weights of all pairs of tokens, most of them 0, which it returns too: (R, H, N, N)."""
     R, N, H, D = query.shape
     plan, landmarks = make_plan(pattern, N, query.device, lengths, is_global)
     keys, seen = plan.keys(None, 0, (N + BLOCK - 1) // BLOCK)  # (R or 1, n, K) and (R or 1, n, C, K)
     mask = torch.zeros(len(keys), keys.shape[1] * BLOCK, N, dtype=torch.uint8, device=query.device)
     keys = keys[:, :, None].expand(seen.shape).flatten(1, 2)
     mask = mask.scatter_add(2, keys, seen.flatten(1, 2).to(torch.uint8))[:, None, :N] > 0  # (R or 1, 1, N, N)
-
-    def scores(query, key):
-        key = key.repeat_interleave(H // key.shape[2], 2)
-        return torch.einsum("rnhd,rmhd->rhnm", query, key) * (D**-0.5 if scale is None else scale)
-
-    scored = scores(query, key)
+    looking = None
     if landmarks is not None:
         looking = landmarks.looking[:, None, :, None]
         real = True if lengths is None else (torch.arange(N, device=query.device) < lengths[:, None])[:, None, None]
         mask = mask | (looking & real)
-        if global_inputs is not None:
-            scored = torch.where(looking, scores(*global_inputs[:2]), scored)
-    exact = torch.promote_types(query.dtype, torch.float32)
-    return scored.masked_fill(~mask, -torch.inf).softmax(-1, dtype=exact).to(query.dtype)
+
+    def mix(query, key, value):
+        key, value = (x.repeat_interleave(H // x.shape[2], 2) for x in (key, value))
+        scores = torch.einsum("rnhd,rmhd->rhnm", query, key) * (D**-0.5 if scale is None else scale)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=exact).to(query.dtype)
+        dropped = torch.nn.functional.dropout(weights, dropout)
+        return torch.einsum("rhnm,rmhd->rhnd", dropped, value), weights
+
+    output, weights = mix(query, key, value)
+    if global_inputs is not None:
+        others = mix(*global_inputs)
+        output, weights = (torch.where(looking, *pair) for pair in zip(others, (output, weights)))
+    return output.transpose(1, 2), weights
 
 
 def same_type(*tensors):

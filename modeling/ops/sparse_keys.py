@@ -207,3 +207,19 @@ def inner_blocks(pattern: Pattern, N, device) -> tuple:
     reach = w, 0 if causal else w
     distance = torch.arange(BLOCK, device=device)[:, None] - torch.arange(-w, BLOCK + reach[1], device=device)
     return blocks, reach, (distance < w) & (distance >= 0) if causal else distance.abs() <= w
+
+
+def pairs_seen(pattern: Pattern, N: int) -> int:
+    """How many pairs of a query and a key of one row of N tokens there are.
+
+    Exact for a causal model; for a bidirectional one the random blocks are taken to hold no key that is seen anyway.
+    """
+    if pattern.causal:
+        return int((deaths(pattern, N, "cpu")[0].clamp(max=N) - torch.arange(N, device="cpu")).sum())
+    position = torch.arange(N, device="cpu")
+    first, last = (position - pattern.window).clamp(min=0), (position + pattern.window).clamp(max=N - 1)
+    fixed = is_fixed(pattern, position).long()
+    before = torch.cat([fixed.new_zeros(1), fixed.cumsum(0)])  # those before each position
+    near = last - first + 1
+    seen = near + before[-1] - (before[last + 1] - before[first]) + pattern.num_random * pattern.random_block
+    return int(seen.clamp(max=N).masked_fill(position < pattern.num_global, N).sum())

@@ -11,8 +11,8 @@ Which keys j a query i sees, both counted from the row's first token; in a causa
              block i // r, by a priority drawn for each block: a reservoir sample. Bidirectional: of all blocks of the
              row, by a priority drawn for each pair of blocks (BigBird: Zaheer et al. 2020, arXiv 2007.14062).
 
-With w >= r a key of a causal model is seen by one interval of queries (`sparse_keys.deaths`): once unseen, it stays so.
-That is why a small generation state suffices (`ops.sparse_state`).
+With w >= r a key of a causal model is seen by one interval of queries (`sparse_keys.deaths`): what is unseen once stays
+unseen. That is why a small generation state suffices (`ops.sparse_state`).
 """
 
 from typing import NamedTuple
