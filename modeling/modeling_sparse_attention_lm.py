@@ -1,5 +1,8 @@
 """SparseAttentionLM: softmax attention to a window, the first tokens, every s-th token and random blocks."""
 
+from functools import wraps
+from inspect import Parameter, signature
+
 import torch
 import torch.nn.functional as F
 from transformers.generation import GenerationMixin
@@ -149,10 +152,7 @@ class SparseAttention(Projections, Mixer):
             after = first_state(self.pattern, key, value, lengths, layer.max_cache_len or 0)
         else:
             before = SparseState(*layer.state)
-            alone = layer.record_past or torch.is_grad_enabled() or before.pairs.requires_grad
-            in_place = not alone and (
-                is_tracing(key) or before.pairs.is_inference() == torch.is_inference_mode_enabled()
-            )
+            in_place = not (layer.record_past or torch.is_grad_enabled() or before.pairs.requires_grad)
             output, after = step(self.pattern, before, query, key, value, lengths, in_place, **options)
         layer.update_state(before, after, self.add_to_state, (key, value), None if rows is None else rows.real)
         return output
@@ -183,6 +183,22 @@ def of_batch(weights: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     return weights.transpose(1, 2)
 
 
+def names_global_mask(head: type) -> type:
+    """Has a head's `forward` name `global_attention_mask`: Trainer keeps those columns of a data set that it names."""
+    forward = head.forward
+
+    @wraps(forward)
+    def naming(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    known = signature(forward)
+    *parameters, rest = known.parameters.values()
+    mask = Parameter("global_attention_mask", Parameter.KEYWORD_ONLY, default=None)
+    naming.__signature__ = known.replace(parameters=[*parameters, mask, rest])
+    head.forward = naming
+    return head
+
+
 class SparseAttentionLMPreTrainedModel(BackbonePreTrainedModel):
     config: SparseAttentionLMConfig
     _supports_flash_attn = False  # gathered keys are neither of these
@@ -201,29 +217,35 @@ class SparseAttentionLMForCausalLM(SparseAttentionLMPreTrainedModel, ForCausalLM
     model_class = SparseAttentionLMModel
 
 
+@names_global_mask
 class SparseAttentionLMForMaskedLM(SparseAttentionLMPreTrainedModel, ForMaskedLM):
     model_class = SparseAttentionLMModel
 
 
+@names_global_mask
 class SparseAttentionLMForSequenceClassification(SparseAttentionLMPreTrainedModel, ForSequenceClassification):
     model_class = SparseAttentionLMModel
 
 
+@names_global_mask
 class SparseAttentionLMForMultipleChoice(SparseAttentionLMPreTrainedModel, ForMultipleChoice):
     """As `ForMultipleChoice`; `global_attention_mask` is (B, choices, N) too."""
 
     model_class = SparseAttentionLMModel
 
+    @wraps(ForMultipleChoice.forward)
     def forward(self, *args, global_attention_mask: torch.Tensor | None = None, **kwargs):
         if global_attention_mask is not None:
             kwargs["global_attention_mask"] = global_attention_mask.flatten(0, -2)
         return super().forward(*args, **kwargs)
 
 
+@names_global_mask
 class SparseAttentionLMForTokenClassification(SparseAttentionLMPreTrainedModel, ForTokenClassification):
     model_class = SparseAttentionLMModel
 
 
+@names_global_mask
 class SparseAttentionLMForQuestionAnswering(SparseAttentionLMPreTrainedModel, ForQuestionAnswering):
     model_class = SparseAttentionLMModel
 

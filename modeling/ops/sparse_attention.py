@@ -5,7 +5,7 @@ Legend: R rows, N tokens, H heads, G key and value heads (H is a multiple), D he
 
 import torch
 
-from ordnung.modeling.ops.sparse_blocks import BLOCK, attend, by_blocks, is_exporting
+from ordnung.modeling.ops.sparse_blocks import BLOCK, attend, blocks_of, by_blocks, is_exporting
 from ordnung.modeling.ops.sparse_keys import make_plan
 from ordnung.modeling.ops.sparse_pattern import Pattern
 
@@ -47,11 +47,11 @@ def sparse_attention(
         return output
     if global_inputs is not None:
         query, key, value = same_type(*global_inputs)
-    tokens = landmarks.tokens.clamp(max=N - 1).expand(len(query), -1)
-    index = tokens[..., None, None].expand(-1, -1, *query.shape[2:])
-    seeing = attend(query.gather(1, index), key, value, real, **options)
-    seen = landmarks.seen[:, : tokens.shape[1], None, None]
-    return output.scatter(1, index, torch.where(seen, seeing, output.gather(1, index)))
+    tokens = landmarks.tokens.clamp(max=N - 1)[..., None, None].expand(query.shape[0], -1, *query.shape[2:])
+    seeing = attend(query.gather(1, tokens), key, value, real, **options)
+    looking = landmarks.looking[..., None, None]
+    place = (looking.long().cumsum(1) - 1).clamp(min=0).expand_as(output)
+    return torch.where(looking, seeing.gather(1, place), output)
 
 
 def weighted_attention(
@@ -60,8 +60,8 @@ def weighted_attention(
     """`sparse_attention` by the weights of all pairs of tokens, most of them 0, which it returns too: (R, H, N, N)."""
     R, N, H, D = query.shape
     plan, landmarks = make_plan(pattern, N, query.device, lengths, is_global)
-    keys, seen = plan.keys(None, 0, (N + BLOCK - 1) // BLOCK)  # (R or 1, n, K) and (R or 1, n, C, K)
-    mask = torch.zeros(len(keys), keys.shape[1] * BLOCK, N, dtype=torch.uint8, device=query.device)
+    keys, seen = plan.keys(None, 0, blocks_of(N))  # (R or 1, n, K) and (R or 1, n, C, K)
+    mask = torch.zeros(keys.shape[0], keys.shape[1] * BLOCK, N, dtype=torch.uint8, device=query.device)
     keys = keys[:, :, None].expand(seen.shape).flatten(1, 2)
     mask = mask.scatter_add(2, keys, seen.flatten(1, 2).to(torch.uint8))[:, None, :N] > 0  # (R or 1, 1, N, N)
     looking = None

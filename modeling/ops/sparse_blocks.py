@@ -49,6 +49,16 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+def spare() -> int:
+    """What a size needs to be more where a graph must serve every length: it takes 0 and 1 for constants."""
+    return 2 if is_exporting() else 0
+
+
+def blocks_of(N):
+    """Blocks of queries of N tokens."""
+    return (N + BLOCK - 1 + spare() * BLOCK) // BLOCK
+
+
 def attend(query, key, value, mask=None, causal=False, dropout=0.0, scale=None):
     """Softmax attention.
 
@@ -101,18 +111,18 @@ def by_blocks(query, key, value, plan: Plan, dropout=0.0, scale=None):
     """
     if not is_graph() and not dropout and query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
         return BlockAttention.apply(query, key, value, plan, scale)
-    (R, N), n = query.shape[:2], (query.shape[1] + BLOCK - 1) // BLOCK
+    (R, N), n = query.shape[:2], blocks_of(query.shape[1])
     keys, mask = plan.keys(None, 0, n)
-    index = (keys + torch.arange(R, device=keys.device)[:, None, None] * N).flatten()
+    row, token = torch.arange(R, device=keys.device)[:, None, None], torch.arange(n * BLOCK, device=keys.device)
+    keys = (N * row + keys).flatten(0, 1)  # (B, K)
+    queries = (N * row + token.clamp(max=N - 1).view(n, BLOCK)).flatten(0, 1)  # (B, C)
     # a key gathers the gradients of many blocks: they are summed in single precision at least
     exact = torch.promote_types(query.dtype, torch.float32) if torch.is_grad_enabled() else query.dtype
-    key, value = (
-        x.flatten(0, 1).to(exact).index_select(0, index).to(x.dtype).unflatten(0, (R * n, -1)) for x in (key, value)
-    )
-    padded = F.pad(query, (0, 0, 0, 0, 0, n * BLOCK - N)).unflatten(1, (n, BLOCK)).flatten(0, 1)
+    query = query.flatten(0, 1)[queries]
+    key, value = (x.flatten(0, 1).to(exact)[keys].to(x.dtype) for x in (key, value))
     mask = mask.expand(R, -1, -1, -1).flatten(0, 1)[:, None]
-    output = attend(padded, key, value, mask, dropout=dropout, scale=scale)
-    return output.unflatten(0, (R, n)).flatten(1, 2)[:, :N]
+    output = attend(query, key, value, mask, dropout=dropout, scale=scale)
+    return output.flatten(0, 1)[n * BLOCK * row[:, 0] + torch.arange(N, device=keys.device)]
 
 
 class Slab(NamedTuple):
@@ -167,7 +177,7 @@ class Slab(NamedTuple):
 
 def slabs(plan: Plan, query, key):
     """The slabs that make up all rows."""
-    n, shared = (query.shape[1] + BLOCK - 1) // BLOCK, query.shape[2] // key.shape[2]
+    n, shared = blocks_of(query.shape[1]), query.shape[2] // key.shape[2]
 
     def bias(mask):
         mask = fold_mask(mask, shared)

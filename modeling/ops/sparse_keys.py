@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ordnung.modeling.ops.sparse_blocks import BLOCK, Plan, is_exporting
+from ordnung.modeling.ops.sparse_blocks import BLOCK, Plan, is_exporting, spare
 from ordnung.modeling.ops.sparse_pattern import Pattern, priority
 
 NEVER = 2**62
@@ -50,21 +50,21 @@ def deaths(pattern: Pattern, N: int, device) -> tuple[torch.Tensor, torch.Tensor
     death, drawn = position + pattern.window, None
     if pattern.num_random:
         r = pattern.random_block
-        drawn = reservoir(pattern, (N - 1) // r + 1, device)
-        end = ((torch.arange(len(drawn), device=device) + 1) * r)[:, None].expand_as(drawn)
-        block = torch.where(drawn < NEVER, drawn % 2**31, len(drawn))  # where there is none: to a place beyond all
-        last = end.new_zeros(len(drawn) + 1).scatter_reduce(0, block.flatten(), end.flatten(), "amax")
-        death = torch.maximum(death, last[position // r])
+        drawn = reservoir(pattern, (N - 1) // r + 1 + spare(), device)
+        block = torch.where(drawn < NEVER, drawn % 2**31, -1) + 1  # 0 where there is none
+        end = ((torch.arange(drawn.shape[0], device=device) + 1) * r)[:, None].expand_as(drawn)
+        last = end.new_zeros(drawn.shape[0] + 1).scatter_reduce(0, block.flatten(), end.flatten(), "amax")
+        death = torch.maximum(death, last[position // r + 1])
     return death.masked_fill(is_fixed(pattern, position), NEVER), drawn
 
 
 def fixed_positions(pattern: Pattern, end, device) -> torch.Tensor:
-    """The positions of the global tokens, if need be beyond the row, and of the other strided ones before `end`."""
+    """The positions of the global tokens and of the strided ones before `end`, each once; some are no tokens'."""
     positions = torch.arange(pattern.num_global, device=device)
     if pattern.stride:
-        first = pattern.num_global // pattern.stride  # those before it are global
-        strided = torch.arange(first, torch.sym_max(first, end // pattern.stride), device=device)
-        positions = torch.cat([positions, strided * pattern.stride + pattern.stride - 1])
+        count = end // pattern.stride + spare()
+        strided = torch.arange(count, device=device) * pattern.stride + pattern.stride - 1
+        positions = torch.cat([positions, strided.masked_fill(strided < pattern.num_global, NEVER)])
     return positions
 
 
@@ -85,11 +85,11 @@ def causal_keys(pattern: Pattern, N, first, last, death, drawn, tight: bool):
         (1, n, K) positions, within the row, and (1, n, C, K) which of them each query sees.
     """
     w, device = pattern.window, death.device
-    start = torch.arange(first, last, device=device)[:, None] * BLOCK  # (n, 1)
+    start = torch.arange(first, last, device=device).clamp(max=(N - 1) // BLOCK)[:, None] * BLOCK  # (n, 1)
     query = (start + torch.arange(BLOCK, device=device)).clamp(max=N - 1)  # beyond the row: what sees at least itself
     near = start + torch.arange(-w, BLOCK, device=device)  # (n, w + C)
     # before that window, each key once
-    far = fixed_positions(pattern, min(N, last * BLOCK) if tight else N, device).expand(len(start), -1)
+    far = fixed_positions(pattern, min(N, last * BLOCK) if tight else N, device).expand(start.shape[0], -1)
     born, dead = [near, far], [death[near.clamp(0, N - 1)] * (near >= 0), NEVER * (far < start - w)]
     if pattern.num_random:
         chosen = drawn[start[:, 0] // pattern.random_block]  # (n, R)
@@ -121,17 +121,19 @@ class Landmarks(NamedTuple):
         """`length` is (R or 1, 1), `is_global` as `sparse_attention` takes it."""
         position = torch.arange(N, device=length.device)[None]
         if is_global is None:
-            positions = fixed_positions(pattern, N, length.device).expand(len(length), -1)
+            positions = fixed_positions(pattern, N, length.device).expand(length.shape[0], -1)
             tokens = positions[:, : pattern.num_global]
             taken, looking = is_fixed(pattern, position), position < pattern.num_global
-            return cls(tokens, positions, positions < length, *(x.expand(len(length), -1) for x in (taken, looking)))
+            return cls(
+                tokens, positions, positions < length, *(x.expand(length.shape[0], -1) for x in (taken, looking))
+            )
         pattern = pattern._replace(num_global=0)
         is_global = is_global & (position < length)
         counts = is_global.sum(1, keepdim=True)
         tokens = (~is_global).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(counts.max())]
-        strided = fixed_positions(pattern, N, length.device).expand(len(tokens), -1)
+        strided = fixed_positions(pattern, N, length.device).expand(tokens.shape[0], -1)
         seen = torch.arange(tokens.shape[1], device=length.device) < counts
-        seen = torch.cat([seen, (strided < length) & ~is_global.gather(1, strided)], 1)
+        seen = torch.cat([seen, (strided < length) & ~is_global.gather(1, strided.clamp(max=N - 1))], 1)
         taken = is_global | is_fixed(pattern, position)
         return cls(tokens, torch.cat([tokens, strided], 1), seen, taken, is_global)
 
@@ -139,15 +141,14 @@ class Landmarks(NamedTuple):
 def bidirectional_keys(pattern: Pattern, N, first, last, length: torch.Tensor, landmarks: Landmarks):
     """As `causal_keys`, for R or 1 rows; `length` is (R or 1, 1)."""
     w, device = pattern.window, length.device
-    rows, bound = len(landmarks.taken), length[..., None]
-    start = torch.arange(first, last, device=device)[None, :, None] * BLOCK  # (1, n, 1)
+    rows, bound = landmarks.taken.shape[0], length[..., None]
+    row = torch.arange(rows, device=device)[:, None, None]
+    start = torch.arange(first, last, device=device).clamp(max=(N - 1) // BLOCK)[None, :, None] * BLOCK  # (1, n, 1)
     query = torch.minimum(start + torch.arange(BLOCK, device=device), bound - 1)  # (R, n, C); beyond the row: its last
 
     def free(key):
         """Whether keys (R or 1, n, K) are there, and no landmarks."""
-        key = key.expand(rows, -1, -1)
-        taken = landmarks.taken.gather(1, key.clamp(0, N - 1).flatten(1)).view(key.shape)
-        return (key >= 0) & (key < bound) & ~taken
+        return (key >= 0) & (key < bound) & ~landmarks.taken[row, key.clamp(0, N - 1)]
 
     near = start + torch.arange(-w, BLOCK + w, device=device)  # (1, n, C + 2 w)
     keys, masks = [near], [free(near)[:, :, None] & ((query[..., None] - near[:, :, None]).abs() <= w)]
@@ -157,7 +158,7 @@ def bidirectional_keys(pattern: Pattern, N, first, last, length: torch.Tensor, l
         r = pattern.random_block
         touched = BLOCK // r if BLOCK % r == 0 else 1 if r % BLOCK == 0 else (BLOCK - 2) // r + 2
         own = start // r + torch.arange(touched, device=device)  # (1, n, S) the blocks of these queries
-        block = torch.arange((N - 1) // r + 1, device=device)
+        block = torch.arange((N - 1) // r + 1 + spare(), device=device)
         order = ordered(pattern, own[..., None], block)  # (1, n, S, blocks)
         order = torch.where(block * r < bound[..., None], order, NEVER)
         order = torch.cat([order, order.new_full((*order.shape[:3], pattern.num_random), NEVER)], -1)
@@ -186,7 +187,7 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
 
         return Plan(causal, True, *inner_blocks(pattern, N, device)), None
 
-    rows = 1 if lengths is None and is_global is None else len(is_global if lengths is None else lengths)
+    rows = 1 if lengths is None and is_global is None else (is_global if lengths is None else lengths).shape[0]
     length = torch.full((rows, 1), N, device=device) if lengths is None else lengths[:, None].clamp(min=1)
     landmarks = Landmarks.of(pattern, N, length, is_global)
 

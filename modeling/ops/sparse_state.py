@@ -23,6 +23,7 @@ class SparseState(NamedTuple):
     """What is held."""
 
     pairs: torch.Tensor  # (B, S, 2, G, D) keys and values
+    there: torch.Tensor  # (B, S) whether a place holds a token, one that the next token sees or is about to push out
     count: torch.Tensor  # (B,) tokens so far
     drawn: torch.Tensor  # (B, R) numbers of the random blocks (see `ordered`) that the last token sees
 
@@ -44,13 +45,14 @@ def empty_state(key: torch.Tensor, pattern: Pattern, tokens: int = 0) -> SparseS
     B, _, G, D = key.shape
     places = window_start(pattern) + pattern.window + strided_places(pattern, tokens)
     drawn = torch.full((B, pattern.num_random), NEVER, device=key.device)
-    return SparseState(key.new_zeros(B, places, 2, G, D), drawn.new_zeros(B), drawn)
+    pairs = key.new_zeros(B, places, 2, G, D)
+    return SparseState(pairs, torch.zeros(B, places, dtype=torch.bool, device=key.device), drawn.new_zeros(B), drawn)
 
 
 def held(pattern: Pattern, S, count, drawn):
     """Which tokens are held after `count` (B,) of them: positions (B, S), and (B, S) whether there is one."""
     device, w, last = count.device, pattern.window, count[:, None] - 1
-    position = [torch.arange(pattern.num_global, device=device).expand(len(count), -1)]
+    position = [torch.arange(pattern.num_global, device=device).expand(count.shape[0], -1)]
     there = [position[0] <= last - w]
     if pattern.num_random:
         position.append(positions_of(pattern, drawn))
@@ -60,7 +62,7 @@ def held(pattern: Pattern, S, count, drawn):
     there.append(position[-1] >= 0)
     if pattern.stride:
         number = torch.arange(S - window_start(pattern) - w, device=device) + pattern.num_global // pattern.stride
-        position.append((number * pattern.stride + pattern.stride - 1).expand(len(count), -1))
+        position.append((number * pattern.stride + pattern.stride - 1).expand(count.shape[0], -1))
         there.append(position[-1] <= last - w)
     return torch.cat(position, 1), torch.cat(there, 1)
 
@@ -92,7 +94,7 @@ def redrawn(pattern: Pattern, count, drawn):
 
 def take_rows(x, index):
     """x (B, S, ...) at index (B, K): (B, K, ...)."""
-    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    offset = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
 
 
@@ -105,41 +107,54 @@ def grown(pattern: Pattern, state: SparseState, count) -> SparseState:
     )
     if missing <= 0:
         return state
-    B, _, *shape = state.pairs.shape
-    return state._replace(pairs=torch.cat([state.pairs, state.pairs.new_zeros(B, missing, *shape)], 1))
+    more = [x.new_zeros(x.shape[0], missing, *x.shape[2:]) for x in state[:2]]
+    pairs, there = (torch.cat(pair, 1) for pair in zip(state[:2], more))
+    return state._replace(pairs=pairs, there=there)
 
 
-def moved(pattern: Pattern, state: SparseState, pairs, count, drawn) -> torch.Tensor:
-    """What is held after `pairs` (B, M, 2, G, D) came, so that there are `count` tokens."""
+def moved(pattern: Pattern, state: SparseState, pairs, count, drawn) -> SparseState:
+    """The state after `pairs` (B, M, 2, G, D) came, so that there are `count` tokens."""
     S, before = state.pairs.shape[1], state.count[:, None]
     position, there = held(pattern, S, count, drawn)
     own = torch.arange(S, device=pairs.device)
     source = torch.where(position >= before - pattern.window, window_start(pattern) + position % pattern.window, own)
     source = torch.where(position >= before, S + position - before, source)
-    return take_rows(torch.cat([state.pairs, pairs], 1), torch.where(there, source, own))
+    pairs = take_rows(torch.cat([state.pairs, pairs], 1), torch.where(there, source, own))
+    return SparseState(pairs, there, count, drawn)
 
 
-def move_one(pattern: Pattern, state: SparseState, pairs, real, drawn) -> None:
-    """`moved` for one token a row, where `real` (B,) says so, in place."""
-    window = window_start(pattern) + state.count % pattern.window  # of the new token, and so far of the one that leaves
-    places, values = [window], [pairs[:, 0]]
-    if not pattern.local:
+def move_one(pattern: Pattern, state: SparseState, pairs, real, count, drawn, leaves: bool) -> SparseState:
+    """`moved` for one token a row, where `real` (B,) says so, in place; `leaves` if one may go to its own place."""
+    if drawn is not state.drawn:
+        start, replaced = pattern.num_global, (drawn != state.drawn).repeat_interleave(pattern.random_block, 1)
+        state.there[:, start : start + replaced.shape[1]] &= ~replaced
+        state.drawn.copy_(drawn)
+    kept, there = state.pairs.flatten(0, 1), state.there.flatten()
+    row = state.pairs.shape[1] * torch.arange(count.shape[0], device=count.device) if count.shape[0] > 1 else 0
+    # the place of the token, and of the one that it pushes out
+    window = row + window_start(pattern) + state.count % pattern.window
+    pairs = pairs[:, 0]
+    if leaves:
         place, known = own_place(pattern, state.count - pattern.window, drawn)
-        leaving = take_rows(state.pairs, window[:, None])[:, 0]
-        places.append(torch.where(known, place, window))
-        values.append(torch.where(known[:, None, None, None], leaving, pairs[:, 0]))
-    places, values = torch.stack(places, 1), torch.stack(values, 1)
-    if real is not None:
-        values = torch.where(real[:, None, None, None, None], values, take_rows(state.pairs, places))
-    places = places + torch.arange(len(places), device=places.device)[:, None] * state.pairs.shape[1]
-    state.pairs.flatten(0, 1).index_copy_(0, places.flatten(), values.flatten(0, 1))
+        known = known if real is None else known & real
+        place = torch.where(known, row + place, window)
+        kept.index_copy_(0, place, kept.index_select(0, window))
+        there.index_fill_(0, place, True)
+    if real is None:
+        there.index_fill_(0, window, True)
+    else:
+        pairs = torch.where(real[:, None, None, None], pairs, kept.index_select(0, window))
+        there.index_copy_(0, window, real | there.index_select(0, window))
+    kept.index_copy_(0, window, pairs)
+    state.count.copy_(count)
+    return state
 
 
 def visible(pattern: Pattern, query, key, drawn, redrawn, turn):
     """(B, M, K) which keys at positions (B, K) the queries at positions (B, M) see."""
     query, key = query[:, :, None], key[:, None]
     seen = (query - key < pattern.window) | is_fixed(pattern, key)
-    if pattern.num_random:
+    if turn is not None:
         block = (key // pattern.random_block)[..., None]  # (B, 1, K, 1)
         early, late = (
             ((block == (x % 2**31)[:, None, None]) & (x < NEVER)[:, None, None]).any(-1) for x in (drawn, redrawn)
@@ -153,8 +168,9 @@ def add(pattern: Pattern, state: SparseState, query, pairs, lengths, in_place, *
     M = pairs.shape[1]
     count = state.count + (M if lengths is None else lengths)
     state = grown(pattern, state, count)
+    turns, leaves = what_happens(pattern, state, M)
     drawn, late, turn = state.drawn, state.drawn, None
-    if pattern.num_random:
+    if turns:
         late, turn = redrawn(pattern, state.count, drawn)
         drawn = torch.where((count > turn)[:, None], late, drawn)
     output = None
@@ -166,14 +182,28 @@ def add(pattern: Pattern, state: SparseState, query, pairs, lengths, in_place, *
         mask = mask & torch.cat([there, new < count[:, None]], 1)[:, None]
         output = look(query, torch.cat([state.pairs, pairs], 1), mask, count, lengths, options)
     if M == 1 and in_place:
-        move_one(pattern, state, pairs, None if lengths is None else lengths > 0, drawn)
-        state = SparseState(state.pairs, state.count.copy_(count), state.drawn.copy_(drawn))
+        state = move_one(pattern, state, pairs, None if lengths is None else lengths > 0, count, drawn, leaves)
     else:
-        state = SparseState(moved(pattern, state, pairs, count, drawn), count, drawn)
+        state = moved(pattern, state, pairs, count, drawn)
     if M == 1 and query is not None:  # it sees just what is held after it came
-        there = held(pattern, state.pairs.shape[1], count, drawn)[1]
-        output = look(query, state.pairs, there[:, None], count, lengths, options)
+        output = look(query, state.pairs, state.there[:, None], count, lengths, options)
     return output, state
+
+
+def what_happens(pattern: Pattern, state: SparseState, M: int) -> tuple[bool, bool]:
+    """Whether the random blocks change with the next M tokens, and whether a token may go to a place of its own.
+
+    Most tokens change neither. Where that cannot be looked at cheaply, both are taken for granted.
+    """
+    w, g, s, R, r, *_ = pattern
+    if M > 1 or is_graph() or state.count.device.type != "cpu":
+        return R > 0, not pattern.local
+    counts = state.count.tolist()
+    if R and any(count % r == 0 for count in counts):
+        return True, True
+    rows = zip(counts, state.drawn.tolist())
+    leaving = ((count - w, {number % 2**31 for number in drawn if number < NEVER}) for count, drawn in rows)
+    return False, any(p >= 0 and (p < g or (s and p % s == s - 1) or p // r in blocks) for p, blocks in leaving)
 
 
 def look(query, pairs, mask, count, lengths, options):
@@ -220,4 +250,4 @@ def first_state(pattern: Pattern, key, value, lengths=None, tokens: int = 0) -> 
     if pattern.num_random:
         r = pattern.random_block
         drawn = reservoir(pattern, (M - 1) // r + 1, key.device)[(count - 1).clamp(min=0) // r]
-    return SparseState(moved(pattern, state, torch.stack([key, value], 2), count, drawn), count, drawn)
+    return moved(pattern, state, torch.stack([key, value], 2), count, drawn)
