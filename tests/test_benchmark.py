@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import time
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+import ordnung
 from ordnung.scripts import benchmark
 from ordnung.scripts.benchmarks import checks as bench_checks
 from ordnung.scripts.benchmarks import measure as bench_measure
@@ -399,6 +401,28 @@ def test_machine_info_names_versions_and_command():
     assert info["threads"] == torch.get_num_threads()
     assert info["cores"] >= 1
     assert info["ordnung"] and info["transformers"] and info["python"] and info["command"]
+
+
+def test_machine_info_tells_the_commit_and_whether_files_differ(tmp_path, monkeypatch):
+    """Of the clone that runs, never of a checkout around an installed package."""
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, "-C", tmp_path, *words], capture_output=True, text=True, check=True).stdout
+
+    monkeypatch.setattr(ordnung, "__file__", str(tmp_path / "__init__.py"))
+    assert machine_info()["commit"] is None
+    git("init")
+    (tmp_path / "__init__.py").write_text("")
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD").strip()
+    assert machine_info()["commit"] == head
+    (tmp_path / "__init__.py").write_text("changed")
+    assert machine_info()["commit"] == f"{head}-dirty"
+    (tmp_path / "inner").mkdir()
+    monkeypatch.setattr(ordnung, "__file__", str(tmp_path / "inner" / "__init__.py"))
+    assert machine_info()["commit"] is None
 
 
 def test_part_names_are_known():

@@ -3,10 +3,13 @@
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import ordnung
 
 TOKEN_OPTIONS = ("--hub-token", "--token")  # results files and cards are for others to see
 
@@ -56,6 +59,18 @@ def how_to_go_on(several_processes: bool, *more: str) -> str:
     return f"to go on: {command_line([*sys.argv, *more])}"
 
 
+def commit() -> str | None:
+    """The commit of the clone that runs, with "-dirty" behind it if tracked files differ; None where there is no clone."""
+    root = Path(ordnung.__file__).resolve().parent
+    if not (root / ".git").exists():
+        return None
+    told = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def machine_info() -> dict:
     """Describe the machine, the software and the running command.
 
@@ -64,8 +79,6 @@ def machine_info() -> dict:
     """
     import psutil
     import torch
-
-    import ordnung
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
@@ -82,6 +95,7 @@ def machine_info() -> dict:
         "accelerate": package_version("accelerate"),
         "datasets": package_version("datasets"),
         "ordnung": ordnung.__version__,
+        "commit": commit(),
         "command": command_line(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
