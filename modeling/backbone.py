@@ -1,27 +1,19 @@
-"""What every ordnung family shares: embeddings, norm, MLP, layer, softmax attention and the base model.
+"""What every ordnung family shares: embeddings, norm, MLP, layer and the base model.
 
-A family adds a `Mixer`: the part of a layer that moves information between tokens. Mixers enter themselves in the table
-`MIXERS` under their `layer_type`, and `config.layer_types` says which one each layer of a stack uses.
+A family adds a `Mixer` (`mixers.mixer`): the part of a layer that moves information between tokens.
 """
 
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import configuration_utils
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import (
-    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
-    create_bidirectional_mask,
-    create_causal_mask,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -29,13 +21,11 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
+from ordnung.modeling.mixers.attention import Attention
+from ordnung.modeling.mixers.mixer import MIXERS, Mixer, linear_flops
 from ordnung.modeling.mixers.norms import make_norm
-from ordnung.modeling.mixers.projections import Projections, angles_of
 from ordnung.modeling.mixers.rows import Rows, begins_of
-from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.chunks import in_pieces, is_graph
-
-MIXERS: dict[str, type["Mixer"]] = {}
 
 
 @torch.compiler.disable  # how many documents there are, and how long, is in the data
@@ -44,192 +34,6 @@ def find_documents(shape, mask, position_ids, marks) -> Rows | None:
     real = Mixer.make_mask(None, torch.empty(*shape, 0), mask)
     begins = begins_of(shape, real, position_ids, **marks)
     return None if begins is None else Rows.of_documents(begins, real)
-
-
-class Mixer(nn.Module):
-    """Base class of the token mixers.
-
-    A subclass sets `layer_type`, implements `forward`, `flops` and `cache_bytes`, and, where it has parameters of its
-    own outside of linear layers, `init_weights`. Where it generates from a recurrent state it names the class of that
-    state in `cache_layer`. Where `forward` never returns mixing weights, it implements `mixing_weights`.
-    """
-
-    layer_type: ClassVar[str | None] = None
-    cache_layer: ClassVar[type[RecurrentStateLayer] | None] = None
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if cls.layer_type is None:
-            return
-        MIXERS[cls.layer_type] = cls
-        # A Trainer that resumes reads config.json as a base config, which takes no other layer types than these.
-        allowed = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
-        configuration_utils.ALLOWED_ATTN_LAYER_TYPES = tuple(dict.fromkeys((*allowed, cls.layer_type)))
-        if cls.layer_type != "full_attention":  # generate() makes masks ahead for caches that can be compiled
-            LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[cls.layer_type] = cls.make_mask
-
-    def __init__(self, config: BackboneConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,  # (B, N, D)
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        rows: Rows | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the mixed states (B, N, D) and, where there are any, the mixing weights (B, H, N, keys).
-
-        `rows` says which tokens are real and which belong together: see `mixers.rows`. `attention_mask` is what
-        `make_mask` made; only attention needs it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must implement `forward`.")
-
-    def state_of(self, past_key_values: Cache) -> RecurrentStateLayer:
-        """This layer's generation state in a cache.
-
-        Raises:
-            ValueError: the cache was made for another model.
-        """
-        layers = past_key_values.layers
-        # by name, as a stand-alone folder has its own copy of the class
-        if (
-            getattr(layers[self.layer_idx] if self.layer_idx < len(layers) else None, "_layer_type", "")
-            != self.layer_type
-        ):
-            raise wrong_state(self.layer_type, self.layer_idx)
-        return layers[self.layer_idx]
-
-    def mixing_weights(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """(B, H, N, keys) how much of each key's value enters each output, for the arguments of `forward`.
-
-        Attention says so with `attn_implementation="eager"`.
-        """
-        weights = self(hidden_states, **kwargs)[1]
-        if weights is None:
-            raise ValueError(
-                f"{type(self).__name__} gave no mixing weights with attn_implementation="
-                f"{self.config._attn_implementation!r}: set 'eager'."
-            )
-        return weights
-
-    @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **kwargs):
-        """The mask that this type of layer takes, made once per model call.
-
-        Args:
-            attention_mask: (B, tokens so far) with 1 for real tokens, or None.
-
-        Returns:
-            here (B, N), True for the real tokens of this call, or None if all are.
-        """
-        N = inputs_embeds.shape[1]
-        if attention_mask is None or N == 0 or (is_tracing(attention_mask) and N == 1):
-            return None  # a graph cannot look; a single token in it is a generated one
-        real = attention_mask[:, -N:] != 0
-        return None if not is_tracing(attention_mask) and bool(real.all()) else real
-
-    def init_weights(self, std: float) -> None:
-        """Initialise the parameters that belong to this module itself."""
-
-    def flops(self, seq_len: int) -> int:
-        """FLOPs of a forward pass over one sequence, two per multiply-add."""
-        raise NotImplementedError(f"{type(self).__name__} must implement `flops`.")
-
-    def cache_bytes(self, seq_len: int, itemsize: int) -> int:
-        """Bytes of the generation state of one sequence after `seq_len` tokens, `itemsize` bytes an element."""
-        raise NotImplementedError(f"{type(self).__name__} must implement `cache_bytes`.")
-
-
-def wrong_state(layer_type: str, layer_idx: int) -> ValueError:
-    """The error for a cache that was not made for the model."""
-    return ValueError(
-        f"`past_key_values` has no state of {layer_type} for layer {layer_idx}: make it with "
-        "`DynamicCache(config=model.config)`. PEFT's prefix tuning gives keys and values of attention, which these "
-        "layers cannot continue: use prompt tuning, P-tuning or an adapter such as LoRA."
-    )
-
-
-def linear_flops(module: nn.Module) -> int:
-    """FLOPs per token of the linear layers in `module`, also of what quantisation puts in their place."""
-    return sum(2 * m.in_features * m.out_features for m in module.modules() if hasattr(m, "in_features"))
-
-
-class Attention(Projections, Mixer):
-    """Softmax attention (Vaswani et al. 2017, section 3.2), causal or bidirectional.
-
-    head = softmax(Q K^T / sqrt(d)) V. Training and prefill O(N^2), decoding O(N) a token, state 2 N rows of G d.
-    """
-
-    layer_type = "full_attention"
-
-    def __init__(self, config: BackboneConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.is_causal = config.is_decoder
-        self.add_projections(config)
-
-    def forward(
-        self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, rows=None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.project(hidden_states, position_embeddings)
-        if rows is not None and rows.packed and attention_mask is None:
-            output = rows.mix(partial(self.attend_rows, **kwargs), *(x.transpose(1, 2) for x in (query, key, value)))
-            weights = None
-        else:
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return self.out_proj(output.flatten(2)), weights
-
-    def attend_rows(self, query, key, value, lengths, **kwargs) -> torch.Tensor:
-        """(R, M, H, d) of documents (R, M, heads, d): causal attention does not reach the padding after them."""
-        mask = None
-        if lengths is not None and not self.is_causal:
-            real = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
-            mask = create_bidirectional_mask(self.config, key, real)
-        return self.attend(*(x.transpose(1, 2) for x in (query, key, value)), mask, **kwargs)[0]
-
-    def attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The configured implementation of attention (B, heads, ., d): (B, N, H, d), and weights or None."""
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
-
-    def project(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, N, d), keys and values (B, G, N, d) of `hidden_states` (B, N, D)."""
-        angles = angles_of(position_embeddings)
-        query, key = self.queries(hidden_states, angles), self.keys(hidden_states, angles)
-        return tuple(x.transpose(1, 2) for x in (query, key, self.values(hidden_states)))
-
-    @staticmethod
-    def make_mask(config, inputs_embeds, attention_mask, past_key_values=None, rows=None, **kwargs):
-        return make_attention_mask(config, inputs_embeds, attention_mask, past_key_values, rows, config.is_decoder)
-
-    def flops(self, seq_len: int) -> int:
-        pairs = seq_len * (seq_len + 1) // 2 if self.is_causal else seq_len**2
-        return linear_flops(self) * seq_len + 4 * pairs * self.config.num_attention_heads * self.head_dim
-
-    def cache_bytes(self, seq_len: int, itemsize: int) -> int:
-        return 2 * seq_len * self.config.num_key_value_heads * self.head_dim * itemsize
-
-
-def make_attention_mask(config, inputs_embeds, attention_mask, past_key_values, rows, causal) -> torch.Tensor | None:
-    """The mask that the configured attention takes; None too where it goes over packed rows one by one."""
-    if rows is not None and rows.packed:
-        if config._attn_implementation != "eager":
-            return None
-        # eager attention gives the weights of all pairs of tokens, so it needs a mask of all of them
-        zero = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
-        return zero.where(rows.visible(causal), torch.finfo(zero.dtype).min)
-    if causal:
-        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
-    return create_bidirectional_mask(config, inputs_embeds, attention_mask)
 
 
 class MLP(nn.Module):
@@ -599,4 +403,4 @@ class BackboneModel(BackbonePreTrainedModel):
             )
 
 
-__all__ = ["MIXERS", "Attention", "BackboneLayer", "BackboneModel", "BackbonePreTrainedModel", "Mixer"]
+__all__ = ["BackboneLayer", "BackboneModel", "BackbonePreTrainedModel"]

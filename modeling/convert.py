@@ -292,12 +292,7 @@ SOURCES = {
             "h.*.mlp.c_proj": "layers.*.mlp.down_proj",
             "ln_f": "norm",
         },
-        heads={
-            "ForCausalLM": {"lm_head": "lm_head"},
-            "ForSequenceClassification": {"score": "score"},
-            "ForTokenClassification": {"classifier": "score"},
-            "ForQuestionAnswering": {"qa_outputs": "qa_outputs"},
-        },
+        heads=DECODER_HEADS | {"ForTokenClassification": {"classifier": "score"}},
         query_scale=gpt2_query_scale,
         notes=gpt2_notes,
     ),

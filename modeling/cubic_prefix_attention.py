@@ -5,13 +5,14 @@ from torch import nn
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
-from ordnung.modeling.backbone import Attention, make_attention_mask
+from ordnung.modeling.mixers.attention import Attention, make_attention_mask
 from ordnung.modeling.mixers.projections import angles_of
+from ordnung.modeling.mixers.state import BatchFirst
 from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.prefix_attention import fold_keys, fold_values, join_scores
 
 
-class PrefixCacheLayer(DynamicLayer):
+class PrefixCacheLayer(BatchFirst, DynamicLayer):
     """Generation state of one layer: keys and values, and in the first layer what later passes start from.
 
     `first` holds tensors, batch first: `hidden_states` (B, T, D) that the layer takes and their `position_ids` (B, T).
@@ -50,25 +51,10 @@ class PrefixCacheLayer(DynamicLayer):
         self.keys = self.values = None  # before transformers 5.23 its `reset` keeps zeros
         self.is_initialized = False
 
-    def each(self, function) -> None:
+    def change(self, function) -> None:
         if self.is_initialized:
             self.keys, self.values = function(self.keys), function(self.values)
             self.first = {name: function(tensor) for name, tensor in self.first.items()}
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.each(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.each(lambda x: x[indices])
-
-    def offload(self) -> None:
-        self.each(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self.each(lambda x: x.to(self.device, non_blocking=True))
 
 
 # the same layer serves a static cache: passes over all tokens so far have no fixed shape to compile for

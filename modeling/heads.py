@@ -24,13 +24,11 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
-from ordnung.modeling.backbone import BackbonePreTrainedModel, linear_flops
+from ordnung.modeling.backbone import BackbonePreTrainedModel
+from ordnung.modeling.mixers.mixer import linear_flops
 from ordnung.modeling.mixers.norms import make_norm
-from ordnung.modeling.mixers.rows import Rows
+from ordnung.modeling.mixers.rows import LONGEST, MARKS, Rows
 from ordnung.modeling.pooling import pool_documents, pool_rows
-
-# What says that a row of a batch holds several documents, besides `position_ids`.
-MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Head(BackbonePreTrainedModel):
@@ -62,9 +60,9 @@ class Head(BackbonePreTrainedModel):
         """The rows of a batch with several documents in a row, and `kwargs` without what says so."""
         if inputs is None:
             return None, kwargs  # the base model says what is missing
-        marks = {name: kwargs[name] for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if name in kwargs}
+        marks = {name: kwargs[name] for name in MARKS if name in kwargs}
         rows = self.model.packed_rows(inputs, attention_mask, position_ids, past_key_values, **marks)
-        return rows, {name: value for name, value in kwargs.items() if name not in MARKS}
+        return rows, {name: value for name, value in kwargs.items() if name not in (*MARKS, *LONGEST)}
 
 
 def within_documents(rows: Rows, labels: torch.LongTensor | None, kwargs: dict) -> tuple[torch.LongTensor | None, dict]:

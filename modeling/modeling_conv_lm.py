@@ -10,13 +10,14 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_conv_lm import ConvLMConfig
-from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, Mixer, linear_flops
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
 from ordnung.modeling.heads import (
     ForCausalLM,
     ForQuestionAnswering,
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ordnung.modeling.mixers.mixer import Mixer, linear_flops
 from ordnung.modeling.mixers.projections import input_projection, output_projection
 from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer

@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
-from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, linear_flops, wrong_state
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
 from ordnung.modeling.cubic_prefix_attention import PrefixCacheLayer
 from ordnung.modeling.heads import (
     ForCausalLM,
@@ -29,7 +29,8 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from ordnung.modeling.mixers.rows import Rows
+from ordnung.modeling.mixers.mixer import linear_flops, wrong_state
+from ordnung.modeling.mixers.rows import MARKS, Rows
 from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.prefix_attention import (
     FirstLayer,
@@ -133,7 +134,7 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         if predict_from is True:
             predict_from = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if rows is None:
-            marks = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")}
+            marks = {name: kwargs.get(name) for name in MARKS}
             rows = self.packed_rows(inputs_embeds, attention_mask, position_ids, past_key_values, **marks)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_linformer_lm import LinformerLMConfig
-from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, Mixer, linear_flops
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
 from ordnung.modeling.heads import (
     ForCausalLM,
     ForMaskedLM,
@@ -21,6 +19,7 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ordnung.modeling.mixers.mixer import Mixer, linear_flops
 from ordnung.modeling.mixers.projections import Projections, angles_of
 from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
@@ -90,12 +89,6 @@ class LinformerMixer(Projections, Mixer):
 
     def sequence_weights(self, shared: torch.Tensor | None) -> torch.Tensor | None:
         return shared if self.projection is None else self.projection()
-
-    def attend(self, query, key, value, bias, **kwargs):
-        """Softmax attention (B, heads, ., d) of the configured implementation: (B, N, H, d), weights or None."""
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        return interface(self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def in_pieces(self, mix, hidden_states, multiple=1):
         """The mixed states, and the weights or None, by `mix` of places as `pieces` gives them."""

@@ -10,13 +10,14 @@ from transformers.generation import GenerationMixin
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ordnung.configuration.configuration_quadratic_kernel_lm import QuadraticKernelLMConfig
-from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, Mixer, linear_flops
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
 from ordnung.modeling.heads import (
     ForCausalLM,
     ForQuestionAnswering,
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ordnung.modeling.mixers.mixer import Mixer, linear_flops
 from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.causal_conv import causal_conv

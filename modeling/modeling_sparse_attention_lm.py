@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils.import_utils import is_tracing
 
 from ordnung.configuration.configuration_sparse_attention_lm import SparseAttentionLMConfig
-from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel, Mixer, linear_flops
+from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
 from ordnung.modeling.heads import (
     ForCausalLM,
     ForMaskedLM,
@@ -18,6 +18,7 @@ from ordnung.modeling.heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ordnung.modeling.mixers.mixer import Mixer, linear_flops
 from ordnung.modeling.mixers.projections import Projections, angles_of, input_projection, rotate
 from ordnung.modeling.mixers.rows import Rows, over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer

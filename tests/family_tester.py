@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import ordnung
-from ordnung.modeling.backbone import linear_flops
+from ordnung.modeling.mixers.mixer import linear_flops
 from ordnung.modeling.ops import chunks
 from ordnung.modeling.registration import heads_of
 

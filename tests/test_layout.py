@@ -102,7 +102,7 @@ def test_files_are_read_and_written_as_utf8():
         ("scripts.hub.x", "def f():\n    from ordnung.scripts.reports.card_tables import TABLES", "is not below it"),
         ("scripts.experiments.x", "from ordnung.scripts import pretrain", "imports the program"),
         ("scripts.transfer", "from ordnung.scripts.pretrain import main", "imports the program"),
-        ("modeling.ops.x", "from ordnung.modeling.backbone import Mixer", "which is not below it"),
+        ("modeling.ops.x", "from ordnung.modeling.mixers.mixer import Mixer", "which is not below it"),
         ("modeling.x", "from ordnung.scripts.common.errors import ScriptError", "which is not below it"),
         ("scripts.common.x", "from ordnung.scripts.common.gone import f", "is no module"),
     ],

@@ -55,8 +55,8 @@ RESULTS = {
 STANDARD_FILES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "configuration_conv_lm.py", "configuration_backbone.py", "modeling_conv_lm.py",
-    "backbone.py", "heads.py", "rows.py", "state.py", "norms.py", "projections.py", "pooling.py", "causal_conv.py",
-    "chunks.py",
+    "backbone.py", "heads.py", "mixer.py", "attention.py", "rows.py", "state.py", "norms.py", "projections.py",
+    "pooling.py", "causal_conv.py", "chunks.py",
 }  # fmt: skip
 
 

@@ -6,7 +6,8 @@ serves the query heads from g H / G on (grouped queries, Ainslie et al. 2023, ar
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import rotate_half
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 from ordnung.configuration.configuration_backbone import BackboneConfig
 from ordnung.modeling.mixers.norms import RMSNorm
@@ -68,6 +69,12 @@ class Projections:
     def values(self, states: torch.Tensor) -> torch.Tensor:
         """(B, N, G, d) of states (B, N, D)."""
         return self.heads(self.v_proj(states))
+
+    def attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The configured implementation of attention (B, heads, ., d): (B, N, H, d), and weights or None."""
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     @property
     def keys_are_linear(self) -> bool:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from transformers.utils.import_utils import is_tracing
 
+# What clients say of packed documents besides `position_ids`: where they lie, and what follows from that.
+MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+LONGEST = ("max_length_q", "max_length_k")
 # Longest documents of a group, in tokens: 16, 24, 32, 48, 64, ...
 EDGES = torch.tensor([size for power in range(4, 40) for size in (1 << power, 3 << (power - 1))])
 GROUP_TOKENS = 512  # a group of fewer real tokens joins the next longer one
@@ -238,4 +241,4 @@ def begins_of(
     return begins if begins is not None and bool(begins.any()) else None
 
 
-__all__ = ["Group", "Rows", "begins_of", "over_rows"]
+__all__ = ["LONGEST", "MARKS", "Group", "Rows", "begins_of", "over_rows"]

@@ -7,7 +7,29 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin,
 from transformers.utils.import_utils import is_tracing
 
 
-class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
+class BatchFirst:
+    """What a cache layer does to each of its tensors, batch first, by its own `change`; inherited before the layer."""
+
+    def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must implement `change`.")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.change(lambda x: x[indices])
+
+    def offload(self) -> None:
+        self.change(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self.change(lambda x: x.to(self.device, non_blocking=True))
+
+
+class RecurrentStateLayer(BatchFirst, LinearAttentionLayer, CacheLayerMixin):
     """Generation state of a mixer: a tuple of tensors, batch first, that each step of tokens replaces.
 
     A subclass names the `_layer_type` of its mixer, which enters it in transformers' tables. The tokens are counted
@@ -127,20 +149,5 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             (tuple(map(function, before)), step, tuple(map(function, inputs))) for before, step, inputs in self.recorded
         ]
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.change(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.change(lambda x: x[indices])
-
-    def offload(self) -> None:
-        self.change(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self.change(lambda x: x.to(self.device, non_blocking=True))
-
-
-__all__ = ["RecurrentStateLayer"]
+__all__ = ["BatchFirst", "RecurrentStateLayer"]

@@ -13,7 +13,7 @@ import torch
 
 from ordnung import ConvLMConfig, ConvLMForCausalLM, SoftmaxLMConfig, SoftmaxLMForCausalLM
 from ordnung.modeling import modeling_conv_lm
-from ordnung.modeling.backbone import linear_flops
+from ordnung.modeling.mixers.mixer import linear_flops
 from ordnung.scripts.benchmarks.cases import ForwardSample, Sample, Settings, build_model, random_tokens
 from ordnung.scripts.benchmarks.variants import VARIANTS, Variant, unfused_extra
 

@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ordnung.modeling.backbone import MIXERS
+from ordnung.modeling.mixers.mixer import MIXERS
 from ordnung.modeling.registration import AUTO_CLASSES
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.tables import markdown_table, spread
