@@ -189,12 +189,19 @@ class FamilyTester:
     def test_backbone_and_head_apart_give_the_logits(self, variant, transform, tmp_path):
         """trl and others run the base model and multiply by the output embeddings themselves."""
         model = self.model(variant, lm_head_transform=transform, lm_head_bias=transform)
+        normed = []
         ids, mask = masked_batch()
         for more in ({}, {"attention_mask": mask}):
             states = model.base_model(ids, **more).last_hidden_state
             expected = model(ids, **more).logits
             real = mask == 1 if more else torch.ones_like(mask) == 1
             self.assert_equal(model.get_output_embeddings()(states)[real], expected[real], variant)
+            if transform:  # once, between the last norm and the vocabulary
+                hook = model.model.norm.register_forward_hook(lambda *call: normed.append(call[2]))
+                model(ids, **more)
+                hook.remove()
+                self.assert_equal(states[real], model.model.lm_transform(normed[-1])[real], variant)
+                assert not torch.equal(states[real], normed[-1][real])
 
     def test_embeddings_resize(self, variant):
         model = self.model(variant)
@@ -337,12 +344,13 @@ class FamilyTester:
         """torch.jit.trace, which records shapes as the exporters do."""
         model = self.model(variant)
         ids, mask = masked_batch()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of shapes that are read, which is what is tested
-            traced = torch.jit.trace(OnlyLogits(model), (ids, mask), check_trace=False)
-        for ids, mask in graph_batches():
-            expected = model(ids, attention_mask=mask, use_cache=False).logits
-            self.assert_equal(traced(ids, mask)[mask == 1], expected[mask == 1], variant)
+        for example in (mask, torch.ones_like(mask)):  # a graph made without padding takes it too
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of shapes that are read, which is what is tested
+                traced = torch.jit.trace(OnlyLogits(model), (ids, example), check_trace=False)
+            for other, padded in graph_batches():
+                expected = model(other, attention_mask=padded, use_cache=False).logits
+                self.assert_equal(traced(other, padded)[padded == 1], expected[padded == 1], variant)
 
     def test_onnx_takes_padding_and_other_shapes(self, tmp_path):
         """torch.onnx's exporter, run by onnxruntime."""
@@ -565,6 +573,17 @@ class FamilyTester:
         past.crop(-4)
         assert past.get_seq_length() == 12
         self.assert_equal(step(past), step(state(tokens=12)), variant)
+        for change, rows in (
+            (lambda past: past.reorder_cache(order), order),
+            (lambda past: past.batch_select_indices(chosen), chosen),
+            (lambda past: past.batch_repeat_interleave(2), repeated),
+        ):  # what is recorded goes along
+            past = DynamicCache(config=model.config)
+            past.activate_past_recording()
+            model(ids, past_key_values=past, use_cache=True)
+            change(past)
+            past.crop(-3)
+            self.assert_equal(step(past, rows), step(state(tokens=12))[rows], variant)
 
     def test_state_bytes_are_as_predicted(self, variant):
         model = self.model(variant, dtype=torch.float32, vocab_size=VOCAB)

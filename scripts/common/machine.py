@@ -60,7 +60,7 @@ def how_to_go_on(several_processes: bool, *more: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the clone that runs, with "-dirty" behind it if tracked files differ; None where there is no clone."""
+    """The commit of the clone that runs, with "-dirty" behind it if tracked files differ; None of a package."""
     root = Path(ordnung.__file__).resolve().parent
     if not (root / ".git").exists():
         return None
