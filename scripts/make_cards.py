@@ -1,4 +1,4 @@
-"""Write the tables of README.md and model_cards/*.md, and the cards' figures, from model_cards/results.
+"""Write the tables of the cards and the pages beside them, and the cards' figures, from model_cards/results.
 
     python scripts/make_cards.py            # rewrite what stands between the markers
     python scripts/make_cards.py --check    # exit status 1 if a table is not what the results give
@@ -16,6 +16,7 @@ from ordnung.scripts.common.options import option, parse_options
 from ordnung.scripts.reports.card_tables import FIGURES, TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
+GUIDES = ["README.md", "scripts/README.md"]  # they may hold tables too
 MARKER = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
     check = parse_options(CardOptions, argv, __doc__).check
     stale, shown = 0, set()
-    for path in [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]:
+    for path in [*(ROOT / name for name in GUIDES), *sorted((ROOT / "model_cards").rglob("*.md"))]:
         old = path.read_text(encoding="utf-8")
         new = fill(old)
         shown |= {name for name in FIGURES if f"figures/{name}.png" in new}

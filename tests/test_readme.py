@@ -1,4 +1,4 @@
-"""What README.md shows works: its Python blocks run, its commands parse and start, its links exist."""
+"""What README.md and the guides show works: Python blocks run, commands parse and start, links exist."""
 
 import json
 import re
@@ -12,11 +12,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "scripts/README.md", "modeling/README.md")}
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    """(page, number in it, code)"""
+    return [
+        (name, number, code)
+        for name, text in PAGES.items()
+        for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", text, re.S), 1)
+    ]
 
 
 @pytest.fixture
@@ -50,18 +55,19 @@ def checkpoint(tmp_path, monkeypatch, tokenizer):
     return tmp_path
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_blocks_run(number, checkpoint):
-    if "from trl" in blocks("python")[number]:
+@pytest.mark.parametrize("page, number, code", blocks("python"))
+def test_python_blocks_run(page, number, code, checkpoint):
+    if "from trl" in code:
         pytest.importorskip("trl", reason="needs ordnung[trl]")
-    exec(compile(blocks("python")[number], f"README.md, Python block {number + 1}", "exec"), {"__name__": "readme"})
-    if "save_standalone" in blocks("python")[number]:
+    exec(compile(code, f"{page}, Python block {number}", "exec"), {"__name__": "readme"})
+    if "save_standalone" in code:
         assert (checkpoint / "out/whale-conv/modeling_conv_lm.py").exists()
 
 
 def commands(start):
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith(start)]
+    text = "\n".join(code for _, _, code in blocks("bash")).replace("\\\n", " ")
+    lines = [line.partition("#")[0] for line in text.splitlines() if line.startswith(start)]
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines))
 
 
 def test_make_targets_exist():
@@ -70,29 +76,37 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= named <= targets
 
 
-@pytest.mark.parametrize("command", commands("python scripts/"))
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("command", commands("ordnung "))
 def test_commands_start(command, checkpoint):
     # the last of two equal options wins: the same commands at a size for a test
     smaller = {
-        "scripts/convert.py": "--source bert",
-        "scripts/evaluate_lm.py": "--max_tokens 400 --block_size 32 --stride 16 --use_cpu",
-        "scripts/finetune.py": "--dataset_path data --max_steps 2 --seeds 0 --max_length 16 --use_cpu",
-        "scripts/plot_mixing.py": "--max_length 16",
-        "scripts/push_to_hub.py": "--license apache-2.0",
-        "scripts/generate.py": "--max_new_tokens 3",
-        "scripts/pretrain.py": "--max_steps 2 --train_tokenizer_vocab_size 300 --block_size 32 --max_eval_blocks 4 "
+        "convert": "--source bert",
+        "evaluate": "--max_tokens 400 --block_size 32 --stride 16 --use_cpu",
+        "finetune": "--dataset_path data --max_steps 2 --seeds 0 --max_length 16 --use_cpu",
+        "plot-mixing": "--max_length 16",
+        "share": "--license apache-2.0",
+        "generate": "--max_new_tokens 3",
+        "pretrain": "--max_steps 2 --train_tokenizer_vocab_size 300 --block_size 32 --max_eval_blocks 4 "
         "--config_overrides hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4 --use_cpu",
     }
     program, *options = shlex.split(command)[1:]
     done = subprocess.run(
-        [sys.executable, program, *options, *smaller[program].split()], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "ordnung.scripts.cli", program, *options, *smaller[program].split()],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    if program.endswith("pretrain.py"):
+    if program == "pretrain":
         model = AutoModelForCausalLM.from_pretrained("out/conv")
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if not link.startswith("http")]
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []

@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 import ordnung
 from ordnung.modeling.convert import SOURCES
+from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
@@ -162,10 +163,9 @@ def draw_spectrum(results: dict, image: Path):
 def run(options) -> int:
     """Draw, write and print what plot_mixing.py's options ask for; returns the exit status."""
     model, tokenizer = load(options.model_name_or_path)
-    try:
-        text = options.text if options.text is not None else Path(options.text_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScriptError(f"--text_file {options.text_file} cannot be read: {error}") from None
+    text = options.text
+    if text is None:
+        text = "".join(corpus.read_text(path) for path in corpus.find_files([options.text_file], "text_file"))
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=options.max_length)["input_ids"]
     tokens = ids.shape[1]
     if tokens < 2:
