@@ -241,7 +241,25 @@ def throughput_table() -> str:
     return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
 
 
+def packing_table(name: str) -> str:
+    """Time of a packed token against one of a full row, and one of the padded batch of the same documents."""
+    results = load(name)
+    header = ["family", "documents", "mean tokens", "rows filled", "packed / full", "packed / padded"]
+    body = []
+    for case in results["cases"]:
+        tokens = case["tokens"]
+        ratios = [case[f"packed_per_token_of_{other}"] for other in ("full", "padded")]
+        body.append(
+            [case["model_type"], str(case["documents"]), f"{case['mean_length']:.0f}"]
+            + [f"{tokens['packed'] / tokens['full']:.0%}"]
+            + [f"{r['median']:.2f} ({min(r['each']):.2f} to {max(r['each']):.2f})" for r in ratios]
+        )
+    return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
+
+
 TABLES = {
+    "packing_sentences": partial(packing_table, "packing_sentences"),
+    "packing_reviews": partial(packing_table, "packing_reviews"),
     "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
     "transfer": transfer_table,
