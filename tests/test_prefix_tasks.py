@@ -148,6 +148,8 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
     program.main(argv)
     assert capsys.readouterr().out.count("finished, kept") == 4
     assert (out / "runs" / "cubic-seed0.json").read_text() == written
+    with pytest.raises(ScriptError, match="runs with training of cubic {}, not"):
+        program.main([*argv, "--training_by_variant", "cubic={learning_rate: 0.1}"])
     with pytest.raises(ScriptError, match="was trained for 60 steps.*equal compute takes"):
         program.main([*argv, "--variants", "cubic3={model_type: cubic_prefix_lm, num_hidden_layers: 3}"])
 
@@ -177,6 +179,7 @@ def test_shipped_tables_make_models_of_equal_size():
     for name, options_type in (
         ("tasks_pointer", TaskOptions),
         ("tasks_function", TaskOptions),
+        ("tasks_function_more", TaskOptions),
         ("tasks_triplets", TaskOptions),
         ("tasks_triplets_short", TaskOptions),
         ("compare_cubic", CompareOptions),
