@@ -9,7 +9,8 @@
 Outputs are checked first; what is wrong is not timed. Every case is then tried once in a process of its own, which
 gives its peak memory, or says why it cannot run here. Those that can are timed in turns, so that a disturbance of the
 machine meets all alike. All models make the logits of every position in forward and train, and of the last one in
-prefill. Results are saved after every task and length; decoding comes last, with all lengths in the same turns.
+prefill. Attention decodes twice, in the cache that grows and in a static one (rows `NAME_static`); ratios are against
+the faster. Results are saved after every task and length; decoding comes last, with all lengths in the same turns.
 """
 
 from dataclasses import dataclass

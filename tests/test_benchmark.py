@@ -20,7 +20,15 @@ from ordnung.scripts.benchmarks import mixer as bench_mixer
 from ordnung.scripts.benchmarks import run as bench_run
 from ordnung.scripts.benchmarks.cases import Case, Sample, Settings
 from ordnung.scripts.benchmarks.report import add_ratios, markdown
-from ordnung.scripts.benchmarks.variants import CAUSAL, VARIANTS, Shape, mamba_matmul_flops, pairs, state_bytes
+from ordnung.scripts.benchmarks.variants import (
+    CAUSAL,
+    VARIANTS,
+    Shape,
+    mamba_matmul_flops,
+    pairs,
+    state_bytes,
+    with_static_forms,
+)
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.machine import machine_info
 
@@ -165,6 +173,21 @@ def test_state_bytes(name):
         assert sample.cache.get_seq_length() == before == 300  # a sample decodes on a copy
 
 
+@pytest.mark.parametrize("name", [name for name in with_static_forms(CAUSAL) if name not in VARIANTS])
+def test_static_caches_have_room_for_all_steps_and_are_not_copied(name):
+    sample = bench_measure.make_sample(Case("decode", name, 300), SETTINGS)
+    sample.setup()
+    kept = 2 * (300 + SETTINGS.decode_steps) * SHAPE.hidden_size * SHAPE.num_hidden_layers * 4
+    counters = 8 * SHAPE.num_hidden_layers
+    assert state_bytes(sample.cache) == kept + counters and sample.state["cache"] == "static"
+    assert sample.state["predicted_state_bytes"] in (None, kept)
+    copy = sample.prepare()
+    places = [layer.keys.data_ptr() for layer in copy.layers]
+    sample.run(copy)
+    assert [layer.keys.data_ptr() for layer in copy.layers] == places
+    assert copy.get_seq_length() == 302 and sample.cache.get_seq_length() == 300
+
+
 class TestProbe:
     def test_peak_memory_is_that_of_the_scores(self):
         """Unfused attention over 1024 tokens holds H N*N scores and a few arrays of that size."""
@@ -249,6 +272,19 @@ def test_ratios_divide_medians_and_flops():
     assert "ratios" not in rows[2]
 
 
+def test_decode_is_held_against_the_faster_form_of_the_baseline():
+    def row(name, length, seconds):
+        return {"task": "decode", "length": length, "name": name, "seconds": {"median": seconds}, "flops": 1}
+
+    rows = [row("a", 8, 1.0), row("b", 8, 6.0), row("b_static", 8, 3.0), row("a", 2, 1.0), row("b", 2, 2.0)]
+    rows += [row("b_static", 2, 4.0)]
+    add_ratios(rows, "b")
+    assert [row["ratios"] for row in rows[:3]] == [
+        {"b_static": {"measured": measured, "predicted": 1.0}} for measured in (3.0, 0.5, 1.0)
+    ]
+    assert rows[3]["ratios"] == {"b": {"measured": 2.0, "predicted": 1.0}}
+
+
 def test_hopeless_cases_are_not_tried():
     done = {"task": "forward", "status": "ok", "length": 100, "probe_seconds": 10.0}
     assert bench_run.hopeless(None, 200, 15) is None
@@ -263,7 +299,7 @@ def test_hopeless_cases_are_not_tried():
 def test_every_variant_passes_its_checks():
     checks = bench_checks.run_checks(list(VARIANTS), SETTINGS)
     assert {name: check for name, check in checks.items() if not check["passed"]} == {}
-    assert len(checks) == len(CAUSAL) + len(bench_checks.IMPLEMENTATIONS) + 1 + 2
+    assert len(checks) == len(with_static_forms(CAUSAL)) + len(bench_checks.IMPLEMENTATIONS) + 1 + 2
 
 
 def test_wrong_outputs_are_not_timed(tmp_path, monkeypatch, capsys):
@@ -290,7 +326,8 @@ def test_end_to_end(tmp_path, capsys):
     results = json.loads((tmp_path / "speed.json").read_text())
     rows = {(row["task"], row["name"], row["length"]): row for row in results["results"]}
     every_task = ["forward", "train", "prefill", "decode"]
-    assert set(rows) == {(t, v, n) for t in every_task for v in ("conv_lm", "gpt2_sdpa") for n in (16, 32)}
+    names = {(t, v) for t in every_task for v in ("conv_lm", "gpt2_sdpa")} | {("decode", "gpt2_sdpa_static")}
+    assert set(rows) == {(t, v, n) for t, v in names for n in (16, 32)}
     for (task, _, length), row in rows.items():
         assert row["status"] == "ok", row
         assert row["peak_bytes"] is None if task == "decode" else row["peak_bytes"] >= 0
@@ -299,9 +336,10 @@ def test_end_to_end(tmp_path, capsys):
             quartiles = row["seconds"]
             assert 0 < quartiles["q1"] <= quartiles["median"] <= quartiles["q3"]
             assert 1 <= quartiles["n"] <= bench_measure.MAX_ROUNDS
-            baseline = rows[task, "gpt2_sdpa", length]
-            assert row["ratios"]["gpt2_sdpa"]["predicted"] == baseline["flops"] / row["flops"]
+            (ratio,) = row["ratios"].items()
+            assert ratio[1]["predicted"] == rows[task, ratio[0], length]["flops"] / row["flops"]
         if task == "decode":
+            assert row["cache"] == ("static" if row["name"] == "gpt2_sdpa_static" else "dynamic")
             assert row["tokens"] == 2 and row["state_bytes"] > 0
     assert results["machine"]["threads"] == 1
     assert results["machine"]["torch"] == torch.__version__

@@ -1,6 +1,7 @@
 """prefix_tasks.py: the tasks against their definitions, and the program from end to end."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,50 @@ def test_pointers_are_followed():
                 place = row[place]
             assert answer == place
     assert seen == {(times, place) for times in (1, 2, 3) for place in range(7)}
+
+
+def test_functions_are_applied():
+    options = TaskOptions(output_dir="none", task="function", variants=VARIANTS, symbols=5, hops=3, queries=4)
+    tokens, labels = prefix_tasks.draw(options, 60, np.random.default_rng(0))
+    assert tokens.shape == labels.shape == (60, options.tokens) and tokens.max() == options.vocab_size - 1
+    for row, answers in zip(tokens.tolist(), labels.tolist()):
+        assert answers[:5] == [-100] * 5
+        for query, answer in zip(row[5:], answers[5:]):
+            assert answer == row[row[row[query - 5]]]
+    assert len({len(set(row[:5])) for row in tokens.tolist()}) > 2  # no permutations
+    rows = prefix_tasks.draw(options, options.eval_sequences, np.random.default_rng(prefix_tasks.EVALUATION_SEED))[0]
+    right = [[q - 5 == row[row[row[q - 5]]] for q in row[5:]] for row in rows.tolist()]
+    right += [[row[q - 5] == row[row[row[q - 5]]] for q in row[5:]] for row in rows.tolist()]
+    of_none, of_one, of_two = prefix_tasks.fewer_hops(options)
+    assert (of_none, of_one) == tuple(np.mean(part) for part in (right[: len(rows)], right[len(rows) :]))
+    assert of_none < of_two < 1
+
+
+def test_a_variant_has_its_own_rate_and_steps(monkeypatch):
+    own = {"softmax": {"max_steps": 7, "learning_rate": 0.5}}
+    options = TaskOptions(
+        output_dir="none", task="function", variants=VARIANTS, max_steps=3, equal_compute=False, training_by_variant=own
+    )
+    assert (options.of_variant("softmax").learning_rate, options.of_variant("softmax").max_steps) == (0.5, 7)
+    assert options.of_variant("cubic") == options
+    seen = {}
+
+    def train_all(options, configs, run):
+        for name in configs:
+            run(name, 0, Path(f"{name}-seed0.json"))
+        raise KeyboardInterrupt
+
+    def fit(options, config, seed, draw, measure, steps):
+        seen[config.model_type] = options.learning_rate, steps
+        raise KeyboardInterrupt if len(seen) == 2 else ZeroDivisionError
+
+    monkeypatch.setattr(prefix_tasks, "train_all", train_all)
+    monkeypatch.setattr(prefix_tasks, "fit", fit)
+    for variants in (VARIANTS, dict(reversed(VARIANTS.items()))):
+        options.variants = variants
+        with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+            prefix_tasks.run(options)
+    assert seen == {"softmax_lm": (0.5, 7), "cubic_prefix_lm": (1e-3, 3)}
 
 
 def test_triplets_are_counted():
@@ -103,6 +148,8 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
     program.main(argv)
     assert capsys.readouterr().out.count("finished, kept") == 4
     assert (out / "runs" / "cubic-seed0.json").read_text() == written
+    with pytest.raises(ScriptError, match="runs with training of cubic {}, not"):
+        program.main([*argv, "--training_by_variant", "cubic={learning_rate: 0.1}"])
     with pytest.raises(ScriptError, match="was trained for 60 steps.*equal compute takes"):
         program.main([*argv, "--variants", "cubic3={model_type: cubic_prefix_lm, num_hidden_layers: 3}"])
 
@@ -114,6 +161,12 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
         (["--hops", "0"], "--hops must be at least 1"),
         (["--task", "triplets", "--sequence_length", "3"], "--sequence_length 3 must exceed --symbols 3"),
         (["--seeds", "1", "1"], "different numbers"),
+        (["--training_by_variant", "gru={max_steps: 90}"], "gru must be one of cubic, softmax"),
+        (["--training_by_variant", "cubic={seed: 1}"], "cubic: seed is the same for all"),
+        (
+            ["--training_by_variant", "cubic={max_steps: 9}"],
+            r"max_steps \(9\) must be at least that of all \(60\)",
+        ),
     ],
 )
 def test_wrong_options_are_refused_in_words(argv, wrong, message):
@@ -125,6 +178,8 @@ def test_shipped_tables_make_models_of_equal_size():
     folder = program.__file__.rsplit("/", 1)[0]
     for name, options_type in (
         ("tasks_pointer", TaskOptions),
+        ("tasks_function", TaskOptions),
+        ("tasks_function_more", TaskOptions),
         ("tasks_triplets", TaskOptions),
         ("tasks_triplets_short", TaskOptions),
         ("compare_cubic", CompareOptions),

@@ -4,9 +4,9 @@ import copy
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
-from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, Variant, state_bytes
+from ordnung.scripts.benchmarks.variants import Shape, Variant, split_form, state_bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Sample:
     """One repeatable measurement. The weights exist once it is constructed; `run` alone is timed.
 
     `tokens` is the number of tokens of one sequence that `run` processes (the divisor of time per token), `flops` what
-    `run` costs, `state` the measured and predicted bytes of one sequence's generation state where the task has one.
+    `run` costs, `state` the measured and predicted bytes of one sequence's generation state where the task has one, and
+    the kind of `cache` that holds it.
     `measures_memory` is False where what keeps the sample repeatable takes memory that its use in a model does not.
     """
 
@@ -74,6 +75,11 @@ def build_model(variant: Variant, max_length: int, settings: Settings) -> PreTra
     return variant.build(shape, settings.seed).to(settings.device, settings.torch_dtype)
 
 
+def new_cache(config: PreTrainedConfig, length: int, static: bool) -> Cache:
+    """An empty generation state; a static one has room for `length` tokens, where a dynamic one is copied to grow."""
+    return StaticCache(config, max_cache_len=length) if static else DynamicCache(config=config)
+
+
 def random_tokens(settings: Settings, vocab_size: int, length: int) -> torch.Tensor:
     """The same (batch, length) token ids for every competitor."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -81,8 +87,8 @@ def random_tokens(settings: Settings, vocab_size: int, length: int) -> torch.Ten
 
 
 class ModelSample(Sample):
-    def __init__(self, variant: Variant, task: str, length: int, settings: Settings):
-        self.variant, self.length, self.settings = variant, length, settings
+    def __init__(self, variant: Variant, task: str, length: int, settings: Settings, static: bool = False):
+        self.variant, self.length, self.settings, self.static = variant, length, settings, static
         self.model = build_model(variant, length + settings.decode_steps, settings)
         steps = settings.decode_steps if task == "decode" else 1
         self.tokens = steps if task == "decode" else length
@@ -131,11 +137,14 @@ class DecodeSample(ModelSample):
 
     @torch.no_grad()
     def setup(self):
-        self.cache = DynamicCache(config=self.model.config)
+        room = self.length + self.settings.decode_steps
+        self.cache = new_cache(self.model.config, room, self.static)
         self.variant.run(self.model, self.context, self.cache, logits_to_keep=1)
-        predicted = self.model.cache_bytes(self.length) if hasattr(self.model, "cache_bytes") else None
+        kept = room if self.static else self.length
+        predicted = self.model.cache_bytes(kept) if hasattr(self.model, "cache_bytes") else None
         measured = state_bytes(self.cache) // self.settings.batch_size
         self.state = {"state_bytes": measured, "predicted_state_bytes": predicted}
+        self.state["cache"] = "static" if self.static else "dynamic"
 
     def prepare(self):
         return copy.deepcopy(self.cache)
@@ -156,4 +165,5 @@ MODEL_TASKS: dict[str, type[ModelSample]] = {
 
 
 def make_model_sample(case: Case, settings: Settings) -> ModelSample:
-    return MODEL_TASKS[case.task](VARIANTS[case.name], case.task, case.length, settings)
+    variant, static = split_form(case.name)
+    return MODEL_TASKS[case.task](variant, case.task, case.length, settings, static)

@@ -6,13 +6,12 @@ Small inputs, on the device and in the dtype of the run.
 from dataclasses import replace
 
 import torch
-from transformers import DynamicCache
 
 from ordnung.modeling.ops.causal_conv import IMPLEMENTATIONS, causal_conv, causal_conv_naive
 from ordnung.modeling.ops.causal_linformer import CausalLinformer, causal_linformer_naive
 from ordnung.modeling.ops.linformer import project_naive, project_rows
-from ordnung.scripts.benchmarks.cases import Settings, build_model
-from ordnung.scripts.benchmarks.variants import VARIANTS, Shape
+from ordnung.scripts.benchmarks.cases import Settings, build_model, new_cache
+from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, split_form, with_static_forms
 
 # Largest deviation allowed, relative to the largest value expected.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -72,14 +71,14 @@ def causal_linformer_deviation(settings: Settings) -> float:
 def cache_deviation(name: str, settings: Settings) -> float:
     """Of a variant's logits after prefill and decoding, against the same positions without a cache."""
     heads = settings.shape.num_attention_heads
-    variant = VARIANTS[name]
+    variant, static = split_form(name)
     shape = Shape(16 * heads, 2, heads, vocab_size=128, kernel_size=settings.shape.kernel_size)
     length, steps = 2 * shape.kernel_size + 3, 3
     model = build_model(variant, length + steps, replace(settings, shape=shape))
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = torch.randint(shape.vocab_size, (2, length + steps), generator=generator).to(settings.device)
     expected = variant.run(model, tokens).logits[:, length - 1 :]
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model.config, length + steps, static)
     logits = [variant.run(model, tokens[:, :length], cache, logits_to_keep=1).logits]
     for position in range(length, length + steps):
         logits.append(variant.run(model, tokens[:, position : position + 1], cache, position).logits)
@@ -106,7 +105,7 @@ def run_checks(variants: list[str], settings: Settings) -> dict[str, dict]:
     record("linformer causal", causal_linformer_deviation(settings), ["linformer_lm"])
     encoders = [name for name in VARIANTS if name.startswith("linformer_encoder")]
     record("linformer projection", projection_deviation(settings), encoders)
-    for name in variants:
-        if not VARIANTS[name].encoder:
+    for name in with_static_forms(variants):
+        if not split_form(name)[0].encoder:
             record(f"cache {name}", cache_deviation(name, settings), [name])
     return checks

@@ -11,7 +11,7 @@ from ordnung.scripts.benchmarks.checks import run_checks
 from ordnung.scripts.benchmarks.measure import make_sample, prepare_process, probe, summarise, time_in_turns
 from ordnung.scripts.benchmarks.mixer import PARTS
 from ordnung.scripts.benchmarks.report import add_ratios, markdown, plot
-from ordnung.scripts.benchmarks.variants import CAUSAL, VARIANTS, Shape
+from ordnung.scripts.benchmarks.variants import CAUSAL, VARIANTS, Shape, with_static_forms
 from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.machine import machine_info
@@ -134,6 +134,8 @@ def run(options) -> int:
         ]
         for task in probed
     }
+    if "decode" in competitors:
+        competitors["decode"] = [name for name in with_static_forms(competitors["decode"]) if name not in wrong]
     if "mixer" in options.tasks and "conv_lm" not in wrong:
         competitors["mixer"] = list(PARTS)
     # Decoding claims a time that does not grow with the context: all contexts take turns, so that a slow minute of the

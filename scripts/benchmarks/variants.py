@@ -136,7 +136,8 @@ class Variant:
 
     `config` makes its configuration from the shared sizes. `flops(config, new, past, logits)` is the cost of `new`
     tokens after `past` cached ones with `logits` positions put through the head; None asks the model's own `flops`.
-    What is not run `by_default` grows too fast for the lengths of the others.
+    What is not run `by_default` grows too fast for the lengths of the others. One with a `static_form` keeps keys and
+    values that grow, which transformers' `DynamicCache` copies at every token: it decodes in a `StaticCache` as well.
     """
 
     description: str
@@ -147,6 +148,7 @@ class Variant:
     cache_argument: str = "past_key_values"
     encoder: bool = False  # has no loss and no generation state: takes part in the forward task only
     by_default: bool = True
+    static_form: bool = False
 
     def build(self, shape: Shape, seed: int = 0) -> PreTrainedModel:
         """A randomly initialised model in evaluation mode, float32, on the CPU."""
@@ -245,6 +247,7 @@ VARIANTS: dict[str, Variant] = {
         SoftmaxLMForCausalLM,
         _ours(SoftmaxLMConfig, position_embedding_type="learned", attention_dropout=0.0),
         attn_implementation="sdpa",
+        static_form=True,
     ),
     "linformer_lm": Variant(
         f"LinformerLM, causal: blocks of 64 and k={PROJECTED_SIZE} slots",
@@ -260,15 +263,18 @@ VARIANTS: dict[str, Variant] = {
         attn_implementation="sdpa",
         by_default=False,
     ),
-    "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa"),
+    "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa", static_form=True),
     "gpt2_sdpa_gelu": Variant(
         "GPT-2, SDPA, with the activation of our families (torch's own GELU) instead of its composed `gelu_new`",
         GPT2LMHeadModel,
         _gpt2("gelu"),
         gpt2_flops,
         "sdpa",
+        static_form=True,
     ),
-    "gpt2_eager": Variant("GPT-2, eager (unfused) attention", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "eager"),
+    "gpt2_eager": Variant(
+        "GPT-2, eager (unfused) attention", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "eager", static_form=True
+    ),
     "lfm2_conv": Variant("LFM2, all layers convolutions of 3 taps", Lfm2ForCausalLM, _lfm2, lfm2_flops),
     "mamba": Variant(
         "Mamba without its CUDA kernels (the slow path)",
@@ -306,6 +312,19 @@ VARIANTS: dict[str, Variant] = {
     },
 }
 CAUSAL = [name for name, variant in VARIANTS.items() if not variant.encoder]
+STATIC = "_static"  # ends the names of what decodes in a static cache
+
+
+def with_static_forms(names: list[str]) -> list[str]:
+    """The names of what decodes: each variant, and behind it its form in a static cache where it has one."""
+    return [form for name in names for form in ([name, name + STATIC] if VARIANTS[name].static_form else [name])]
+
+
+def split_form(name: str) -> tuple[Variant, bool]:
+    """The variant of such a name, and whether its cache is static."""
+    if name in VARIANTS:
+        return VARIANTS[name], False
+    return VARIANTS[name.removesuffix(STATIC)], True
 
 
 def state_bytes(cache) -> int:

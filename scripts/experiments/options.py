@@ -1,6 +1,6 @@
 """The options of the programs that make evidence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, required
@@ -34,6 +34,30 @@ class TrainingOptions(VariantOptions):
     learning_rate: float = option(1e-3, "AdamW's learning rate, constant after the warm-up.")
     weight_decay: float = option(0.0, "AdamW's weight decay, for matrices.")
     warmup_steps: int = option(100, "Steps of linear warm-up.")
+    training_by_variant: str | None = option(
+        None, "learning_rate and max_steps of single variants, by variant, which win.", action=MergeKeyValues
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.training_by_variant = self.training_by_variant or {}
+        for name, own in self.training_by_variant.items():
+            if name not in self.variants:
+                raise ScriptError(f"--training_by_variant {name} must be one of {', '.join(self.variants)}")
+            if unknown := set(own) - {"learning_rate", "max_steps"}:
+                raise ScriptError(
+                    f"--training_by_variant {name}: {min(unknown)} is the same for all; a variant's own are "
+                    "learning_rate and max_steps"
+                )
+            if own.get("max_steps", self.max_steps) < self.max_steps:
+                raise ScriptError(
+                    f"--training_by_variant {name}: max_steps ({own['max_steps']}) must be at least that of all "
+                    f"({self.max_steps})"
+                )
+
+    def of_variant(self, name: str):
+        """These options with the variant's own in place."""
+        return replace(self, **self.training_by_variant.get(name, {}))
 
 
 @dataclass(kw_only=True)
@@ -66,12 +90,16 @@ class RecallOptions(TrainingOptions):
 
 @dataclass(kw_only=True)
 class TaskOptions(TrainingOptions):
-    task: str = required("What to train on.", choices=["pointer", "triplets"], section="data")
+    task: str = required("What to train on.", choices=["pointer", "function", "triplets"], section="data")
     symbols: int = option(
-        16, "pointer: numbers permuted. triplets: given tokens, which the others follow from.", least=2
+        16,
+        "pointer, function: numbers that are mapped. triplets: given tokens, which the others follow from.",
+        least=2,
     )
-    hops: int = option(7, "pointer: most times to apply the permutation; a query asks for any number.", least=1)
-    queries: int = option(16, "pointer: queries in a sequence.", least=1)
+    hops: int = option(
+        7, "pointer: most times to apply the permutation; a query asks for any number. function: times.", least=1
+    )
+    queries: int = option(16, "pointer, function: queries in a sequence, and answers.", least=1)
     sequence_length: int = option(64, "triplets: tokens in a sequence.")
     eval_sequences: int = option(256, "Sequences to measure on.", least=1)
     evaluations: int = option(20, "Times to measure in the course of a run.", least=1)
@@ -86,11 +114,12 @@ class TaskOptions(TrainingOptions):
 
     @property
     def vocab_size(self) -> int:
-        return (1 + self.hops) * self.symbols if self.task == "pointer" else self.sequence_length
+        sizes = {"pointer": (1 + self.hops) * self.symbols, "function": 2 * self.symbols}
+        return sizes.get(self.task, self.sequence_length)
 
     @property
     def tokens(self) -> int:
-        return self.symbols + self.queries if self.task == "pointer" else self.sequence_length
+        return self.sequence_length if self.task == "triplets" else self.symbols + self.queries
 
 
 @dataclass(kw_only=True)

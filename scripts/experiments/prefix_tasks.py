@@ -22,6 +22,8 @@ def draw(options: TaskOptions, count: int, random: np.random.Generator) -> tuple
     """Tokens and labels (count, tokens) of new sequences of the task."""
     if options.task == "pointer":
         return draw_pointers(count, options.symbols, options.hops, options.queries, random)
+    if options.task == "function":
+        return draw_functions(count, options.symbols, options.hops, options.queries, random)
     return draw_triplets(count, options.symbols, options.sequence_length, random)
 
 
@@ -46,6 +48,40 @@ def draw_pointers(
         np.concatenate([pointers, times * symbols + asked], axis=1),
         np.concatenate([np.full_like(pointers, -100), answers], axis=1),
     )
+
+
+def draw_functions(
+    count: int, symbols: int, hops: int, queries: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences that show a function f of 0 to m - 1 to the same numbers and ask for f applied `hops` times.
+
+    Token i < m is f(i), drawn at random; then each of `queries` tokens m + x, with x drawn at random, has the label
+    f(f(...f(x))). With L layers in which every token sees every other, 2^L - 1 hops are within reach: a token that
+    knows the way of k hops looks up where its end leads.
+
+    Returns:
+        tokens (count, m + queries) and labels of the same shape, -100 where nothing is asked.
+    """
+    function = random.integers(symbols, size=(count, symbols))
+    asked = random.integers(symbols, size=(count, queries))
+    answers = asked
+    for _ in range(hops):
+        answers = np.take_along_axis(function, answers, 1)
+    return (
+        np.concatenate([function, symbols + asked], axis=1),
+        np.concatenate([np.full_like(function, -100), answers], axis=1),
+    )
+
+
+def fewer_hops(options: TaskOptions) -> list[float]:
+    """Of `function`: the share of answers that 0, 1, ... `hops` - 1 hops give, on what models are measured on."""
+    tokens, labels = draw(options, options.eval_sequences, np.random.default_rng(EVALUATION_SEED))
+    function, reached = tokens[:, : options.symbols], tokens[:, options.symbols :] - options.symbols
+    shares = []
+    for _ in range(options.hops):
+        shares.append(float((reached == labels[:, options.symbols :]).mean()))
+        reached = np.take_along_axis(function, reached, 1)
+    return shares
 
 
 def draw_triplets(count: int, given: int, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +162,8 @@ def train_and_measure(options: TaskOptions, config: PreTrainedConfig, seed: int,
             curve.append({"step": step, "seconds": before - start - measuring, **accuracy(options, model)})
             measuring += time.perf_counter() - before
 
-    model, losses = fit(options, config, seed, lambda step: draw(options, options.batch_size, random), measure, steps)
+    own = options.of_variant(path.stem.rpartition("-seed")[0])
+    model, losses = fit(own, config, seed, lambda step: draw(options, options.batch_size, random), measure, steps)
     result = {"parameters": model.num_parameters(), "curve": curve, "last_losses": float(np.mean(losses[-100:]))}
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
@@ -179,7 +216,7 @@ def markdown(results: dict) -> str:
         for point in [result[which]]
         if which == "equal_steps" or point["step"] != result["equal_steps"]["step"]
     ]
-    sizes = ("symbols", "hops", "queries") if hops else ("symbols", "sequence_length")
+    sizes = ("symbols", "sequence_length") if settings["task"] == "triplets" else ("symbols", "hops", "queries")
     task = ", ".join(f"{name} {settings[name]}" for name in sizes)
     return "\n\n".join(
         [
@@ -222,10 +259,15 @@ def run(options: TaskOptions) -> int:
     configs = variant_configs(options.variants, shared, vocab_size=options.vocab_size)
     flops = {name: step_flops(options, config) for name, config in configs.items()}
     dearest = max(flops.values()) if options.equal_compute else 0
-    steps = {name: max(options.max_steps, options.max_steps * dearest // cost) for name, cost in flops.items()}
+    steps = {
+        name: max(options.of_variant(name).max_steps, options.max_steps * dearest // cost)
+        for name, cost in flops.items()
+    }
     results, runs = train_all(
         options, configs, lambda name, seed, path: train_and_measure(options, configs[name], seed, steps[name], path)
     )
     results["variants"] = {name: collect(options, flops[name], runs[name]) for name in configs}
+    if options.task == "function":
+        results["fewer_hops"] = fewer_hops(options)
     write_results(options.output_dir, results, markdown, plot)
     return 0

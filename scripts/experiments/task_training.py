@@ -85,13 +85,15 @@ def train_all(
     settings = {
         name: value for name, value in asdict(options).items() if name not in ("output_dir", "variants", "seeds")
     }
-    claim_output_dir(output_dir, settings, options.variants)
+    own = settings.pop("training_by_variant")
+    claimed = {f"training of {name}": own.get(name, {}) for name in options.variants}  # may be added with a variant
+    claim_output_dir(output_dir, settings | claimed, options.variants)
     runs = {name: [] for name in configs}
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for seed in options.seeds:
         for name in configs:
             runs[name].append(run(name, seed, output_dir / "runs" / f"{name}-seed{seed}.json"))
-    settings["variants"] = options.variants
+    settings |= {"variants": options.variants, "training_by_variant": own}
     return {"machine": machine_info(), "settings": settings, "seeds": options.seeds}, runs
 
 
