@@ -162,6 +162,10 @@ ROWS = {
         "sparse_attention_lm",
         heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
         config={"is_decoder": False, "sliding_window": 3, "num_global_tokens": 2, "global_stride": 5},
+        excluded={
+            "test_retain_grad_hidden_states_attentions": "The weights that are returned are put where the padding of a "
+            "row leaves their tokens, after the output was made: no gradient comes to that copy."
+        },
     ),
     "softmax_lm": Row("softmax_lm"),
     "softmax_lm-modern": Row("softmax_lm", config=MODERN),
