@@ -1,4 +1,4 @@
-"""Conversion: the weights of BERT-style, GPT-2 and Llama-style checkpoints in a family of this package.
+"""Conversion: the weights of BERT-style, Longformer, GPT-2 and Llama-style checkpoints in a family of this package.
 
 A `Source` says, for one architecture, what its config fields and modules are called here. Everything else is generic:
 a parameter goes where the model has one of that name, so a new family needs nothing, and a new architecture one table.
@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -62,6 +63,8 @@ class Source:
         heads: head -> the same for the modules of that head.
         query_scale: (config, layer number) -> what attention scores are multiplied by beyond 1 / sqrt(head size).
         notes: config -> what of the source's computation has no counterpart, and does not change what it gives.
+        windows: config -> fields of a family that has windows, by which it sees what the source sees; empty if the
+            source sees the whole row.
     """
 
     fields: Callable[[PreTrainedConfig], dict]
@@ -69,6 +72,7 @@ class Source:
     heads: dict[str, dict[str, str]]
     query_scale: Callable[[PreTrainedConfig, int], float] = lambda config, layer: 1.0
     notes: Callable[[PreTrainedConfig], list[str]] = lambda config: []
+    windows: Callable[[PreTrainedConfig], dict] = lambda config: {}
 
 
 def bert_fields(config) -> dict:
@@ -95,6 +99,26 @@ def roberta_notes(config) -> list[str]:
     if config.hidden_act == "gelu":
         return []
     return [f"RoBERTa's masked-LM head uses gelu, the one here `hidden_act` ({config.hidden_act!r})"]
+
+
+def longformer_fields(config) -> dict:
+    without = {"classifier_dropout": None, "is_decoder": False}  # fields that its config does not have
+    return {**roberta_fields(SimpleNamespace(**config.to_dict() | without))}
+
+
+def longformer_windows(config) -> dict:
+    # its windows count both sides, and its global tokens are those of a mask at call
+    windows = config.attention_window
+    windows = windows if isinstance(windows, list) else [windows] * config.num_hidden_layers
+    return {
+        "sliding_window": [window // 2 for window in windows],
+        "num_global_tokens": 0,
+        "global_projections": "separate",
+    }
+
+
+def big_bird_notes(config) -> list[str]:
+    return ["the embeddings are normed before their dropout, BigBird's after it"] if config.hidden_dropout_prob else []
 
 
 def gpt2_fields(config) -> dict:
@@ -156,6 +180,19 @@ def llama_fields(config) -> dict:
     }
 
 
+def decoder_windows(config) -> dict:
+    """Of those layers that have the window, the last `sliding_window` tokens."""
+    if config.sliding_window is None:
+        return {}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    ours = {"sliding_attention": "sparse_attention", "full_attention": "full_attention"}
+    return {
+        "sliding_window": config.sliding_window,
+        "num_global_tokens": 0,
+        "layer_types": [ours[kind] for kind in kinds],
+    }
+
+
 def qwen2_fields(config) -> dict:
     return {**llama_fields(config), "attention_bias": "qkv"}
 
@@ -177,6 +214,18 @@ ENCODER_MODULES = {
     "encoder.layer.*.intermediate.dense": "layers.*.mlp.up_proj",
     "encoder.layer.*.output.dense": "layers.*.mlp.down_proj",
     "encoder.layer.*.output.LayerNorm": "layers.*.mlp_norm",
+}
+
+
+BERT_HEAD = {
+    "cls.predictions.transform.dense": "lm_transform.dense",
+    "cls.predictions.transform.LayerNorm": "lm_transform.norm",
+    "cls.predictions.decoder": "lm_head",
+}
+ROBERTA_HEAD = {
+    "lm_head.dense": "lm_transform.dense",
+    "lm_head.layer_norm": "lm_transform.norm",
+    "lm_head.decoder": "lm_head",
 }
 
 
@@ -218,6 +267,10 @@ DECODER_HEADS = {
 # Options of the sources and their kin that change what a model computes and are not known here -> values that do not.
 FOREIGN_OPTIONS = {
     "sliding_window": (None,),
+    "attention_window": (None,),
+    "attention_type": (None, "original_full"),
+    "rescale_embeddings": (None, False),
+    "use_bias": (None, True),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "logit_scale": (None, 1),
@@ -231,10 +284,20 @@ FOREIGN_OPTIONS = {
     "use_parallel_residual": (None, False),
     "parallel_attn": (None, False),
 }
+# What to do about some of them.
+CURES = {
+    "sliding_window": "convert to 'sparse_attention_lm', which has windows, or set it to None if no row is longer",
+    "attention_window": "convert to 'sparse_attention_lm', which has windows",
+    "attention_type": "BigBird draws its random blocks for each head and length; set config.attention_type = "
+    "'original_full', which has the same weights, and give a sparse target a pattern of its own",
+}
 
 
-def check_options(config: PreTrainedConfig) -> None:
-    """Refuses what a source computes and the backbone does not.
+def check_options(config: PreTrainedConfig, windows: Iterable[str] = ()) -> None:
+    """Refuses what a source computes and the model does not.
+
+    Args:
+        windows: options that the model has windows for.
 
     Raises:
         ValueError: an option is set that would change the result; the message names it, its value and the cure.
@@ -247,11 +310,10 @@ def check_options(config: PreTrainedConfig) -> None:
     given = {name: getattr(config, name, None) for name in FOREIGN_OPTIONS}
     given["partial_rotary_factor"] = rope.get("partial_rotary_factor", given["partial_rotary_factor"])
     for name, neutral in FOREIGN_OPTIONS.items():
-        if given[name] not in neutral:
-            cure = "no family here has windows yet; set it to None if no row is longer" if "window" in name else ""
+        if given[name] not in neutral and name not in windows:
             raise ValueError(
                 f"`{name}` ({given[name]!r}) of the source changes its result, and has no counterpart here: "
-                f"{cure or f'only {neutral[-1]!r} can be converted'}"
+                f"{CURES.get(name) or f'only {neutral[-1]!r} can be converted'}"
             )
 
 
@@ -259,25 +321,31 @@ SOURCES = {
     "bert": Source(
         fields=bert_fields,
         modules=ENCODER_MODULES,
-        heads=encoder_heads(
-            {
-                "cls.predictions.transform.dense": "lm_transform.dense",
-                "cls.predictions.transform.LayerNorm": "lm_transform.norm",
-                "cls.predictions.decoder": "lm_head",
-            }
-        ),
+        heads=encoder_heads(BERT_HEAD),
     ),
     "roberta": Source(
         fields=roberta_fields,
         modules=ENCODER_MODULES,
-        heads=encoder_heads(
-            {
-                "lm_head.dense": "lm_transform.dense",
-                "lm_head.layer_norm": "lm_transform.norm",
-                "lm_head.decoder": "lm_head",
-            }
-        ),
+        heads=encoder_heads(ROBERTA_HEAD),
         notes=roberta_notes,
+    ),
+    "longformer": Source(
+        fields=longformer_fields,
+        modules=ENCODER_MODULES
+        | {
+            f"encoder.layer.*.attention.self.{name}_global": f"layers.*.mixer.{name[0]}_global_proj"
+            for name in ("query", "key", "value")
+        },
+        heads=encoder_heads(ROBERTA_HEAD),
+        notes=roberta_notes,
+        windows=longformer_windows,
+    ),
+    "big_bird": Source(
+        fields=bert_fields,
+        modules=ENCODER_MODULES,
+        # its answers are read by a head of more layers
+        heads={name: modules for name, modules in encoder_heads(BERT_HEAD).items() if name != "ForQuestionAnswering"},
+        notes=big_bird_notes,
     ),
     "gpt2": Source(
         fields=gpt2_fields,
@@ -320,9 +388,9 @@ SOURCES = {
         ),
     ),
     "llama": Source(fields=llama_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
-    "mistral": Source(fields=llama_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
-    "qwen2": Source(fields=qwen2_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
-    "qwen3": Source(fields=qwen3_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS),
+    "mistral": Source(fields=llama_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS, windows=decoder_windows),
+    "qwen2": Source(fields=qwen2_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS, windows=decoder_windows),
+    "qwen3": Source(fields=qwen3_fields, modules=LLAMA_MODULES, heads=DECODER_HEADS, windows=decoder_windows),
 }
 
 
@@ -400,10 +468,11 @@ def convert(
             model another shape than the source's.
     """
     model, missing, unexpected = _load(source, gguf_file)
-    check_options(model.config)
     table, source_head = SOURCES[model.config.model_type], _head_of(type(model))
+    windows = table.windows(model.config) if _has_windows(model_type) else {}
+    check_options(model.config, ("sliding_window", "attention_window") if windows else ())
     pooling = _pooling_of(source, table, source_head)
-    config_overrides = {"classifier_pooling": pooling, **config_overrides}
+    config_overrides = {"classifier_pooling": pooling, **windows, **config_overrides}
     head, config = _target(model, table, source_head, model_type, head, config_overrides)
     target = getattr(modeling_auto, AUTO_CLASSES[head]).from_config(config).eval().to(model.device)
     if target.can_generate() and model.can_generate():
@@ -425,6 +494,7 @@ def convert(
     parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in missing}
     parts = {name: _split(name, p, model, modules, table.query_scale) for name, p in parameters.items()}
     _copy(parameters, parts, target, base, report)
+    _copy_global(target, report)
     report.left_out += unexpected
 
     if output_report:
@@ -578,6 +648,24 @@ def _copy(parameters, parts, target, base, report) -> None:
             left.setdefault(id(parameter), name)
     report.left_out += [name for identity, name in left.items() if identity not in done]
     report.new += [name for name, parameter in target.named_parameters() if id(parameter) not in done]
+
+
+@torch.no_grad()
+def _copy_global(target, report) -> None:
+    """Projections of global tokens that the source does not have start as those of all tokens, as Longformer's do."""
+    places = dict(target.named_parameters())
+    for name in [name for name in report.new if "_global_proj." in name]:
+        own = name.replace("_global_proj.", "_proj.")
+        if own in report.copied:
+            places[name].copy_(places[own])
+            report.copied[name] = report.copied[own]
+            report.new.remove(name)
+
+
+def _has_windows(model_type: str) -> bool:
+    """Whether a family takes the fields of `Source.windows`."""
+    fields = dataclasses.fields(CONFIG_MAPPING[model_type]) if model_type in FAMILIES else ()
+    return "sliding_window" in {field.name for field in fields}
 
 
 def _fit_positions(table: torch.Tensor, config, report) -> torch.Tensor:

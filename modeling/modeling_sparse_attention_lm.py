@@ -106,13 +106,9 @@ class SparseAttention(Projections, Mixer):
         def mix(query, key, value, *rest):
             *rest, lengths = rest
             if past_key_values is not None:
-                return self.go_on(self.state_of(past_key_values), query, key, value, lengths, rows, options), None
+                return self.go_on(self.state_of(past_key_values), query, key, value, lengths, rows, options)
             is_global = rest.pop() if given else None
-            inputs = query, key, value, self.pattern, lengths, is_global, rest or None
-            if self.config._attn_implementation != "eager":
-                return sparse_attention(*inputs, **options), None
-            output, weights = weighted_attention(*inputs, **options)
-            return output, F.pad(weights, (0, N - weights.shape[-1])).transpose(1, 2)  # (R, M, H, N)
+            return self.attend((query, key, value, self.pattern, lengths, is_global, rest or None), N, options)
 
         output, weights = over_rows(rows, mix, *inputs)
         return self.out_proj(output.flatten(2)), None if weights is None else of_batch(weights, rows)
@@ -140,8 +136,15 @@ class SparseAttention(Projections, Mixer):
             query, key = rotate(query, *angles), rotate(key, *angles)
         return [query, key, self.heads(self.v_global_proj(hidden_states))]
 
-    def go_on(self, layer: SparseCacheLayer, query, key, value, lengths, rows: Rows | None, options) -> torch.Tensor:
-        """Attention of more tokens, which enter the layer's generation state."""
+    def attend(self, inputs, N, options) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`sparse_attention` of `inputs`; with eager attention its weights too, (R, M, H, N)."""
+        if self.config._attn_implementation != "eager":
+            return sparse_attention(*inputs, **options), None
+        output, weights = weighted_attention(*inputs, **options)
+        return output, F.pad(weights, (0, N - weights.shape[-1])).transpose(1, 2)
+
+    def go_on(self, layer: SparseCacheLayer, query, key, value, lengths, rows: Rows | None, options):
+        """Attention of more tokens, which enter the layer's generation state; weights of the first ones alone."""
         if self.pattern.stride and is_tracing(key) and layer.max_cache_len is None:
             raise ValueError(
                 "`global_stride` has the generation state grow, which a graph cannot do: compile with a static cache, "
@@ -149,14 +152,15 @@ class SparseAttention(Projections, Mixer):
             )
         if layer.state is None:
             before = empty_state(key, self.pattern, layer.max_cache_len or 0)
-            output = sparse_attention(query, key, value, self.pattern, lengths, **options)
+            output, weights = self.attend((query, key, value, self.pattern, lengths), key.shape[1], options)
             after = first_state(self.pattern, key, value, lengths, layer.max_cache_len or 0)
         else:
             before = SparseState(*layer.state)
             in_place = not (layer.record_past or torch.is_grad_enabled() or before.pairs.requires_grad)
             output, after = step(self.pattern, before, query, key, value, lengths, in_place, **options)
+            weights = None
         layer.update_state(before, after, self.add_to_state, (key, value), None if rows is None else rows.real)
-        return output
+        return output, weights
 
     def add_to_state(self, before, key, value, lengths) -> SparseState:
         return step(self.pattern, SparseState(*before), None, key, value, lengths)[1]

@@ -17,6 +17,7 @@ FAMILIES = {
     "linformer_lm": ("LinformerLM", ("ForMaskedLM", "ForMultipleChoice")),
     "cubic_prefix_lm": ("CubicPrefixLM", ("ForMaskedLM", "ForMultipleChoice")),
     "softmax_lm": ("SoftmaxLM", ("ForMaskedLM", "ForMultipleChoice")),
+    "sparse_attention_lm": ("SparseAttentionLM", ("ForMaskedLM", "ForMultipleChoice")),
 }
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 # class name ending -> the Auto class that loads it

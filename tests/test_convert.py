@@ -14,9 +14,11 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertConfig,
+    BigBirdConfig,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    LongformerConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -64,6 +66,10 @@ CONFIGS = {
     "qwen3": lambda **fields: Qwen3Config(**{**DECODER, "head_dim": 10, **fields}),
     "bert": lambda **fields: BertConfig(**{**ENCODER, **fields}),
     "roberta": lambda **fields: RobertaConfig(**{**ENCODER, "pad_token_id": 0, "bos_token_id": 1, **fields}),
+    "big_bird": lambda **fields: BigBirdConfig(**{**ENCODER, "attention_type": "original_full", **fields}),
+    "longformer": lambda **fields: LongformerConfig(
+        **{**ENCODER, "pad_token_id": 0, "bos_token_id": 1, "attention_window": [4, 4, 8], **fields}
+    ),
     "gpt2": lambda **fields: GPT2Config(
         **{
             **SMALL,
@@ -142,6 +148,9 @@ EXACT = {
     "GPT2LMHeadModel": ["logits"],
     "GPT2ForTokenClassification": ["logits"],
     "GPT2ForQuestionAnswering": ["start_logits", "end_logits"],
+    "BigBirdModel": ["last_hidden_state"],
+    "BigBirdForMaskedLM": ["logits"],
+    "BigBirdForTokenClassification": ["logits"],
     "DistilBertModel": ["last_hidden_state"],
     "DistilBertForMaskedLM": ["logits"],
     "DistilBertForTokenClassification": ["logits"],
@@ -162,12 +171,17 @@ DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 # family -> fields with which it mixes exactly as attention does, and the sources that it does so for
 EXACT_FAMILIES = {
-    "softmax_lm": ({}, ("Bert", "Roberta", "GPT2", "DistilBert", *DECODERS)),
+    "softmax_lm": ({}, ("Bert", "Roberta", "GPT2", "DistilBert", "BigBird", *DECODERS)),
     "linformer_lm": (
         {"projection_type": "adaptive_mean_pool", "projected_size": 20},
         ("Bert", "Roberta", "DistilBert"),
     ),
     "cubic_prefix_lm": ({"prefix_stride": None}, tuple(f"{name}ForCausalLM" for name in DECODERS)),
+    # its window covers a row
+    "sparse_attention_lm": (
+        {"sliding_window": 19},
+        ("Bert", "Roberta", "GPT2", "DistilBert", "BigBird", *DECODERS),
+    ),
 }
 
 
@@ -611,7 +625,7 @@ def test_dropout_and_ids_are_the_sources():
 
 def test_wrong_input_is_refused_in_words(tmp_path):
     source = make("BertModel")
-    known = "known are bert, distilbert, gpt2, llama, mistral, qwen2, qwen3, roberta"
+    known = "known are bert, big_bird, distilbert, gpt2, llama, longformer, mistral, qwen2, qwen3, roberta"
     with pytest.raises(ValueError, match=f"'opt' cannot be converted: {known}"):
         config = AutoConfig.for_model("opt", hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=1)
         config.num_attention_heads = 1

@@ -12,8 +12,6 @@ from ordnung.configuration.configuration_sparse_attention_lm import SparseAttent
 from ordnung.modeling.ops.sparse_pattern import mask_naive
 from ordnung.modeling.registration import heads_of
 
-pytest.skip("SparseAttentionLM is not registered yet", allow_module_level=True)
-
 
 class TestSparseAttentionLM(FamilyTester):
     model_type = "sparse_attention_lm"
@@ -216,6 +214,8 @@ def test_weights_are_zero_where_nothing_is_seen_and_mix_the_values(is_decoder):
     ids = torch.randint(1, VOCAB, (2, 40))
     outputs = model(ids, output_attentions=True, use_cache=False)
     assert_equal(outputs.logits, fast(ids).logits)
+    cached = model(ids, output_attentions=True, use_cache=is_decoder)
+    assert_equal(cached.attentions, outputs.attentions)
     for layer, weights in zip(model.model.layers, outputs.attentions, strict=True):
         assert torch.equal(weights[0, 0] > 0, mask_naive(layer.mixer.pattern, 40))
     mixer, states = model.model.layers[0].mixer, torch.randn(2, 40, 32, dtype=torch.float64)

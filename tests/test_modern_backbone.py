@@ -25,6 +25,12 @@ CASES = {
         "linformer_lm",
         {"is_decoder": True, "projected_size": 8, "local_block_size": 4, "projection_sharing": "none"},
     ),
+    "sparse": ("sparse_attention_lm", {"sliding_window": 4, "num_global_tokens": 2, "global_stride": 5}),
+    "sparse-random": ("sparse_attention_lm", {"sliding_window": 4, "num_random_blocks": 1, "random_block_size": 3}),
+    "sparse-encoder": (
+        "sparse_attention_lm",
+        {"is_decoder": False, "sliding_window": 3, "num_global_tokens": 2, "global_projections": "separate"},
+    ),
     "linformer": ("linformer_lm", {"projected_size": 8}),
     "linformer-own": ("linformer_lm", {"projected_size": 8, "projection_sharing": "none"}),
     "linformer-first": (
@@ -54,7 +60,7 @@ def test_grouped_keys_equal_repeated_ones(case):
     whole = build(model_type, **{**fields, "num_key_value_heads": 4})
     state = grouped.state_dict()
     for name, value in state.items():
-        if any(part in name for part in ("k_proj", "v_proj")):
+        if any(part in name for part in ("k_proj", "v_proj", "k_global_proj", "v_global_proj")):
             state[name] = value.unflatten(0, (2, 12)).repeat_interleave(2, 0).flatten(0, 1)
         elif name.endswith("mixer.projection.weight") and value.shape[1] == 2:
             state[name] = value.repeat_interleave(2, 1)
@@ -135,6 +141,17 @@ OLD = {
         [3.060709936296962, -4.18346624327276, 1.5096619559544386, 2.5341840047963613],
     ),
     "cubic_prefix_lm": ({}, ATTENTION, [3.060738944904733, -4.183451428692601, 1.509616762647948, 2.534218563201591]),
+    "sparse_attention_lm": (
+        {
+            "sliding_window": 4,
+            "num_global_tokens": 2,
+            "global_stride": 5,
+            "num_random_blocks": 1,
+            "random_block_size": 3,
+        },
+        ATTENTION,
+        [3.6434902228947585, -1.3415410704465345, -2.1778774405449015, 3.7208383469671533],
+    ),
 }
 
 

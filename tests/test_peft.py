@@ -34,6 +34,10 @@ VARIANTS = {
         {"kernel_size": 4, "layer_types": ["causal_conv", "full_attention"]},
     ],
     "softmax_lm": [{}, {"is_decoder": False, "norm_position": "post"}],
+    "sparse_attention_lm": [
+        {"sliding_window": 4, "layer_types": ["sparse_attention", "full_attention"]},
+        {"sliding_window": 4, "is_decoder": False, "global_projections": "separate"},
+    ],
 }
 CASES = [
     pytest.param(name, more, id=f"{name}-{i}") for name in FAMILIES for i, more in enumerate(VARIANTS.get(name, [{}]))
@@ -154,6 +158,7 @@ SIZES = {
     "linformer_lm": {"projected_size": 8, "local_block_size": 4, "is_decoder": True},
     "cubic_prefix_lm": {},
     "softmax_lm": {"position_embedding_type": "learned"},
+    "sparse_attention_lm": {"sliding_window": 4},
 }
 
 

@@ -21,6 +21,11 @@ MODELS = {
     "conv-free": ("conv_lm", {"kernel_size": 40, "kernel_normalization": "none"}),
     "hybrid": ("conv_lm", HYBRID),
     "cubic": ("cubic_prefix_lm", {}),
+    "sparse": ("sparse_attention_lm", {"sliding_window": 4, "num_global_tokens": 2, "global_stride": 5}),
+    "sparse-encoder": (
+        "sparse_attention_lm",
+        {"is_decoder": False, "sliding_window": 3, "num_random_blocks": 1, "random_block_size": 2},
+    ),
 }
 SLOTS = {
     "linformer": ("linformer_lm", {"is_decoder": False, "projected_size": 4}),

@@ -45,6 +45,7 @@ CONV = {"model_type": "conv_lm", "kernel_size": 4}
 SOFTMAX = {"model_type": "softmax_lm", "position_embedding_type": "rope"}
 LINFORMER = {"model_type": "linformer_lm", "projected_size": 8, "is_decoder": True}
 ENCODER = {"model_type": "softmax_lm", "position_embedding_type": "learned", "is_decoder": False}
+SPARSE = {"model_type": "sparse_attention_lm", "sliding_window": 4, "num_global_tokens": 2, "global_stride": 3}
 CUBIC = {"model_type": "cubic_prefix_lm", "prefix_stride": 2}
 
 # name -> (Auto class, config fields, arguments of save_standalone)
@@ -55,6 +56,12 @@ CASES = {
     "linformer": ("AutoModelForCausalLM", LINFORMER, {}),
     "linformer-encoder": ("AutoModelForMaskedLM", {**LINFORMER, "is_decoder": False}, {}),
     **{f"cubic-{head}": (head, CUBIC, {}) for head in HEADS},
+    **{f"sparse-{head}": (head, SPARSE, {}) for head in ("AutoModel", "AutoModelForCausalLM")},
+    "sparse-encoder": (
+        "AutoModelForMaskedLM",
+        {**SPARSE, "is_decoder": False, "global_projections": "separate"},
+        {},
+    ),
     "tied": ("AutoModelForCausalLM", {**CONV, "tie_word_embeddings": True}, {}),
     "untied": ("AutoModelForCausalLM", {**CONV, "tie_word_embeddings": False, "lm_head_bias": True}, {}),
     "bfloat16": ("AutoModelForCausalLM", {**CONV, "dtype": torch.bfloat16}, {}),

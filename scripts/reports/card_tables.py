@@ -11,6 +11,7 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.reports import mixing as plot_mixing
+from ordnung.scripts.reports import patterns
 
 RESULTS = Path(__file__).resolve().parents[2] / "model_cards" / "results"
 CONV_BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768", "_decode", "_mixer")]
@@ -285,6 +286,7 @@ TABLES = {
     "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
     "prefix_compare": lambda: compare.markdown(load("cubic_prefix_lm_compare")),
+    "sparse_patterns": patterns.markdown,
 }
 
 
@@ -301,4 +303,5 @@ FIGURES = {
     "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
     "cubic_prefix_lm_compare": lambda image: compare.plot(load("cubic_prefix_lm_compare"), image),
+    "sparse_attention_lm_patterns": patterns.plot,
 }

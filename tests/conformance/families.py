@@ -16,6 +16,8 @@ PASSES = {
     "test_training_gradient_checkpointing*": "The test has each layer called once in a forward pass and hands all its "
     "calls one mock; here a layer is called for each group of prefixes.",
 }
+# Sparse attention gives the weights of a prefill; those of later tokens are of keys that are not held in their order.
+NO_WEIGHTS_OF_STEPS = {"has_attentions": False}
 
 
 # What Llama, Qwen and their like are made of.
@@ -131,6 +133,38 @@ ROWS = {
         excluded={
             "test_model_rope_scaling_from_config_*": "These tests go beyond `max_position_embeddings`, where a "
             "bidirectional projection has no weights: the model refuses in words."
+        },
+    ),
+    "sparse_attention_lm": Row(
+        "sparse_attention_lm",
+        config={
+            "sliding_window": 4,
+            "num_global_tokens": 2,
+            "num_random_blocks": 1,
+            "random_block_size": 2,  # the tests set the window to 2
+            "position_embedding_type": "rope",
+        },
+        flags=NO_WEIGHTS_OF_STEPS,
+        excluded=STATE_LAYERS,
+    ),
+    "sparse_attention_lm-modern": Row(
+        "sparse_attention_lm",
+        config={
+            **MODERN,
+            "sliding_window": 4,
+            "global_stride": 5,
+            "layer_types": ["sparse_attention", "full_attention"],
+        },
+        flags=NO_WEIGHTS_OF_STEPS,
+        excluded=STATE_LAYERS,
+    ),
+    "sparse_attention_lm-bidirectional": Row(
+        "sparse_attention_lm",
+        heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
+        config={"is_decoder": False, "sliding_window": 3, "num_global_tokens": 2, "global_stride": 5},
+        excluded={
+            "test_retain_grad_hidden_states_attentions": "The weights that are returned are put where the padding of a "
+            "row leaves their tokens, after the output was made: no gradient comes to that copy."
         },
     ),
     "softmax_lm": Row("softmax_lm"),

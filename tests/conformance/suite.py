@@ -97,7 +97,7 @@ class FamilyChecks:
 
     def test_attention_outputs(self):
         # only attention layers have weights to return
-        attends = ("full_attention", "cubic_prefix")
+        attends = ("full_attention", "cubic_prefix", "sparse_attention")
         self.model_tester.num_hidden_layers = sum(
             kind in attends for kind in self.model_tester.get_config().layer_types
         )
