@@ -8,7 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 import ordnung
 from ordnung.modeling.convert import SOURCES
-from ordnung.scripts.common import corpus
+from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
@@ -165,7 +165,7 @@ def run(options) -> int:
     model, tokenizer = load(options.model_name_or_path)
     text = options.text
     if text is None:
-        text = "".join(corpus.read_text(path) for path in corpus.find_files([options.text_file], "text_file"))
+        text = "".join(read_text(path) for path in find_files([options.text_file], "text_file"))
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=options.max_length)["input_ids"]
     tokens = ids.shape[1]
     if tokens < 2:
