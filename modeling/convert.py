@@ -664,7 +664,7 @@ def _copy_global(target, report) -> None:
 
 def _has_windows(model_type: str) -> bool:
     """Whether a family takes the fields of `Source.windows`."""
-    fields = dataclasses.fields(CONFIG_MAPPING[model_type]) if model_type in FAMILIES else ()
+    fields = dataclasses.fields(CONFIG_MAPPING[model_type]) if model_type in REGISTERED else ()
     return "sliding_window" in {field.name for field in fields}
 
 
