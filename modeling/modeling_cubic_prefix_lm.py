@@ -2,9 +2,9 @@
 
     p(token[t + 1] | token[0..t]) = head(encoder(token[0..t])[t])
 
-where an encoder with causal attention would make the states of earlier tokens once and keep them. With `prefix_stride`
-s > 1 the pass of t is fully connected up to end(t) = s floor((t + 1) / s) and causal behind it, and tokens of the same
-end share it. The definition, pass by pass, is `ops.prefix_attention.prefix_states_naive`.
+A causal model makes the states of a token once; here each prefix has its own. With `prefix_stride` s > 1 the pass of t
+is fully connected up to end(t) = s floor((t + 1) / s) and causal behind it, and tokens of the same end share it. The
+definition, pass by pass, is `ops.prefix_attention.prefix_states_naive`.
 
 Here stand the model and its heads. The mixer, the layer and the generation state are in `cubic_prefix_attention.py`,
 how passes are computed together in `cubic_prefix_passes.py`, which ones a call needs in `cubic_prefix_prediction.py`.
