@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 from transformers.utils.import_utils import is_gguf_available
 
-from ordnung.modeling.registration import AUTO_CLASSES, FAMILIES, heads_of
+from ordnung.modeling.registration import AUTO_CLASSES, REGISTERED, heads_of
 
 __all__ = ["ConversionReport", "convert"]
 
@@ -564,8 +564,8 @@ def _head_of(source_class: type) -> str:
 
 def _target(model, table, source_head, model_type, head, overrides) -> tuple[str, PreTrainedConfig]:
     """The head to make, and its config."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"`model_type` ({model_type!r}) must be one of {sorted(FAMILIES)}")
+    if model_type not in REGISTERED:
+        raise ValueError(f"`model_type` ({model_type!r}) must be one of {sorted(REGISTERED)}")
     auto_classes = heads_of(model_type)
     heads = [name for name, auto_class in AUTO_CLASSES.items() if auto_class in auto_classes]
     source = model.config
@@ -664,7 +664,7 @@ def _copy_global(target, report) -> None:
 
 def _has_windows(model_type: str) -> bool:
     """Whether a family takes the fields of `Source.windows`."""
-    fields = dataclasses.fields(CONFIG_MAPPING[model_type]) if model_type in FAMILIES else ()
+    fields = dataclasses.fields(CONFIG_MAPPING[model_type]) if model_type in REGISTERED else ()
     return "sliding_window" in {field.name for field in fields}
 
 

@@ -66,9 +66,9 @@ def hand_over(command: str, argv: list[str]):
         ScriptError: what it needs is not installed.
     """
     if command == "serve" and "--help" not in argv:
-        from ordnung.modeling.registration import FAMILIES, heads_of
+        from ordnung.modeling.registration import REGISTERED, heads_of
 
-        classes = [getattr(ordnung, name) for model_type in FAMILIES for name in heads_of(model_type).values()]
+        classes = [getattr(ordnung, name) for model_type in REGISTERED for name in heads_of(model_type).values()]
         from transformers.cli.serving import model_manager
 
         # the server looks a checkpoint's class up in the namespace of transformers, as it has it

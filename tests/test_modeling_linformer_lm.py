@@ -80,6 +80,15 @@ class TestCausalLinformerLM(FamilyTester):
     counted_variant = "eager"  # torch does not count its fused CPU kernel
     mixing_exponent = 1
     state_grows = False
+
+    def test_weights_times_values_are_what_is_projected(self, variant):
+        """Slots hold sums over many tokens, and no token has a value: the weights of each token share out one."""
+        for ids, real, inputs in self.mixing_batches():
+            for mixer, hidden_states, kwargs, *_ in self.mixer_calls(variant, ids, **inputs):
+                shares = mixer.mixing_weights(hidden_states, **kwargs).transpose(1, 2)[real]  # (tokens, H, keys)
+                assert shares.min() >= 0 and shares.shape[-1] > 1
+                torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:2]))
+
     single_precision = ("eager",)
 
 

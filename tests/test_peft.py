@@ -175,7 +175,7 @@ def adapter(request, run_task, tasks, tmp_path, monkeypatch):
     else:
         shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, **TINY}
         special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape, **special, **SIZES[name]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape, **special, **SIZES.get(name, {})))
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB" if kind == "in shards" else "1GB")
     tokenizer.save_pretrained(tmp_path / "source")
     if kind == "in shards":

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+import ordnung
 from ordnung import (
     ConvLMConfig,
     ConvLMForCausalLM,
@@ -37,6 +38,7 @@ from ordnung import (
     SoftmaxLMForCausalLM,
     SoftmaxLMModel,
 )
+from ordnung.modeling.registration import REGISTERED
 
 PROJECTED_SIZE = 128  # rows k of every LinformerLM
 FEED_FORWARD_CHUNK = 512  # tokens, where the feed-forward is computed in parts
@@ -240,6 +242,13 @@ def _ours(config_class: type[PreTrainedConfig], **own) -> Callable[[Shape], PreT
     return config
 
 
+def _default(model_type: str) -> Variant:
+    """A family as it comes: run where it is named."""
+    prefix = REGISTERED[model_type].prefix
+    config, model = (getattr(ordnung, prefix + part) for part in ("Config", "ForCausalLM"))
+    return Variant(f"{prefix}, default configuration", model, _ours(config, is_decoder=True), by_default=False)
+
+
 VARIANTS: dict[str, Variant] = {
     "conv_lm": Variant("ConvLM, default configuration", ConvLMForCausalLM, _ours(ConvLMConfig)),
     "softmax_lm": Variant(
@@ -311,6 +320,8 @@ VARIANTS: dict[str, Variant] = {
         )
     },
 }
+for model_type in [name for name in REGISTERED if name not in VARIANTS]:  # of which nothing is said here
+    VARIANTS[model_type] = _default(model_type)
 CAUSAL = [name for name, variant in VARIANTS.items() if not variant.encoder]
 STATIC = "_static"  # ends the names of what decodes in a static cache
 

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ordnung.modeling.mixers.mixer import MIXERS
-from ordnung.modeling.registration import AUTO_CLASSES
+from ordnung.modeling.registration import AUTO_CLASSES, is_registered
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.tables import markdown_table, spread
 
@@ -75,7 +75,7 @@ class Subject:
 
     @property
     def remote_code(self) -> bool:
-        return self.model is None or type(self.model).__module__.startswith("ordnung.")
+        return self.model is None or is_registered(type(self.model))
 
 
 def head_of(class_name: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ordnung.modeling.registration import FAMILIES, HEADS, heads_of
+from ordnung.modeling.registration import HEADS, REGISTERED, heads_of, import_plugins
 
 # what the skip reason of an excluded test starts with
 EXCLUDED = "excluded: "
@@ -53,7 +53,7 @@ class Row:
     @property
     def classes(self) -> dict[str, str]:
         """Class name ending -> class name."""
-        prefix = FAMILIES[self.model_type][0]
+        prefix = REGISTERED[self.model_type].prefix
         return {head: prefix + head for head in self.heads}
 
 
@@ -177,7 +177,27 @@ ROWS = {
 }
 
 
-def untested() -> list[str]:
+def default_rows(model_type: str) -> dict[str, Row]:
+    """What tests a family that has no rows of its own: each form of it as it comes."""
+    rows = {
+        model_type: Row(model_type, config={"is_decoder": True}, flags={"has_attentions": False}, excluded=STATE_LAYERS)
+    }
+    if REGISTERED[model_type].heads:  # those of encoders
+        rows[f"{model_type}-bidirectional"] = Row(
+            model_type,
+            heads=("Model", *REGISTERED[model_type].heads, *CLASSIFIERS),
+            config={"is_decoder": False},
+            flags={"has_attentions": False},
+        )
+    return rows
+
+
+def untested(rows: dict[str, Row]) -> list[str]:
     """Names of the registered classes that no row tests."""
-    tested = {name for row in ROWS.values() for name in row.classes.values()}
-    return sorted({name for family in FAMILIES for name in heads_of(family).values()} - tested)
+    tested = {name for row in rows.values() for name in row.classes.values()}
+    return sorted({name for family in REGISTERED for name in heads_of(family).values()} - tested)
+
+
+import_plugins()
+for family in [name for name in REGISTERED if name not in {row.model_type for row in ROWS.values()}]:
+    ROWS |= default_rows(family)
