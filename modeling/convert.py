@@ -425,6 +425,9 @@ def convert(
     parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in missing}
     parts = {name: _split(name, p, model, modules, table.query_scale) for name, p in parameters.items()}
     _copy(parameters, parts, target, base, report)
+    with torch.no_grad():
+        for layer in getattr(target, target.base_model_prefix, target).layers:
+            layer.mixer.init_converted()
     report.left_out += unexpected
 
     if output_report:
