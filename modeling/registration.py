@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 # The families of this package: model_type -> class prefix, and the heads beyond those that every family has.
 FAMILIES = {
-    "conv_lm": ("ConvLM", ()),
+    "conv_lm": ("ConvLM", ("ForMaskedLM", "ForMultipleChoice")),
     "linformer_lm": ("LinformerLM", ("ForMaskedLM", "ForMultipleChoice")),
     "cubic_prefix_lm": ("CubicPrefixLM", ("ForMaskedLM", "ForMultipleChoice")),
     "softmax_lm": ("SoftmaxLM", ("ForMaskedLM", "ForMultipleChoice")),
