@@ -22,6 +22,7 @@ FAMILIES = {
     "cubic_prefix_lm": ("CubicPrefixLM", ("ForMaskedLM", "ForMultipleChoice")),
     "softmax_lm": ("SoftmaxLM", ("ForMaskedLM", "ForMultipleChoice")),
     "sparse_attention_lm": ("SparseAttentionLM", ("ForMaskedLM", "ForMultipleChoice")),
+    "quadratic_kernel_lm": ("QuadraticKernelLM", ()),
 }
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 # class name ending -> the Auto class that loads it

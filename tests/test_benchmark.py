@@ -163,6 +163,9 @@ def test_state_bytes(name):
         kept = 2 * (128 + 2 * 64) * width * layers * 4  # slots, and two blocks
         assert kept <= state_bytes(sample.cache) <= 1.1 * kept
         assert sample.state["predicted_state_bytes"] == pytest.approx(state_bytes(sample.cache), rel=0.02)
+    elif name == "quadratic_kernel_lm":
+        # tokens are counted apart, which is no floating-point state
+        assert sample.state["predicted_state_bytes"] == state_bytes(sample.cache) - 8 * layers
     elif name == "cubic_prefix_lm":
         # positions apart, which are no floating-point state
         assert sample.state["predicted_state_bytes"] == state_bytes(sample.cache) - 300 * 8

@@ -31,6 +31,7 @@ CASES = {
         "sparse_attention_lm",
         {"is_decoder": False, "sliding_window": 3, "num_global_tokens": 2, "global_projections": "separate"},
     ),
+    "quadratic": ("quadratic_kernel_lm", {"centering": "prefix", "sliding_window": 4, "v_head_dim": 12}),
     "linformer": ("linformer_lm", {"projected_size": 8}),
     "linformer-own": ("linformer_lm", {"projected_size": 8, "projection_sharing": "none"}),
     "linformer-first": (
@@ -62,6 +63,9 @@ def test_grouped_keys_equal_repeated_ones(case):
     for name, value in state.items():
         if any(part in name for part in ("k_proj", "v_proj", "k_global_proj", "v_global_proj")):
             state[name] = value.unflatten(0, (2, 12)).repeat_interleave(2, 0).flatten(0, 1)
+        elif name.endswith("conv_kernel"):  # queries, then keys and values
+            rest = value[48:].unflatten(0, (2, 2, 12)).repeat_interleave(2, 1).flatten(0, 2)
+            state[name] = torch.cat([value[:48], rest])
         elif name.endswith("mixer.projection.weight") and value.shape[1] == 2:
             state[name] = value.repeat_interleave(2, 1)
     whole.load_state_dict(state)
@@ -94,7 +98,7 @@ def test_biases_are_where_they_are_asked_for(bias):
         mixer, mlp = model.model.layers[0].mixer, model.model.layers[0].mlp
         for name, module in mixer.named_children():
             if name.endswith("_proj"):
-                asked = name == "gate_proj" or bias is True or (bias == "qkv" and name != "out_proj")
+                asked = name in ("gate_proj", "decay_proj") or bias is True or (bias == "qkv" and name != "out_proj")
                 assert (module.bias is not None) == asked, name
         assert all(module.bias is None for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 

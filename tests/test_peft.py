@@ -157,6 +157,7 @@ SIZES = {
     "conv_lm": {"kernel_size": 4},
     "linformer_lm": {"projected_size": 8, "local_block_size": 4, "is_decoder": True},
     "cubic_prefix_lm": {},
+    "quadratic_kernel_lm": {"chunk_size": 4},
     "softmax_lm": {"position_embedding_type": "learned"},
     "sparse_attention_lm": {"sliding_window": 4},
 }

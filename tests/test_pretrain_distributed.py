@@ -36,6 +36,7 @@ MODELS = {
     "linformer_lm": "is_decoder=true,projected_size=4,local_block_size=8",
     "cubic_prefix_lm": "prefix_group_tokens=64",
     "sparse_attention_lm": "sliding_window=8,global_stride=8,num_random_blocks=1,random_block_size=8",
+    "quadratic_kernel_lm": "chunk_size=16",
 }
 
 

@@ -46,6 +46,7 @@ SOFTMAX = {"model_type": "softmax_lm", "position_embedding_type": "rope"}
 LINFORMER = {"model_type": "linformer_lm", "projected_size": 8, "is_decoder": True}
 ENCODER = {"model_type": "softmax_lm", "position_embedding_type": "learned", "is_decoder": False}
 SPARSE = {"model_type": "sparse_attention_lm", "sliding_window": 4, "num_global_tokens": 2, "global_stride": 3}
+QUADRATIC = {"model_type": "quadratic_kernel_lm", "sliding_window": 4, "centering": "prefix"}
 CUBIC = {"model_type": "cubic_prefix_lm", "prefix_stride": 2}
 
 # name -> (Auto class, config fields, arguments of save_standalone)
@@ -62,6 +63,7 @@ CASES = {
         {**SPARSE, "is_decoder": False, "global_projections": "separate"},
         {},
     ),
+    **{f"quadratic-{head}": (head, QUADRATIC, {}) for head in ("AutoModel", "AutoModelForCausalLM")},
     "tied": ("AutoModelForCausalLM", {**CONV, "tie_word_embeddings": True}, {}),
     "untied": ("AutoModelForCausalLM", {**CONV, "tie_word_embeddings": False, "lm_head_bias": True}, {}),
     "bfloat16": ("AutoModelForCausalLM", {**CONV, "dtype": torch.bfloat16}, {}),

@@ -34,6 +34,8 @@ from ordnung import (
     LinformerLMConfig,
     LinformerLMForCausalLM,
     LinformerLMModel,
+    QuadraticKernelLMConfig,
+    QuadraticKernelLMForCausalLM,
     SoftmaxLMConfig,
     SoftmaxLMForCausalLM,
     SoftmaxLMModel,
@@ -130,6 +132,15 @@ def cubic_flops(config: CubicPrefixLMConfig, new: int, past: int, logits: int) -
     if past:  # the first layer's projections and sums over the past are there; new query, and scores of the new key
         flops += 4 * width * tokens + 2 * width * past - 4 * width * tokens**2 - 6 * width**2 * past
     return flops
+
+
+def quadratic_flops(config: QuadraticKernelLMConfig, new: int, past: int, logits: int) -> int:
+    """The model's own; a single token after others reads the state and adds to it, at whatever place of a chunk."""
+    with torch.device("meta"):
+        flops = QuadraticKernelLMForCausalLM(config).flops(new)
+    if past:
+        flops += 4 * config.num_hidden_layers * config.state_size(config.head_dim)
+    return flops - 2 * (new - logits) * config.hidden_size * config.vocab_size
 
 
 @dataclass(frozen=True)
@@ -271,6 +282,13 @@ VARIANTS: dict[str, Variant] = {
         cubic_flops,
         attn_implementation="sdpa",
         by_default=False,
+    ),
+    "quadratic_kernel_lm": Variant(
+        "QuadraticKernelLM, default configuration: queries and keys of 16",
+        QuadraticKernelLMForCausalLM,
+        _ours(QuadraticKernelLMConfig),
+        quadratic_flops,
+        attn_implementation="sdpa",
     ),
     "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa", static_form=True),
     "gpt2_sdpa_gelu": Variant(

@@ -177,6 +177,18 @@ ROWS = {
             "row leaves their tokens, after the output was made: no gradient comes to that copy."
         },
     ),
+    "quadratic_kernel_lm": Row(
+        "quadratic_kernel_lm",
+        config={"head_dim": 4, "chunk_size": 4, "centering": "prefix", "sliding_window": 3},
+        flags={"has_attentions": False},
+        excluded=STATE_LAYERS,
+    ),
+    "quadratic_kernel_lm-modern": Row(
+        "quadratic_kernel_lm",
+        config={**MODERN, "chunk_size": 4},
+        flags={"has_attentions": False},
+        excluded=STATE_LAYERS,
+    ),
     "softmax_lm": Row("softmax_lm"),
     "softmax_lm-modern": Row("softmax_lm", config=MODERN),
     "softmax_lm-bidirectional": Row(
