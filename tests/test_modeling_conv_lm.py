@@ -37,11 +37,13 @@ class TestConvLM(FamilyTester):
         """The gates are left out of the weights."""
         if mixer.config.kernel_sharing == "channel":
             pytest.skip("the weights are means over the channels of a head: test_plot_mixing.py has them")
-        if mixer.config.gate == "none":
-            return super().mixed(mixer, weights, hidden_states, rows)
-        before, after = mixer.gate_proj(hidden_states).chunk(2, dim=-1)
-        values = (before * mixer.v_proj(hidden_states)).unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
-        return after * (weights @ values).transpose(1, 2).flatten(2)
+        mixed = super().mixed(mixer, weights, hidden_states, rows)
+        gated = hasattr(mixer, "gate_proj")
+        return mixed * mixer.gate_proj(hidden_states).chunk(2, dim=-1)[1] if gated else mixed
+
+    def values(self, mixer, hidden_states, rows):
+        values, gated = super().values(mixer, hidden_states, rows), hasattr(mixer, "gate_proj")
+        return values * mixer.gate_proj(hidden_states).chunk(2, dim=-1)[0] if gated else values
 
 
 # What of the family's tests says something about a bidirectional model.

@@ -7,14 +7,17 @@ from family.batches import marks_of, masked_batch, packed_batch
 
 
 class Mixing(FamilyBase):
+    def values(self, mixer, hidden_states, rows):
+        """(B, N, G d): the values that the weights are of. A family that makes more of `v_proj` overrides this."""
+        return mixer.v_proj(hidden_states)
+
     def mixed(self, mixer, weights, hidden_states, rows):
         """What `weights` (B, H, N, keys) make of the values: (B, N, H d), as it goes into `out_proj`.
 
-        Here each token has the values that `v_proj` gives, and a head of them serves several of the queries. A family
-        that makes something else of its values overrides this; one with no values of tokens overrides the test.
+        A head of values serves several of queries. A family that has no values of tokens overrides the test.
         """
         heads, size = weights.shape[1], mixer.out_proj.in_features // weights.shape[1]
-        values = mixer.v_proj(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2)  # (B, G, N, d)
+        values = self.values(mixer, hidden_states, rows).unflatten(-1, (-1, size)).transpose(1, 2)  # (B, G, N, d)
         return (weights @ values.repeat_interleave(heads // values.shape[1], 1)).transpose(1, 2).flatten(2)
 
     @torch.no_grad()
