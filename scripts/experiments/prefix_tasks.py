@@ -152,7 +152,6 @@ def train_and_measure(options: TaskOptions, config: PreTrainedConfig, seed: int,
         return result
     spaced = np.geomspace(max(1, options.max_steps / options.evaluations), steps, options.evaluations)
     due = {*np.round(spaced).astype(int).tolist(), options.max_steps, steps}
-    own = options.of_variant(path.stem.rpartition("-seed")[0])
     random = np.random.default_rng(seed)
     job = Drawn(
         config,
@@ -161,8 +160,7 @@ def train_and_measure(options: TaskOptions, config: PreTrainedConfig, seed: int,
         measure=lambda model: accuracy(options, model),
         measured=due,
     )
-    loop = fit(own, seed, job)
-    curve = job.curve
+    loop, curve = fit(options.of_variant(path.stem.rpartition("-seed")[0]), seed, job), job.curve
     result = {"parameters": loop.parameters, "curve": curve, "last_losses": float(np.mean(job.losses[-100:]))}
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)

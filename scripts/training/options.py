@@ -42,8 +42,7 @@ class LoopOptions:
     num_train_epochs: float = option(1.0, "Passes over the data, if max_steps is not given.", above=0)
     max_steps: int | None = option(None, "Optimizer steps.", least=1)
     optim: Literal["adamw_torch_fused", "adamw_torch"] = option(
-        "adamw_torch_fused",
-        "The fused AdamW rounds otherwise; on a CPU, ordnung 0.1.0 trained with adamw_torch.",
+        "adamw_torch_fused", "AdamW in one pass over the parameters, or operation by operation: the last bits differ."
     )
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", least=0)
     weight_decay: float = option(
