@@ -112,8 +112,10 @@ def test_table_covers_every_class_and_gives_reasons(families):
     assert families.untested(families.ROWS) == []
     for row in families.ROWS.values():
         config = transformers.AutoConfig.for_model(row.model_type, **{"num_hidden_layers": 2, **row.config})
-        encoder = "cubic_prefix" in config.layer_types and not config.is_decoder
-        assert row.flags.get("has_attentions", True) == (encoder or "full_attention" in config.layer_types)
+        kinds = set(config.layer_types)
+        attends = not config.is_decoder and bool(kinds & {"cubic_prefix", "sparse_attention"})
+        attends |= "full_attention" in kinds and "sparse_attention" not in kinds
+        assert row.flags.get("has_attentions", True) == attends
         for pattern, reason in row.excluded.items():
             assert pattern.startswith("test_")
             assert len(reason.split()) > 5

@@ -333,7 +333,11 @@ def test_more_heads_of_keys_are_the_same_ones_repeated():
 @pytest.mark.parametrize(
     ("class_name", "fields", "message"),
     [
-        ("MistralForCausalLM", {"sliding_window": 8}, r"`sliding_window` \(8\) of the source .* set it to None"),
+        (
+            "MistralForCausalLM",
+            {"sliding_window": 8},
+            r"`sliding_window` \(8\) .* convert to 'sparse_attention_lm', .* set it to None",
+        ),
         ("Qwen2Model", {"use_sliding_window": True, "sliding_window": 8}, r"`sliding_window` \(8\)"),
         ("Qwen3Model", {"use_sliding_window": True, "sliding_window": 8}, r"`sliding_window` \(8\)"),
         ("LlamaModel", {"attn_logit_softcapping": 30.0}, r"`attn_logit_softcapping` \(30.0\)"),
