@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
+from ordnung.scripts.common.files import read_json, read_json_lines
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
-from ordnung.scripts.experiments.options import CompareOptions
+from ordnung.scripts.common.tables import markdown_table, spread, summarise, write_results
+from ordnung.scripts.experiments.options import CompareOptions, VariantOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.pretraining import run as pretraining
 from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks, load_documents
@@ -263,6 +263,21 @@ def _plot_course(panel, variants: dict[str, dict]):
     panel.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
 
 
+def pretrain(options: VariantOptions, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> int:
+    """Pretrain a variant with the options that it shares with others, or go on; a finished run is kept.
+
+    Returns:
+        exit status.
+    """
+    if (folder / "results.json").exists():
+        print(f"{folder}: finished, kept")
+        return 0
+    overrides = {**options.config_overrides, **variant}
+    own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
+    own |= {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
+    return pretraining.run(parse_options(PretrainOptions, arguments({**shared, **own})))
+
+
 def run(options: CompareOptions) -> int:
     """Train, compare and write the results; returns the exit status, that of the run that was stopped if one was."""
     output_dir, shared = Path(options.output_dir), check_pretrain(options.pretrain)
@@ -280,14 +295,7 @@ def run(options: CompareOptions) -> int:
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for i, seed in enumerate(options.seeds):
         for name, (variant, steps) in variants.items():
-            folder = folders[name][i]
-            if (folder / "results.json").exists():
-                print(f"{folder}: finished, kept")
-                continue
-            overrides = {**options.config_overrides, **variant}
-            own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
-            own |= {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "auto"}
-            status = pretraining.run(parse_options(PretrainOptions, arguments({**common, **steps, **own})))
+            status = pretrain(options, variant, {**common, **steps, "seed": seed}, folders[name][i])
             if status:
                 return status
 
@@ -303,8 +311,5 @@ def run(options: CompareOptions) -> int:
         "baseline": options.baseline,
         "variants": variants,
     }
-    write_json(output_dir / "results.json", results)
-    write_text(output_dir / "results.md", markdown(results) + "\n")
-    plot(results, output_dir / "positions.png")
-    print(f"{markdown(results)}\n\nWritten: results.json, results.md and positions.png in {output_dir}")
+    write_results(output_dir, results, markdown, positions=plot)
     return 0

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table, spread, summarise, write_results
 from ordnung.scripts.experiments.options import TaskOptions
-from ordnung.scripts.experiments.task_training import Drawn, fit, train_all, write_results
+from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
 
 # Sequences to measure on are drawn with this seed, those to train on with the run's.
@@ -266,5 +266,5 @@ def run(options: TaskOptions) -> int:
     results["variants"] = {name: collect(options, flops[name], runs[name]) for name in configs}
     if options.task == "function":
         results["fewer_hops"] = fewer_hops(options)
-    write_results(options.output_dir, results, markdown, plot)
+    write_results(options.output_dir, results, markdown, accuracy=plot)
     return 0

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table, spread, summarise, write_results
 from ordnung.scripts.experiments.options import RecallOptions
-from ordnung.scripts.experiments.task_training import Drawn, fit, train_all, write_results
+from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
 
 # Sequences to measure on are drawn with this seed and the number of pairs, those to train on with the run's seed.
@@ -231,5 +231,5 @@ def run(options: RecallOptions) -> int:
         "chance_shown": [1 / num_pairs for num_pairs in options.num_pairs],
         "variants": {name: collect(options, configs[name], runs[name]) for name in configs},
     }
-    write_results(options.output_dir, results, markdown, plot)
+    write_results(options.output_dir, results, markdown, accuracy=plot)
     return 0

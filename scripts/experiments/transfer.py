@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from ordnung.scripts.common.files import read_json, write_json, write_text
+from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, spread
+from ordnung.scripts.common.tables import markdown_table, spread, write_results
 from ordnung.scripts.experiments import baselines, compare
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
-from ordnung.scripts.pretraining import run as pretraining
-from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.runs import claim_output_dir
 
 
@@ -98,13 +96,9 @@ def run(options: TransferOptions) -> int:
     variants: dict[str, dict[str, Any]] = {}
     for name, variant in options.variants.items():
         folder = output_dir / "pretrain" / name
-        if not (folder / "results.json").exists():
-            overrides = {**options.config_overrides, **variant}
-            own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
-            own |= {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
-            status = pretraining.run(parse_options(PretrainOptions, compare.arguments({**common, **own})))
-            if status:
-                return status
+        status = compare.pretrain(options, variant, common, folder)
+        if status:
+            return status
         variants[name] = {"pretraining": read_json(folder / "results.json"), "tasks": {}}
     for task in options.task_name:
         for name in options.variants:
@@ -121,7 +115,5 @@ def run(options: TransferOptions) -> int:
         "baselines": scores,
         "variants": variants,
     }
-    write_json(output_dir / "results.json", results)
-    write_text(output_dir / "results.md", markdown(results) + "\n")
-    print(f"{markdown(results)}\n\nWritten: results.json and results.md in {output_dir}")
+    write_results(output_dir, results, markdown)
     return 0

@@ -18,6 +18,7 @@ from statistics import fmean
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -191,8 +192,7 @@ class Finetuning(Job):
             share = math.ceil(len(rows) / accelerator.num_processes)
             # processes' batches must be equal in size: some rows are predicted twice and dropped
             own = np.resize(rows, share * accelerator.num_processes).reshape(-1, share)[accelerator.process_index]
-            batch = self.make_batch(examples, own)
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            batch = send_to_device(self.make_batch(examples, own), accelerator.device, non_blocking=True)
             parts.append(accelerator.gather(model(**batch, **self.constants).logits)[: len(rows)])
         logits = np.empty((len(order), parts[0].shape[1]), dtype=np.float32)
         logits[order] = torch.cat(parts).float().cpu().numpy()
@@ -256,22 +256,15 @@ class Finetuning(Job):
         results = {
             "task": task.name,
             "model": options.model_name_or_path,
-            "seed": self.seed,
+            **loop.results(),
             **describe_run(task, options, scores),
             "metrics": scores,
             "score": fmean(mean_score(values) for values in scores.values()),
             "best": best,
-            "steps": loop.step,
             "epochs": loop.step / self.steps_per_epoch,
             "training_rows": len(data.train),
-            "tokens": loop.tokens,
-            "seconds": loop.seconds,
             "examples_per_second": trained / loop.seconds,
-            "parameters": loop.parameters,
-            "trainable_parameters": loop.trainable,
             "truncated": data.truncated,
-            "num_processes": self.accelerator.num_processes,
-            "mixed_precision": self.accelerator.mixed_precision,
             "machine": machine_info(),
         }
         write_json(self.folder / "results.json", results)
