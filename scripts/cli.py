@@ -13,7 +13,7 @@ from ordnung.scripts.common.errors import ScriptError, closest, run_script
 
 # By heading: commands, and the programs that they are.
 GROUPS = {
-    "train": {"pretrain": "pretrain", "finetune": "finetune", "convert": "convert"},
+    "train": {"pretrain": "pretrain", "finetune": "finetune", "convert": "convert", "linearize": "linearize"},
     "use": {
         "generate": "generate",
         "evaluate": "evaluate_lm",
