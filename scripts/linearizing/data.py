@@ -90,7 +90,8 @@ def load_blocks(
         return blocks, rest.blocks, rest.lengths
     placed = encoder_blocks(train, tokenizer, options.block_size, several)
     rest = encoder_blocks(held_out, tokenizer, options.block_size, several)
-    some = np.arange(len(rest))[: options.max_eval_blocks]
+    # at random, as best fit puts the longest documents first
+    some = np.random.default_rng(options.seed).permutation(len(rest))[: options.max_eval_blocks]
     return ShuffledBlocks(placed, placed.lengths, options.seed), rest[some], rest.lengths[some]
 
 
