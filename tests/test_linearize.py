@@ -41,6 +41,7 @@ from ordnung.scripts.training.checkpointing import checkpoint_fault
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32}
 LINFORMER = "projected_size=4,local_block_size=8"
+LAYER = "causal_linformer_attention"
 POOLED = "projected_size=4,projection_type=adaptive_mean_pool"
 
 
@@ -313,7 +314,7 @@ def test_attention_stays_where_it_is_missed_most(arguments, run):
         if made.pair.student.config.layer_types[number] == "full_attention":
             continue
         own = base.layers[number].mixer
-        shared = base_of(made.pair.student).shared_inputs("causal_linformer_attention")
+        shared = base_of(made.pair.student).shared_inputs(LAYER)
         new = base_of(made.pair.student).layers[number].mixer
 
         class Swapped(torch.nn.Module):
@@ -450,11 +451,11 @@ def test_a_broken_save_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
         ({"keep_attention": 3}, "--keep_attention 3 leaves none of the teacher's 3 layers to replace: give at most 2"),
         ({"model_type": "softmax_lm", "config_overrides": None}, "full attention in every layer.*ordnung convert"),
         ({"model_type": "linformr_lm"}, "did you mean 'linformer_lm'"),
-        ({"config_overrides": "layer_types=[full_attention,causal_linformer_attention]"}, "has 2 entries for `num_hidden_layers` .3."),
+        ({"config_overrides": f"layer_types=[{LAYER},{LAYER}]"}, "has 2 entries for `num_hidden_layers` .3."),
         ({"config_overrides": "projekted_size=4"}, "did you mean 'projected_size'"),
         ({"source": "no/such/folder"}, "no such checkpoint folder: no/such/folder"),
         ({"block_size": 4096}, "less than one block of 4096"),
-        ({"config_overrides": "layer_types=[causal_linformer_attention]", "keep_attention": 1}, "give one of them"),
+        ({"config_overrides": f"layer_types=[{LAYER}]", "keep_attention": 1}, "give one of them"),
         ({"kl_weight": 0}, "nothing is left to train on"),
         ({"transfer_steps": -1}, "--transfer_steps must be at least 0"),
     ],
