@@ -24,7 +24,7 @@ from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.pretraining.run import Pretraining
 from ordnung.scripts.pretraining.options import PretrainOptions
 run = Pretraining(parse_options(PretrainOptions))
-check_sharded(run)
+check_sharded(run.loop)
 end(run.train())
 """
 
