@@ -31,12 +31,14 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.linearizing import measure
 from ordnung.scripts.linearizing import run as running
-from ordnung.scripts.linearizing.data import documents_of
+from ordnung.scripts.linearizing.data import documents_of, mean_states
 from ordnung.scripts.linearizing.options import LinearizeOptions
-from ordnung.scripts.linearizing.stages import Distillation, mean_states
+from ordnung.scripts.linearizing.stages import SCALE, Distillation
 from ordnung.scripts.linearizing.teacher import base_of, student_mixes, watched
 from ordnung.scripts.pretraining.losses import position_losses
+from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.checkpointing import checkpoint_fault
+from ordnung.scripts.training.loop import Loop
 
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32}
@@ -117,9 +119,16 @@ def encoder(data, **more):
 
 def built(words):
     """The run that these words ask for, measured before training."""
-    made = running.Linearization(parse_options(LinearizeOptions, words))
+    options = parse_options(LinearizeOptions, words)
+    made = running.Linearization(options, make_accelerator(options))
     made.before = made.measure_before()
     return made
+
+
+def scaled(stage, batch):
+    """A batch as a stage's step has it alone."""
+    counts = stage.counts(batch)
+    return batch | {SCALE + name: torch.tensor(1 / counts[name]) for name in stage.weights}
 
 
 def results(folder):
@@ -127,8 +136,13 @@ def results(folder):
 
 
 def metrics(folder, name="loss"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
+    """Values by step, over both stages."""
+    found = {}
+    for stage in ("transfer", "distill"):
+        path = folder / stage / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found |= {(stage, line["step"]): line[name] for line in lines if name in line}
+    return found
 
 
 def weights(folder):
@@ -140,7 +154,7 @@ def assert_same(a, b):
     for name in ("loss", "learning_rate", "grad_norm", "tokens"):
         assert metrics(a, name) == metrics(b, name)
     assert [{**p, "seconds": 0} for p in results(a)["curve"]] == [{**p, "seconds": 0} for p in results(b)["curve"]]
-    for name in ("teacher", "student", "floor", "layers", "converted"):
+    for name in ("tokens", "teacher", "student", "floor", "layers", "converted"):
         assert results(a)[name] == results(b)[name]
     first, second = weights(a), weights(b)
     assert all(torch.equal(first[name], second[name]) for name in first | second)
@@ -165,11 +179,11 @@ def test_a_decoder_is_linearized(run, data):
     assert sum(bucket["tokens"] for bucket in found["student"]["loss_by_position"]) == found["student"]["tokens"]
     layers = found["layers"]
     assert [layer["layer"] for layer in layers["student"]] == [0, 1, 2]
-    assert list(metrics(out, "kl")) == list(range(4, 7)) and list(metrics(out, "transfer")) == [1, 2, 3]
+    assert list(metrics(out)) == [(stage, step) for stage in ("transfer", "distill") for step in (1, 2, 3)]
     assert [(p["stage"], p["step"]) for p in found["curve"]]== [
         ("transfer", 0), ("transfer", 2), ("transfer", 3), ("distill", 5), ("distill", 6)
     ]  # fmt: skip
-    assert found["tokens"] == 6 * 2 * 32 == metrics(out, "tokens")[6]
+    assert found["tokens"] == 6 * 2 * 32 == sum(metrics(out, "tokens")[stage, 3] for stage in ("transfer", "distill"))
     assert found["state_bytes"]["student"]["512"] == model.model.cache_bytes(512)
     assert found["decoding"][0]["tokens"] == 8 and {row["model"] for row in found["decoding"]} == {
         "student", "teacher", "teacher_static_cache"
@@ -198,9 +212,9 @@ def test_transfer_makes_each_layer_more_like_the_teachers(run):
 
 def test_transfers_gradients_are_those_of_the_formula(arguments):
     made = built(arguments())
-    stage = made._stage("transfer")
-    pair, batch = made.pair, made.held_out[0]
-    stage.backward(batch, {"transfer": 1 / 64}, made.accelerator)
+    stage = made.stage("transfer")
+    pair, batch = made.pair, made.text.held_out[0]
+    stage.loss(stage.build_model(None), scaled(stage, batch)).backward()
     got = {name: p.grad.clone() for name, p in pair.student.named_parameters() if p.grad is not None}
     pair.student.zero_grad()
     # straight from the formula: all layers' inputs first, then one sum
@@ -222,9 +236,9 @@ def test_transfers_gradients_are_those_of_the_formula(arguments):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_costs_of_a_decoder_are_those_of_the_formulas(arguments, temperature):
     made = built(arguments(temperature=temperature, lm_weight=0.5, hidden_weight=0.25))
-    stage = made._stage("distill")
-    batch, pair = made.held_out[0], made.pair
-    costs = stage.costs(batch)
+    stage = made.stage("distill")
+    batch, pair = made.text.held_out[0], made.pair
+    costs = stage.costs(stage.build_model(None), batch)
     ours = pair.student(batch["input_ids"], output_hidden_states=True)
     theirs = pair.teacher(batch["input_ids"], output_hidden_states=True)
     p, q = ((x.logits.double() / temperature).softmax(-1) for x in (theirs, ours))
@@ -270,12 +284,12 @@ def test_an_encoder_is_linearized(run, data):
 
 def test_costs_of_an_encoder_see_each_document_alone(arguments, data):
     made = built(arguments(**encoder(data, block_size=48, validation_fraction=0.3)))
-    stage = made._stage("distill")
+    stage = made.stage("distill")
     pair = made.pair
-    batch = max(made.held_out, key=lambda batch: int(documents_of(batch).max()))
+    batch = max(made.text.held_out, key=lambda batch: int(documents_of(batch).max()))
     documents = documents_of(batch)
     assert documents.max() + 1 > len(documents), "no row holds several documents"
-    costs, cosine, hidden = stage.costs(batch), 0.0, np.zeros(3)
+    costs, cosine, hidden = stage.costs(stage.build_model(None), batch), 0.0, np.zeros(3)
     for number in range(int(documents.max()) + 1):
         ids = batch["input_ids"][documents == number][None]
         ours, theirs = (m(ids, output_hidden_states=True).hidden_states for m in (pair.student, pair.teacher))
@@ -301,7 +315,7 @@ def test_the_floor_is_a_model_whose_mixers_give_zero(run, arguments, tmp_path):
     for layer in model.model.layers:
         layer.mixer.out_proj.weight.data.zero_()
     made = built(arguments("again", transfer_steps=0, distill_steps=1))
-    blocks = torch.cat([batch["input_ids"] for batch in made.held_out]).numpy()
+    blocks = torch.cat([batch["input_ids"] for batch in made.text.held_out]).numpy()
     assert found["floor"]["loss"] == pytest.approx(position_losses(model, blocks, 2).mean(), abs=1e-5)
     assert found["floor"]["loss"] != pytest.approx(found["student"]["loss"], abs=1e-3)
 
@@ -324,7 +338,7 @@ def test_attention_stays_where_it_is_missed_most(arguments, run):
         base.layers[number].mixer = Swapped()
         base.layers[number].mixer.layer_type = "full_attention"
         assert losses[str(number)] == pytest.approx(
-            measure.loss_of(made.pair.teacher, made.pair, made.held_out), abs=1e-5
+            measure.loss_of(made.pair.teacher, made.pair, made.text.held_out), abs=1e-5
         )
         base.layers[number].mixer = own
     worst = max(losses, key=losses.get)
@@ -348,23 +362,37 @@ def test_an_interrupted_encoder_goes_on_exactly(run, data, tmp_path, monkeypatch
 
 
 def check_resumed(run, tmp_path, monkeypatch, options, steps):
+    """Stop a run after so many steps over both stages, by a signal, or between the stages (4)."""
     whole = run("whole", **options)
-    own, taken = running.Linearization.train_step, []
+    own, begin, taken = Loop.take_step, Distillation.__init__, []
 
-    def train_step(self, *args):
+    def take_step(self):
+        own(self)
         taken.append(0)
-        if len(taken) == steps:
+        if len(taken) == steps != 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return own(self, *args)
 
-    monkeypatch.setattr(running.Linearization, "train_step", train_step)
-    run(status=128 + signal.SIGTERM, **options)
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{steps}"]
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    monkeypatch.setattr(running.Linearization, "train_step", own)
+    def between(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "take_step", take_step)
+    if steps == 4:
+        monkeypatch.setattr(Distillation, "__init__", between)
+        with pytest.raises(KeyboardInterrupt):
+            run(**options)
+    else:
+        run(status=128 + signal.SIGTERM, **options)
+    out = tmp_path / "out"
+    left = [path.relative_to(out).as_posix() for path in sorted(out.glob("*/checkpoint-*"))]
+    assert left[::-1] == (
+        ["transfer/checkpoint-4", f"distill/checkpoint-{steps - 4}"] if steps > 4 else [f"transfer/checkpoint-{steps}"]
+    )
+    assert not (out / "model.safetensors").exists()
+    monkeypatch.setattr(Loop, "take_step", own)
+    monkeypatch.setattr(Distillation, "__init__", begin)
     # what was measured before training is not measured again
     monkeypatch.setattr(measure, "fidelity", once(measure.fidelity))
-    assert_same(whole, run(resume_from_checkpoint="auto", **options))
+    assert_same(whole, run(**options))
 
 
 def once(function):
@@ -378,13 +406,12 @@ def once(function):
     return called
 
 
-def test_a_finished_run_is_finished_again(run):
-    out = run(use_peft=True, lora_r=2)
-    first = weights(out)
-    (out / "linearize_results.json").unlink()
-    run(use_peft=True, lora_r=2, resume_from_checkpoint="auto")
-    assert all(torch.equal(value, first[name]) for name, value in weights(out).items())
-    assert results(out)["student"]["loss"] > 0
+def test_a_finished_run_is_kept(run, monkeypatch):
+    out = run(transfer_steps=1, distill_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix in (".safetensors", ".png")}
+    monkeypatch.setattr(Loop, "take_step", None)
+    run(transfer_steps=1, distill_steps=1)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
@@ -411,17 +438,17 @@ def test_kept_outputs_of_another_teacher_are_refused(run, data, tmp_path):
     with pytest.raises(ScriptError, match="holds outputs with teacher .* name another folder"):
         run("second", source=other, teacher_outputs=tmp_path / "kept")
     shutil.copytree(tmp_path / "out", tmp_path / "third")
-    with pytest.raises(ScriptError, match="was made with teacher .* start again in a new --output_dir"):
-        run("third", source=other, resume_from_checkpoint="auto")
+    with pytest.raises(ScriptError, match="holds runs with teacher .* name another folder, or delete this one"):
+        run("third", source=other)
 
 
 def test_two_processes_equal_one(run, arguments, tmp_path):
-    single = run("single", per_device_train_batch_size=4, save_steps=100)
-    launch("accelerate_cpu.yaml", SCRIPTS / "linearize.py", arguments("double", save_steps=100))
+    single = run("single", per_device_train_batch_size=4)
+    launch("accelerate_cpu.yaml", SCRIPTS / "linearize.py", arguments("double"))
     double = tmp_path / "double"
     assert results(double)["num_processes"] == 2
     for name in ("loss", "grad_norm", "tokens", "learning_rate"):
-        assert metrics(double, name) == pytest.approx(metrics(single, name), rel=2e-3)
+        assert metrics(double, name) == pytest.approx(metrics(single, name), rel=2e-4)
     first, second = weights(single), weights(double)
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
@@ -432,17 +459,17 @@ def test_a_broken_save_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
 
     def save_pretrained(self, *args, **kwargs):
         saved.append(0)
-        if len(saved) == 3:
+        if len(saved) == 4:
             raise OSError(28, "No space left on device")
         return own(self, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
-    with pytest.raises(ScriptError, match="could not be saved .* the last good checkpoint is .*checkpoint-4"):
+    with pytest.raises(ScriptError, match="could not be saved .* the last good checkpoint is .*distill/checkpoint-3"):
         run()
-    (left,) = (tmp_path / "out").glob("checkpoint-*")
-    assert left.name == "checkpoint-4" and checkpoint_fault(left) is None
+    (left,) = (tmp_path / "out" / "distill").glob("checkpoint-*")
+    assert left.name == "checkpoint-3" and checkpoint_fault(left) is None
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", own)
-    run(resume_from_checkpoint="auto")
+    run()
 
 
 @pytest.mark.parametrize(
@@ -457,6 +484,7 @@ def test_a_broken_save_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
         ({"block_size": 4096}, "less than one block of 4096"),
         ({"config_overrides": f"layer_types=[{LAYER}]", "keep_attention": 1}, "give one of them"),
         ({"kl_weight": 0}, "nothing is left to train on"),
+        ({"max_steps": 5}, "the stages' lengths are --transfer_steps and --distill_steps; leave it out"),
         ({"transfer_steps": -1}, "--transfer_steps must be at least 0"),
     ],
 )  # fmt: skip
@@ -482,13 +510,13 @@ def test_a_family_of_the_other_direction_is_refused(run, data, monkeypatch):
 
 
 def test_a_state_as_large_as_the_teachers_is_told(caplog):
-    run = SimpleNamespace(pair=SimpleNamespace(encoder=False, student=state_of(100), teacher=state_of(100)))
+    pair = SimpleNamespace(encoder=False, student=state_of(100), teacher=state_of(100))
     with caplog.at_level("WARNING"):
-        running.Linearization._tell_of_state(run)
+        running.tell_of_state(pair)
     assert "is no smaller than the teacher's" in caplog.text and "replace more layers" in caplog.text
     caplog.clear()
-    run.pair.student = state_of(99)
-    running.Linearization._tell_of_state(run)
+    pair.student = state_of(99)
+    running.tell_of_state(pair)
     assert caplog.text == ""
 
 
@@ -500,7 +528,7 @@ def state_of(size):
 def test_distillation_trains_what_it_is_told_to(arguments):
     for what, wanted in (("mixers", {"mixer"}), ("layers", {"mixer", "mlp", "mixer_norm", "mlp_norm"})):
         made = built(arguments("of " + what, trainable=what))
-        stage = Distillation(made.options, made.pair, made.outputs, made.before["state_variances"])
-        names = [name for name, p in stage.model.named_parameters() if p.requires_grad]
+        model = made.stage("distill").build_model(None)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
         assert {name.split(".")[3] for name in names if ".layers." in name} == wanted
         assert not any("embed" in name for name in names) and made.pair.new == [n for n in names if ".layers." not in n]

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, StaticCache
 
 from ordnung.scripts.finetuning.glue_metric import spearmanr
-from ordnung.scripts.linearizing.data import IGNORED, documents_of, real_tokens
-from ordnung.scripts.linearizing.stages import mean_states
+from ordnung.scripts.linearizing.data import IGNORED, documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.teacher import (
     Mixed,
     Pair,
@@ -27,6 +26,7 @@ from ordnung.scripts.pretraining.losses import position_buckets
 
 Batch = dict[str, torch.Tensor]
 STATE_LENGTHS = (512, 2048, 8192, 32768)
+FROM = (0, 256, 512, 1024)  # positions from which losses are told
 DECODED = 16  # tokens generated to time one
 
 
