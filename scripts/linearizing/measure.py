@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, StaticCache
 
 from ordnung.scripts.finetuning.glue_metric import spearmanr
-from ordnung.scripts.linearizing.data import IGNORED, documents_of, real_tokens
-from ordnung.scripts.linearizing.stages import mean_states
+from ordnung.scripts.linearizing.data import IGNORED, documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.teacher import (
     Mixed,
     Pair,
@@ -27,6 +26,7 @@ from ordnung.scripts.pretraining.losses import position_buckets
 
 Batch = dict[str, torch.Tensor]
 STATE_LENGTHS = (512, 2048, 8192, 32768)
+FROM = (0, 256, 512, 1024)  # positions from which losses are told
 DECODED = 16  # tokens generated to time one
 
 
@@ -136,22 +136,26 @@ def teacher_variances(pair: Pair, batches: list[Batch]) -> tuple[dict[int, float
 @torch.no_grad()
 def fidelity(pair: Pair, batches: list[Batch]) -> list[dict[str, float]]:
     """How near each new mixer's output is to the attention's, on the teacher's inputs: error over variance, cosine."""
-    variances, _ = teacher_variances(pair, batches)
-    errors, cosines, count = dict.fromkeys(pair.replaced, 0.0), dict.fromkeys(pair.replaced, 0.0), 0
+    errors, cosines = dict.fromkeys(pair.replaced, 0.0), dict.fromkeys(pair.replaced, 0.0)
+    moments = {number: Moments() for number in pair.replaced}
     for batch in batches:
         real = real_tokens(batch)
-        count += int(real.sum())
 
         def compare(call: Mixed, real=real):
             made = student_mixes(pair.student, call)
+            moments[call.layer].add(call.output[real])
             errors[call.layer] += float(((made - call.output).float().square().mean(-1) * real).sum())
             cosines[call.layer] += float((F.cosine_similarity(made, call.output, dim=-1) * real).sum())
 
         with watched(pair.teacher, pair.replaced, compare):
             base_of(pair.teacher)(**model_inputs(base_of(pair.teacher), batch))
     return [
-        {"layer": i, "relative_error": errors[i] / count / variances[i], "cosine": cosines[i] / count}
-        for i in pair.replaced
+        {
+            "layer": number,
+            "relative_error": errors[number] / moments[number].count / moments[number].variance,
+            "cosine": cosines[number] / moments[number].count,
+        }
+        for number in pair.replaced
     ]
 
 

@@ -89,6 +89,10 @@ class Job:
         """The mean loss of a batch, which is on the model's device."""
         return model(**batch).loss
 
+    def optimizer(self, model: torch.nn.Module, options: LoopOptions, device: torch.device) -> torch.optim.Optimizer:
+        """What updates the model's parameters."""
+        return make_optimizer(model, options, device)
+
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """Results by name, `eval_...`, the same on every process; called without gradients and dropout."""
         raise NotImplementedError
@@ -181,7 +185,7 @@ class Loop:
 
     def _prepare(self, model: torch.nn.Module):
         options, steps = self.options, self.job.max_steps
-        optimizer = make_optimizer(model, options, self.accelerator.device)
+        optimizer = self.job.optimizer(model, options, self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         warmup = options.warmup_steps
         warmup = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
