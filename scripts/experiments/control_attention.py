@@ -30,6 +30,7 @@ class ControlAttentionConfig(BackboneConfig):
     Args:
         weights: "softmax" of scores, or "elu": products of elu + 1 of queries and keys, divided by their sum.
         short_conv_kernel, decay_gate: as in `QuadraticKernelLMConfig`.
+        use_cache: there is none.
     """
 
     model_type = "control_attention_lm"
@@ -38,6 +39,7 @@ class ControlAttentionConfig(BackboneConfig):
     weights: Literal["softmax", "elu"] = "softmax"
     short_conv_kernel: int = 0
     decay_gate: bool = False
+    use_cache: bool = False
 
 
 class ControlAttention(Projections, Mixer):
