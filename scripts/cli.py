@@ -19,6 +19,7 @@ GROUPS = {
         "evaluate": "evaluate_lm",
         "plot-loss": "plot_loss",
         "plot-mixing": "plot_mixing",
+        "plot-rank": "plot_rank",
         "share": "push_to_hub",
     },
     "compare": {
@@ -29,6 +30,7 @@ GROUPS = {
         "prefix-tasks": "prefix_tasks",
         "benchmark": "benchmark",
         "bench-prefix": "bench_prefix",
+        "bench-quadratic": "bench_quadratic",
         "bench-finetune": "bench_finetune",
         "bench-packing": "bench_packing",
         "bench-conv": "bench_conv",

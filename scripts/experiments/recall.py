@@ -66,8 +66,10 @@ def train(options: RecallOptions, config: PreTrainedConfig, seed: int) -> tuple[
     job = Drawn(config, options.max_steps, draw)
     loop = fit(options, seed, job)
     tenths = np.array_split(job.losses, min(10, len(job.losses)))
-    return loop.model, {
+    model = loop.model
+    return model, {
         "parameters": loop.parameters,
+        "state_bytes": model.cache_bytes(options.sequence_length) if hasattr(model, "cache_bytes") else None,
         "seconds": loop.seconds,
         "loss_curve": [float(tenth.mean()) for tenth in tenths],
     }
@@ -124,6 +126,7 @@ def collect(options: RecallOptions, config: PreTrainedConfig, runs: list[dict]) 
     field = getattr(config, "receptive_field", None)
     return {
         "parameters": runs[0]["parameters"],
+        "state_bytes": runs[0].get("state_bytes"),  # runs of earlier versions do not tell
         "receptive_field": field,
         "training_seconds": summarise([run["seconds"] for run in runs]),
         "loss_curves": [run["loss_curve"] for run in runs],
@@ -148,6 +151,12 @@ def still_learning(loss_curve: list[float]) -> bool:
 
 def range_names(edges: list[int]) -> list[str]:
     return [f"{first}-{end - 1}" for first, end in zip(edges, edges[1:])]
+
+
+def state_size(result: dict) -> str:
+    """What a variant's generation state holds at the end of a sequence, in words; nothing where it is not known."""
+    size = result.get("state_bytes")
+    return "" if size is None else f"a generation state of {size:,} bytes, "
 
 
 def markdown(results: dict) -> str:
@@ -178,8 +187,8 @@ def markdown(results: dict) -> str:
         unsolved = [seed for seed in results["seeds"] if seed not in result["solved"]]
         learning = [seed for seed in unsolved if seed in result["still_learning"]]
         notes.append(
-            f"- {name}: {result['parameters']:,} parameters, {spread(result['training_seconds'], 0)} s of training, "
-            f"sees {sees}. "
+            f"- {name}: {result['parameters']:,} parameters, {state_size(result)}"
+            f"{spread(result['training_seconds'], 0)} s of training, sees {sees}. "
             + (f"Not solved, within what it sees, by seeds {unsolved}" if unsolved else "Solved within what it sees")
             + (f"; the loss of {learning or 'none'} of them still fell at the end. " if unsolved else ". ")
             + f"Training loss by tenths of the steps: {', '.join(f'{loss:.2f}' for loss in curve)}."

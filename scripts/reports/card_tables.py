@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from ordnung.scripts.benchmarks import prefix as bench_prefix
+from ordnung.scripts.benchmarks import quadratic as bench_quadratic
 from ordnung.scripts.benchmarks import report as bench_report
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json
@@ -11,7 +12,7 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.reports import mixing as plot_mixing
-from ordnung.scripts.reports import patterns
+from ordnung.scripts.reports import patterns, rank
 
 RESULTS = Path(__file__).resolve().parents[2] / "model_cards" / "results"
 CONV_BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768", "_decode", "_mixer")]
@@ -287,6 +288,10 @@ TABLES = {
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
     "prefix_compare": lambda: compare.markdown(load("cubic_prefix_lm_compare")),
     "sparse_patterns": patterns.markdown,
+    "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
+    "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
+    "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
+    "quadratic_compare": lambda: compare.markdown(load("quadratic_kernel_lm_compare")),
 }
 
 
@@ -304,4 +309,8 @@ FIGURES = {
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
     "cubic_prefix_lm_compare": lambda image: compare.plot(load("cubic_prefix_lm_compare"), image),
     "sparse_attention_lm_patterns": patterns.plot,
+    "quadratic_kernel_lm_bench": lambda image: bench_quadratic.plot(load("quadratic_kernel_lm_bench"), image),
+    "quadratic_kernel_lm_rank": lambda image: rank.plot(load("quadratic_kernel_lm_rank"), image),
+    "quadratic_kernel_lm_recall": lambda image: recall.plot(load("quadratic_kernel_lm_recall"), image),
+    "quadratic_kernel_lm_compare": lambda image: compare.plot(load("quadratic_kernel_lm_compare"), image),
 }

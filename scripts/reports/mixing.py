@@ -17,8 +17,11 @@ from ordnung.scripts.common.models import check_folder
 from ordnung.scripts.common.tables import markdown_table
 
 
-def load(name: str):
+def load(name: str, **fields):
     """Base model, with attention that returns its weights, and tokenizer of a folder or Hub name.
+
+    Args:
+        fields: config fields of a checkpoint of another architecture, for its conversion.
 
     Raises:
         ScriptError: there is no such checkpoint or no tokenizer in it, or it is of another architecture.
@@ -27,9 +30,8 @@ def load(name: str):
     try:
         model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if model_type in SOURCES:
-            model = ordnung.convert(name, "softmax_lm", head="Model", output_report=True, attn_implementation="eager")[
-                0
-            ]
+            fields |= {"head": "Model", "output_report": True, "attn_implementation": "eager"}
+            model, _ = ordnung.convert(name, "softmax_lm", **fields)
         else:
             model = AutoModel.from_pretrained(name, attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
