@@ -25,6 +25,7 @@ GROUPS = {
         "compare": "compare",
         "transfer": "transfer",
         "baselines": "baselines",
+        "ngrams": "ngrams",
         "recall": "recall",
         "prefix-tasks": "prefix_tasks",
         "benchmark": "benchmark",

@@ -1,7 +1,5 @@
 """Variants pretrained on the same text, and their losses held against each other."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,78 +13,15 @@ from ordnung.scripts.common.files import read_json, read_json_lines, write_json,
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, arguments, check_pretrain, prepare_data
+from ordnung.scripts.experiments.ngrams import ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.pretraining import run as pretraining
-from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks, load_documents
+from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks
 from ordnung.scripts.pretraining.losses import position_buckets, position_losses
 from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.runs import claim_output_dir
-
-# Options of pretrain.py that the comparison sets for each run.
-OWN_OPTIONS = ("output_dir", "seed", "model_type", "config_name", "model_name_or_path", "config_overrides")
-OWN_OPTIONS += ("overwrite_output_dir", "resume_from_checkpoint")
-# Those that have done their work once the text is split and the tokenizer made.
-DATA_OPTIONS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
-DATA_OPTIONS += ("tokenizer_name", "train_tokenizer_vocab_size")
-
-
-def arguments(options: dict[str, Any]) -> list[str]:
-    """The command line of a program with these options."""
-    words = []
-    for name, value in options.items():
-        if value is not None:
-            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            words += [f"--{name}", *map(str, items)]
-    return words
-
-
-def check_pretrain(options: dict[str, Any]) -> PretrainOptions:
-    """The options of pretrain.py that all runs share, parsed.
-
-    Raises:
-        ScriptError: wrong options, or such that the runs cannot be compared position by position.
-    """
-    own = [name for name in OWN_OPTIONS if name in options]
-    if own:
-        raise ScriptError(f"--pretrain {own[0]}: the comparison sets it for each run, leave it out")
-    model = {"model_type": "any", "output_dir": "any"}
-    shared = parse_options(PretrainOptions, arguments({**options, **model}))
-    if shared.objective != "causal" or shared.streaming or shared.respect_document_boundaries:
-        raise ScriptError(
-            "variants are compared as causal models on full blocks of text in memory: leave objective, streaming and "
-            "respect_document_boundaries out of --pretrain"
-        )
-    return shared
-
-
-def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
-    """Split the text and make the tokenizer, once for all runs.
-
-    Returns:
-        options of pretrain.py: files with a document per line, and the tokenizer's folder.
-    Raises:
-        ScriptError: nothing held out; as `load_documents` and the functions of `corpus`.
-    """
-    folder, unfinished = output_dir / "data", output_dir / ".tmp-data"
-    if not folder.exists():
-        train, held_out = load_documents(shared)
-        if held_out is None:
-            raise ScriptError("a comparison needs held-out text: --pretrain validation_fraction must be above 0")
-        if shared.tokenizer_name:
-            tokenizer = corpus.load_tokenizer(shared.tokenizer_name, shared.trust_remote_code)
-        else:
-            tokenizer = corpus.train_tokenizer(corpus.texts(train), shared.train_tokenizer_vocab_size, masked=False)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        tokenizer.save_pretrained(unfinished / "tokenizer")
-        for name, documents in (("train", train), ("held_out", held_out)):
-            documents.to_json(unfinished / f"{name}.jsonl")
-        unfinished.rename(folder)
-    return {
-        "train_file": str(folder / "train.jsonl"),
-        "validation_file": str(folder / "held_out.jsonl"),
-        "tokenizer_name": str(folder / "tokenizer"),
-    }
 
 
 def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[dict, dict]]:
@@ -302,6 +237,7 @@ def run(options: CompareOptions) -> int:
         "seeds": options.seeds,
         "baseline": options.baseline,
         "variants": variants,
+        "ngrams": ngram_lines(shared, data, options.seeds),
     }
     write_json(output_dir / "results.json", results)
     write_text(output_dir / "results.md", markdown(results) + "\n")

@@ -7,7 +7,7 @@ from ordnung.scripts.common.files import read_json, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.common.tables import markdown_table, spread
-from ordnung.scripts.experiments import baselines, compare
+from ordnung.scripts.experiments import baselines, compare_data
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.finetuning import run as finetuning
@@ -21,7 +21,7 @@ def finetune_options(options: TransferOptions, task: str, model: Path, output_di
     """The options of a variant's runs on a task."""
     own = {"model_name_or_path": str(model), "output_dir": str(output_dir), "seeds": options.seeds}
     own |= {"task_name": [task], "dataset_path": options.data_path(task)}
-    words = compare.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
+    words = compare_data.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
     return parse_options(FinetuneOptions, words)
 
 
@@ -32,7 +32,7 @@ def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str,
         own = {"task_name": [task], "dataset_path": options.data_path(task), "output_dir": str(output_dir)}
         shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
         own |= {name: shared[name] for name in ("dataset_name", "max_train_samples") if name in shared}
-        baselines.run(parse_options(BaselineOptions, compare.arguments(own)))
+        baselines.run(parse_options(BaselineOptions, compare_data.arguments(own)))
     return read_json(path)["tasks"][task]
 
 
@@ -82,7 +82,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def run(options: TransferOptions) -> int:
     """Train, score and write the results; returns the exit status, that of the run that was stopped if one was."""
-    output_dir, shared = Path(options.output_dir), compare.check_pretrain(options.pretrain)
+    output_dir, shared = Path(options.output_dir), compare_data.check_pretrain(options.pretrain)
     # wrong tables are told before anything is written
     variant_configs(options.variants, options.config_overrides)
     for task in options.task_name:
@@ -92,8 +92,8 @@ def run(options: TransferOptions) -> int:
     claim_output_dir(output_dir, settings | by_task, options.variants)
     # first of all, as this reads every task's data: what is wrong with them is told before anything is trained
     scores = {task: baseline(options, task, output_dir / "baselines" / task) for task in options.task_name}
-    data = compare.prepare_data(output_dir, shared)
-    common = {name: value for name, value in options.pretrain.items() if name not in compare.DATA_OPTIONS} | data
+    data = compare_data.prepare_data(output_dir, shared)
+    common = {name: value for name, value in options.pretrain.items() if name not in compare_data.DATA_OPTIONS} | data
 
     variants: dict[str, dict[str, Any]] = {}
     for name, variant in options.variants.items():
@@ -102,7 +102,7 @@ def run(options: TransferOptions) -> int:
             overrides = {**options.config_overrides, **variant}
             own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
             own |= {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
-            status = pretraining.run(parse_options(PretrainOptions, compare.arguments({**common, **own})))
+            status = pretraining.run(parse_options(PretrainOptions, compare_data.arguments({**common, **own})))
             if status:
                 return status
         variants[name] = {"pretraining": read_json(folder / "results.json"), "tasks": {}}
