@@ -41,11 +41,12 @@ def faster_form(timed: dict[tuple, dict], task: str, length: int, name: str) -> 
 
 
 def _time_cell(row: dict) -> str:
-    """Microseconds per token, half the interquartile range in per cent, and the ratios: measured (predicted)."""
+    """Microseconds per token, half the interquartile range in per cent, samples, and ratios: measured (predicted)."""
     scale = 1e6 / row["tokens"]
     seconds = row["seconds"]
     spread = 50 * (seconds["q3"] - seconds["q1"]) / seconds["median"]
-    cell = f"{seconds['median'] * scale:.4g} ±{spread:.0f}%"
+    known = f"±{spread:.0f}% of {seconds['n']}" if seconds["n"] > 1 else "(n = 1)"
+    cell = f"{seconds['median'] * scale:.4g} {known}"
     for name, ratio in row.get("ratios", {}).items():
         if row["name"] == "convolution":
             return f"{cell}, {100 / ratio['measured']:.1f}% ({100 / ratio['predicted']:.1f}%) of the block"
@@ -78,8 +79,8 @@ def markdown(results: dict) -> str:
         f"{shape['num_hidden_layers']} layers, {shape['num_attention_heads']} heads, vocabulary {shape['vocab_size']}"
         f"{kernel}; torch {machine['torch']}, transformers {machine['transformers']}, "
         f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
-        f"Times are medians with half the interquartile range; ratios against {results['baseline']}: measured "
-        "(predicted from FLOPs), above 1 is faster.",
+        f"Times are medians with half the interquartile range of n samples; ratios against {results['baseline']}: "
+        "measured (predicted from FLOPs), above 1 is faster.",
     ]
     if any(row["name"].endswith(STATIC) for row in rows):
         parts[-1] += " Decode is held against the faster of its forms, with a growing or with a static cache."

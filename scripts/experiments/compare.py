@@ -1,5 +1,6 @@
 """Variants pretrained on the same text, and their losses held against each other."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table, summarise
 from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, arguments, check_pretrain, prepare_data
-from ordnung.scripts.experiments.ngrams import ngram_lines
+from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 from ordnung.scripts.pretraining import run as pretraining
 from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks
 from ordnung.scripts.pretraining.losses import position_buckets, position_losses
@@ -99,6 +101,29 @@ def hold_against(variants: dict[str, dict], baseline: str):
         result["perplexity_change"] = summarise([own / reference - 1 for own, reference in pairs])
 
 
+def ngram_rows(results: dict, header: list[str]) -> list[list[str]]:
+    """Rows of the n-grams that have counted the same tokens, where the results hold them."""
+    rows = []
+    for name in NAMES.values():
+        if line := results.get("ngrams", {}).get(name):
+            losses = summarise([math.log(value) for value in line["values"]])
+            cells = {"variant": f"{name}, counted", "loss": estimate(losses, 4), "perplexity": estimate(line, 2)}
+            rows.append([cells.get(column, "-") for column in header])
+    return rows
+
+
+def beside_counting(results: dict) -> list[str]:
+    """A sentence on which variants are below the trigram; without n-grams, none."""
+    if "ngrams" not in results:
+        return []
+    trigram = results["ngrams"]["trigram"]["mean"]
+    below = [name for name, result in results["variants"].items() if result["eval_perplexity"]["mean"] < trigram]
+    return [
+        f"Counted: interpolated Kneser-Ney on the same tokens. Below its trigram ({trigram:.1f}): "
+        f"{', '.join(below) or 'none'}. What is not below it gives no verdict."
+    ]
+
+
 def markdown(results: dict) -> str:
     """The tables of a results dictionary."""
     variants = results["variants"]
@@ -109,11 +134,11 @@ def markdown(results: dict) -> str:
         [
             name,
             f"{result['parameters']:,}",
-            spread(result["eval_loss"], 4),
-            spread(result["eval_perplexity"], 2),
-            spread(result["eval_bits_per_byte"], 4),
-            spread(result["training_seconds"], 0),
-            spread(result["tokens_per_second"], 0),
+            estimate(result["eval_loss"], 4),
+            estimate(result["eval_perplexity"], 2),
+            estimate(result["eval_bits_per_byte"], 4),
+            estimate(result["training_seconds"], 0),
+            estimate(result["tokens_per_second"], 0),
             f"{result['forward_flops_per_token'] / 1e6:.3f}",
             "all" if result["receptive_field"] is None else str(result["receptive_field"]),
         ]
@@ -122,7 +147,7 @@ def markdown(results: dict) -> str:
     if results["baseline"] is not None:
         header.insert(4, f"against {results['baseline']}")
         for line, result in zip(body, variants.values()):
-            line.insert(4, spread(result["perplexity_change"], 1, scale=100) + " %")
+            line.insert(4, estimate(result["perplexity_change"], 1, scale=100) + " %")
     steps = {name: result.get("steps", settings["max_steps"]) for name, result in variants.items()}
     lengths = set(steps.values())
     if len(lengths) > 1:
@@ -131,13 +156,14 @@ def markdown(results: dict) -> str:
             line.insert(2, f"{steps[line[0]]:,}")
     buckets = next(iter(variants.values()))["loss_by_position"]
     positions = [
-        [name, *(spread(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
+        [name, *(estimate(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
     ]
     return "\n\n".join(
         [
-            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, mean ± sample standard deviation "
-            f"over seeds {', '.join(map(str, results['seeds']))}. {described(results['machine'])}",
-            markdown_table(header, body),
+            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, {seeds_described(results['seeds'])}; "
+            f"relative figures are paired by seed. {described(results['machine'])}",
+            markdown_table(header, body + ngram_rows(results, header)),
+            *beside_counting(results),
             "Loss (nats per token) by position in the block:",
             markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
         ]

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table, summarise
 from ordnung.scripts.experiments.options import TaskOptions
 from ordnung.scripts.experiments.task_training import fit, train_all, write_results
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 
 # Sequences to measure on are drawn with this seed, those to train on with the run's.
 EVALUATION_SEED = 2**32
@@ -206,10 +207,10 @@ def markdown(results: dict) -> str:
             f"{result['parameters']:,}",
             f"{result['flops_per_step'] / 1e6:,.0f}",
             f"{point['step']:,}",
-            spread(point["seconds"], 0),
-            spread(point["answers"], 3),
-            *(spread(point["answers_by_hops"][k - 1], 3) for k in hops),
-            spread(point["sequences"], 3),
+            estimate(point["seconds"], 0),
+            estimate(point["answers"], 3),
+            *(estimate(point["answers_by_hops"][k - 1], 3) for k in hops),
+            estimate(point["sequences"], 3),
         ]
         for which in ("equal_steps", "equal_compute")
         for name, result in results["variants"].items()
@@ -217,12 +218,12 @@ def markdown(results: dict) -> str:
         if which == "equal_steps" or point["step"] != result["equal_steps"]["step"]
     ]
     sizes = ("symbols", "sequence_length") if settings["task"] == "triplets" else ("symbols", "hops", "queries")
+    longer = "the FLOPs of the dearest" if settings["equal_compute"] else "its own number of steps"
     task = ", ".join(f"{name} {settings[name]}" for name in sizes)
     return "\n\n".join(
         [
-            f"{settings['task']}, {task}: mean ± sample standard deviation over seeds "
-            f"{', '.join(map(str, results['seeds']))}, at equal steps and, where a variant appears twice, at the FLOPs "
-            f"of the dearest. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"{settings['task']}, {task}: {seeds_described(results['seeds'])}, at equal steps and, where a variant "
+            f"appears twice, at {longer}. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
             f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
             markdown_table(header, body),
         ]

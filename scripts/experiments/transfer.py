@@ -6,10 +6,11 @@ from typing import Any
 from ordnung.scripts.common.files import read_json, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, spread
+from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import baselines, compare_data
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.pretraining import run as pretraining
@@ -46,7 +47,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     costs, below = [], {name: [] for name in names}
     for variant, result in results["variants"].items():
-        scores.append([variant, *(spread(result["tasks"][task]["score"], 1, 100) for task in tasks)])
+        scores.append([variant, *(estimate(result["tasks"][task]["score"], 1, 100) for task in tasks)])
         trained, seconds = result["pretraining"], sum(sum(t["seconds"]["values"]) for t in result["tasks"].values())
         costs.append(
             [
@@ -67,8 +68,8 @@ def markdown(results: dict[str, Any]) -> str:
     remarks = [f"Not above {names[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]
     return "\n\n".join(
         [
-            f"Scores in %, the mean of a task's metrics as GLUE averages them; mean ± sample standard deviation over "
-            f"fine-tuning seeds {', '.join(map(str, results['seeds']))} of one pretrained model each. "
+            f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
+            "fine-tuning one pretrained model each. "
             f"{described(results['machine'])}",
             markdown_table(["model", *tasks], scores),
             " ".join(remarks),
