@@ -39,7 +39,9 @@ def test_what_is_shown():
     assert estimate(summarise([0.5]), 1, scale=100) == "50.0 (n = 1)"
     assert interval([0.5]).text(1, 100, " %") == "50.0 % (n = 1)"
     assert interval([-0.1, -0.1]).text(1, 100, " %") == "-10.0 % (-10.0 to -10.0, n = 2)"
-    assert changes([2.0, 6.0], [1.0, 4.0]).mean == 0.75
+    found = changes([2.0, 8.0], [4.0, 4.0])  # a half and a double
+    assert found.mean == 0 and found.low == pytest.approx(1 / (1 + found.high) - 1)
+    assert changes([2.0], [1.0]).low == -1 and changes([2.0], [1.0]).mean == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

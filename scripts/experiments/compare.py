@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import legend_below, of_variants, styles
 from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
@@ -18,7 +19,7 @@ from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, arguments, ch
 from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions
 from ordnung.scripts.experiments.variants import variant_configs
-from ordnung.scripts.experiments.verdicts import estimate, seeds_described
+from ordnung.scripts.experiments.verdicts import changes, estimate, interval, seeds_described
 from ordnung.scripts.pretraining import run as pretraining
 from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks
 from ordnung.scripts.pretraining.losses import position_buckets, position_losses
@@ -147,7 +148,8 @@ def markdown(results: dict) -> str:
     if results["baseline"] is not None:
         header.insert(4, f"against {results['baseline']}")
         for line, result in zip(body, variants.values()):
-            line.insert(4, estimate(result["perplexity_change"], 1, scale=100) + " %")
+            pair = (each["eval_perplexity"]["values"] for each in (result, variants[results["baseline"]]))
+            line.insert(4, changes(*pair).text(1, 100, " %"))
     steps = {name: result.get("steps", settings["max_steps"]) for name, result in variants.items()}
     lengths = set(steps.values())
     if len(lengths) > 1:
@@ -171,9 +173,10 @@ def markdown(results: dict) -> str:
 
 
 def plot(results: dict, image: Path):
-    """Loss by position, with bands of one standard deviation; with a baseline, also each seed's difference from it.
+    """Loss by position, with 95 % t-intervals; with a baseline, also each seed's difference from it.
 
-    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs.
+    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs. Dotted
+    lines are the n-grams, where the results hold them.
     """
     import matplotlib
 
@@ -181,46 +184,53 @@ def plot(results: dict, image: Path):
     from matplotlib import pyplot as plt
 
     variants, baseline = results["variants"], results["baseline"]
-    lengths = {result.get("steps") for result in variants.values()}
+    lengths = {result["steps"] for result in variants.values() if "curve" in result}
     count = 1 + bool(baseline) + (len(lengths) > 1)
-    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5.6), layout="constrained", squeeze=False)
     by_position = panels[0, : 1 + bool(baseline)]
-    for name, result in variants.items():
-        buckets = result["loss_by_position"]
-        places = range(len(buckets))
-        curves = [np.array([bucket["values"] for bucket in buckets])]  # (buckets, seeds)
+    drawn = styles({name: of_variants(results["settings"])[name] for name in variants})
+    buckets = next(iter(variants.values()))["loss_by_position"]
+    for i, (name, result) in enumerate(variants.items()):
+        curves = [[bucket["values"] for bucket in result["loss_by_position"]]]
         if baseline:
-            references = variants[baseline]["loss_by_position"]
-            curves.append(curves[0] - np.array([bucket["values"] for bucket in references]))
+            references = [bucket["values"] for bucket in variants[baseline]["loss_by_position"]]
+            curves.append([[a - b for a, b in zip(*pair)] for pair in zip(curves[0], references)])
+        # side by side, so that bars do not hide each other
+        places = np.arange(len(buckets)) + 0.5 * ((i + 0.5) / len(variants) - 0.5)
         for panel, curve in zip(by_position, curves):
-            mean = curve.mean(1)
-            (line,) = panel.plot(places, mean, marker="o", markersize=3, label=name)
-            if curve.shape[1] > 1:
-                deviation = curve.std(1, ddof=1)
-                panel.fill_between(places, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
+            found = [interval(values) for values in curve]
+            bars = [one.high - one.mean if one.n > 1 else 0 for one in found]
+            means = [one.mean for one in found]
+            panel.errorbar(places, means, bars, label=name, linewidth=1, elinewidth=0.8, capsize=2, **drawn[name])
     labels = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
     for panel in by_position:
-        panel.set_xticks(places, labels, rotation=30)
+        panel.set_xticks(range(len(buckets)), labels, rotation=30)
         panel.set(xlabel="position in the block (tokens before)", ylabel="held-out loss (nats per token)")
+    for order, line in zip(NAMES.values(), (":", "--")):
+        if order in results.get("ngrams", {}):
+            loss = math.log(results["ngrams"][order]["mean"])
+            by_position[0].axhline(loss, color="red", linestyle=line, label=f"{order}, counted")
     if baseline:
-        by_position[1].set(title=f"difference from {baseline}, seed by seed", ylabel="nats per token")
+        ylabel = f"nats per token above {baseline}"
+        by_position[1].set(title=f"difference from {baseline}, seed by seed", ylabel=ylabel)
     if len(lengths) > 1:
-        _plot_course(panels[0, -1], variants)
+        _plot_course(panels[0, -1], variants, drawn)
     for panel in panels[0]:
         panel.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=8)
+    legend_below(figure, panels[0])
     figure.savefig(image, dpi=150)
     plt.close(figure)
 
 
-def _plot_course(panel, variants: dict[str, dict]):
+def _plot_course(panel, variants: dict[str, dict], drawn: dict[str, dict]):
     """Held-out loss against training FLOPs, a line for each seed and one for their mean."""
-    for i, result in enumerate(variants.values()):
+    for name, result in variants.items():
         flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
         curve = result["curve"][1:]  # without the loss before training
         places, losses = [flops * point["step"] for point in curve], [point["eval_loss"] for point in curve]
-        panel.plot(places, [loss["values"] for loss in losses], color=f"C{i}", alpha=0.35, linewidth=1)
-        panel.plot(places, [loss["mean"] for loss in losses], color=f"C{i}", linewidth=2)
+        style = {key: value for key, value in drawn[name].items() if "marker" not in key}
+        panel.plot(places, [loss["values"] for loss in losses], alpha=0.35, linewidth=0.8, **style)
+        panel.plot(places, [loss["mean"] for loss in losses], linewidth=2, **style)
     panel.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import legend_below, of_variants, styles
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import markdown_table, summarise
 from ordnung.scripts.experiments.options import TaskOptions
@@ -237,19 +238,26 @@ def plot(results: dict, image: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for i, (name, result) in enumerate(results["variants"].items()):
+    settings = results["settings"]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    drawn = styles(of_variants(settings))
+    for name, result in results["variants"].items():
+        style = {key: value for key, value in drawn[name].items() if "marker" not in key}
         for panel, x in zip(panels, ("step", "flops")):
             places = [point[x] for point in result["curve"]]
             values = np.array([point["answers"]["values"] for point in result["curve"]])
-            panel.plot(places, values, color=f"C{i}", alpha=0.35, linewidth=1)
-            panel.plot(places, values.mean(1), color=f"C{i}", linewidth=2, label=name)
+            panel.plot(places, values, alpha=0.35, linewidth=0.8, **style)
+            panel.plot(places, values.mean(1), linewidth=2, label=name, **style)
+    symbols = settings["sequence_length" if settings["task"] == "triplets" else "symbols"]
     for panel, label in zip(panels, ("steps", "training FLOPs")):
-        panel.set(xscale="log", xlabel=label)
+        panel.axhline(1 / symbols, color="red", linestyle=":", linewidth=1, label=f"1 of {symbols} at random")
+        if "fewer_hops" in results:
+            best = max(results["fewer_hops"][:4])
+            panel.axhline(best, color="red", linestyle="--", linewidth=1, label="the best of at most 3 hops")
+        panel.set(xscale="log", xlabel=label, ylabel="share of answers that are right")
         panel.grid(alpha=0.3)
-    panels[0].axvline(results["settings"]["max_steps"], color="grey", linestyle="--", linewidth=1)
-    panels[0].set_ylabel("share of answers that are right")
-    panels[0].legend(fontsize=8)
+    panels[0].axvline(settings["max_steps"], color="grey", linestyle="--", linewidth=1)
+    legend_below(figure, panels)
     figure.savefig(image, dpi=150)
     plt.close(figure)
 

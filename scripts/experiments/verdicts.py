@@ -60,8 +60,12 @@ def seeds_described(seeds: Sequence[int]) -> str:
 
 
 def changes(own: Sequence[float], reference: Sequence[float]) -> Interval:
-    """By how much `own` exceeds `reference`, relative to it, seed by seed."""
-    return interval([a / b - 1 for a, b in zip(own, reference)])
+    """By how much `own` exceeds `reference`, relative to it, seed by seed.
+
+    Of the logarithms of the ratios, so that a half and a double are equally far from nothing.
+    """
+    logs = interval([math.log(a / b) for a, b in zip(own, reference)])
+    return Interval(*(math.exp(min(value, 700)) - 1 for value in (logs.mean, logs.low, logs.high)), logs.n)
 
 
 def at_least(found: Interval, bound: float) -> str:

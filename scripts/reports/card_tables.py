@@ -320,16 +320,16 @@ TABLES = {
 
 FIGURES = {
     "conv_lm_benchmark": lambda image: bench_report.plot(load_benchmark(*CONV_BENCHMARKS), image),
-    "conv_lm_compare": lambda image: compare.plot(load("conv_lm_compare"), image),
+    "conv_lm_compare": lambda image: compare.plot(load_compare("conv_lm_compare"), image),
     "conv_lm_recall": lambda image: recall.plot(load("conv_lm_recall"), image),
     "linformer_lm_encoder": lambda image: bench_report.plot(load_benchmark(*ENCODER_BENCHMARKS), image),
     "linformer_lm_causal": lambda image: bench_report.plot(load_benchmark(*CAUSAL_BENCHMARKS), image),
-    "linformer_lm_compare": lambda image: compare.plot(load("linformer_lm_compare"), image),
+    "linformer_lm_compare": lambda image: compare.plot(load_compare("linformer_lm_compare"), image),
     "linformer_lm_recall": lambda image: recall.plot(load("linformer_lm_recall"), image),
     "linformer_lm_spectrum": lambda image: plot_mixing.draw_spectrum(load("linformer_lm_spectrum"), image),
     "cubic_prefix_lm_pointer": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_pointer"), image),
     "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
-    "cubic_prefix_lm_compare": lambda image: compare.plot(load("cubic_prefix_lm_compare"), image),
+    "cubic_prefix_lm_compare": lambda image: compare.plot(load_compare("cubic_prefix_lm_compare"), image),
     "sparse_attention_lm_patterns": patterns.plot,
 }
