@@ -29,6 +29,7 @@ GROUPS = {
         "recall": "recall",
         "prefix-tasks": "prefix_tasks",
         "benchmark": "benchmark",
+        "growth": "growth",
         "bench-prefix": "bench_prefix",
         "bench-finetune": "bench_finetune",
         "bench-packing": "bench_packing",
