@@ -153,6 +153,14 @@ class BaselineOptions:
     output_dir: str = required("Folder for results.json.", section="output")
 
 
+@dataclass(kw_only=True)
+class NgramOptions:
+    results: str = required("Results file of compare.py or transfer.py whose text to count.", section="data")
+    pretrain: str | None = option(None, "Options of pretrain.py that win: where its text is.", action=MergeKeyValues)
+    seeds: list[int] | None = option(None, "Of the runs; default: those of the results.")
+    output_file: str = required("JSON.", section="output")
+
+
 # Options of finetune.py that are set for each run.
 OWN_OPTIONS = ("output_dir", "model_name_or_path", "seeds", "task_name", "dataset_path")
 

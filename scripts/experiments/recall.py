@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, spread, summarise, write_results
+from ordnung.scripts.common.tables import markdown_table, summarise, write_results
 from ordnung.scripts.experiments.options import RecallOptions
 from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 
 # Sequences to measure on are drawn with this seed and the number of pairs, those to train on with the run's seed.
 EVALUATION_SEED = 2**32
@@ -164,7 +165,7 @@ def markdown(results: dict) -> str:
     settings, machine, variants = results["settings"], results["machine"], results["variants"]
     header = ["variant", "pairs", "all distances", *range_names(settings["distance_edges"])]
     body = [
-        [name, str(num_pairs), spread(total, 3), *("-" if cell is None else spread(cell, 3) for cell in cells)]
+        [name, str(num_pairs), estimate(total, 3), *("-" if cell is None else estimate(cell, 3) for cell in cells)]
         for name, result in variants.items()
         for num_pairs, total, cells in zip(settings["num_pairs"], result["accuracy"], result["accuracy_by_distance"])
     ]
@@ -172,7 +173,7 @@ def markdown(results: dict) -> str:
     notes = [
         f"Share of queries answered with the right value, by the distance from the query back to its key, after "
         f"{settings['max_steps']} steps of {settings['batch_size']} sequences of {settings['sequence_length']} tokens; "
-        f"mean ± sample standard deviation over seeds {', '.join(map(str, results['seeds']))}. {machine['cpu']}, "
+        f"{seeds_described(results['seeds'])}. {machine['cpu']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, "
         f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
         f"Chance: {results['chance']:.3f} for any value, and for one of the values shown {shown} pairs. What is not "
@@ -188,9 +189,10 @@ def markdown(results: dict) -> str:
         learning = [seed for seed in unsolved if seed in result["still_learning"]]
         notes.append(
             f"- {name}: {result['parameters']:,} parameters, {state_size(result)}"
-            f"{spread(result['training_seconds'], 0)} s of training, sees {sees}. "
+            f"{estimate(result['training_seconds'], 0)} s of training, sees {sees}. "
             + (f"Not solved, within what it sees, by seeds {unsolved}" if unsolved else "Solved within what it sees")
-            + (f"; the loss of {learning or 'none'} of them still fell at the end. " if unsolved else ". ")
+            + (f"; the loss of {learning or 'none'} of them fell by {STILL_LEARNING:.0%} or more" if unsolved else "")
+            + (" from the last but one tenth of the steps to the last. " if unsolved else ". ")
             + f"Training loss by tenths of the steps: {', '.join(f'{loss:.2f}' for loss in curve)}."
         )
     return "\n\n".join(notes[:3]) + "\n\n" + "\n".join(notes[3:])

@@ -6,10 +6,11 @@ from typing import Any
 from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, spread, write_results
-from ordnung.scripts.experiments import baselines, compare
+from ordnung.scripts.common.tables import markdown_table, write_results
+from ordnung.scripts.experiments import baselines, compare, compare_data
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.training.runs import claim_output_dir
@@ -19,7 +20,7 @@ def finetune_options(options: TransferOptions, task: str, model: Path, output_di
     """The options of a variant's runs on a task."""
     own = {"model_name_or_path": str(model), "output_dir": str(output_dir), "seeds": options.seeds}
     own |= {"task_name": [task], "dataset_path": options.data_path(task)}
-    words = compare.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
+    words = compare_data.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
     return parse_options(FinetuneOptions, words)
 
 
@@ -30,7 +31,7 @@ def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str,
         own = {"task_name": [task], "dataset_path": options.data_path(task), "output_dir": str(output_dir)}
         shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
         own |= {name: shared[name] for name in ("dataset_name", "max_train_samples") if name in shared}
-        baselines.run(parse_options(BaselineOptions, compare.arguments(own)))
+        baselines.run(parse_options(BaselineOptions, compare_data.arguments(own)))
     return read_json(path)["tasks"][task]
 
 
@@ -44,7 +45,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     costs, below = [], {name: [] for name in names}
     for variant, result in results["variants"].items():
-        scores.append([variant, *(spread(result["tasks"][task]["score"], 1, 100) for task in tasks)])
+        scores.append([variant, *(estimate(result["tasks"][task]["score"], 1, 100) for task in tasks)])
         trained, seconds = result["pretraining"], sum(sum(t["seconds"]["values"]) for t in result["tasks"].values())
         costs.append(
             [
@@ -65,8 +66,8 @@ def markdown(results: dict[str, Any]) -> str:
     remarks = [f"Not above {names[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]
     return "\n\n".join(
         [
-            f"Scores in %, the mean of a task's metrics as GLUE averages them; mean ± sample standard deviation over "
-            f"fine-tuning seeds {', '.join(map(str, results['seeds']))} of one pretrained model each. "
+            f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
+            "fine-tuning one pretrained model each. "
             f"{described(results['machine'])}",
             markdown_table(["model", *tasks], scores),
             " ".join(remarks),
@@ -80,7 +81,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def run(options: TransferOptions) -> int:
     """Train, score and write the results; returns the exit status, that of the run that was stopped if one was."""
-    output_dir, shared = Path(options.output_dir), compare.check_pretrain(options.pretrain)
+    output_dir, shared = Path(options.output_dir), compare_data.check_pretrain(options.pretrain)
     # wrong tables are told before anything is written
     variant_configs(options.variants, options.config_overrides)
     for task in options.task_name:
@@ -90,8 +91,8 @@ def run(options: TransferOptions) -> int:
     claim_output_dir(output_dir, settings | by_task, options.variants)
     # first of all, as this reads every task's data: what is wrong with them is told before anything is trained
     scores = {task: baseline(options, task, output_dir / "baselines" / task) for task in options.task_name}
-    data = compare.prepare_data(output_dir, shared)
-    common = {name: value for name, value in options.pretrain.items() if name not in compare.DATA_OPTIONS} | data
+    data = compare_data.prepare_data(output_dir, shared)
+    common = {name: value for name, value in options.pretrain.items() if name not in compare_data.DATA_OPTIONS} | data
 
     variants: dict[str, dict[str, Any]] = {}
     for name, variant in options.variants.items():

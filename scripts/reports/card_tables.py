@@ -6,11 +6,13 @@ from pathlib import Path
 from ordnung.scripts.benchmarks import prefix as bench_prefix
 from ordnung.scripts.benchmarks import quadratic as bench_quadratic
 from ordnung.scripts.benchmarks import report as bench_report
+from ordnung.scripts.benchmarks.variants import STATIC
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
+from ordnung.scripts.experiments.verdicts import changes, estimate
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports import patterns, rank
 
@@ -32,6 +34,18 @@ def load(name: str) -> dict:
     return read_json(path)
 
 
+def key(row: dict) -> tuple[str, str, int]:
+    return row["task"], row["name"], row["length"]
+
+
+def load_compare(name: str) -> dict:
+    """Results of compare.py with the n-grams of its text, where a file holds them."""
+    results = load(name)
+    if "ngrams" not in results and (RESULTS / f"{name}_ngrams.json").exists():
+        results["ngrams"] = load(f"{name}_ngrams")["ngrams"]
+    return results
+
+
 def load_benchmark(*names: str) -> dict:
     """Results of several runs of benchmark.py as one: a later run's rows replace all of the same task and length.
 
@@ -46,18 +60,29 @@ def load_benchmark(*names: str) -> dict:
 
 
 class Timings:
-    """The timed rows of a benchmark's results."""
+    """The timed rows of a benchmark's runs; where several have the same row, the latest, and of ratios all."""
 
-    def __init__(self, results: dict):
-        self.rows = {(row["task"], row["name"], row["length"]): row for row in results["results"] if "seconds" in row}
+    def __init__(self, *names: str):
+        self.runs = [{key(row): row for row in load(name)["results"] if "seconds" in row} for name in names]
+        self.rows = {key(row): row for row in load_benchmark(*names)["results"] if "seconds" in row}
+
+    def ratios(self, task: str, name: str, other: str, length: int) -> list[tuple[dict, dict]]:
+        """The rows of `name` and of `other`, in decode of its faster form, of each run that has both."""
+        found = []
+        for rows in self.runs:
+            forms = [rows[task, form, length] for form in (other, other + STATIC) if (task, form, length) in rows]
+            if forms and (task, name, length) in rows:
+                found.append((rows[task, name, length], min(forms, key=lambda row: row["seconds"]["median"])))
+        return found
 
     def ratio(self, task: str, name: str, other: str, length: int) -> str:
-        """How many times faster `name` is than `other`: measured (predicted from FLOPs)."""
-        rows = [self.rows.get((task, which, length)) for which in (other, name)]
-        if None in rows:
+        """How many times faster `name` is than `other`, in each run: measured (predicted from FLOPs)."""
+        pairs = self.ratios(task, name, other, length)
+        if not pairs:
             return "not run"
-        measured, predicted = ((a / b) for a, b in zip(*((r["seconds"]["median"], r["flops"]) for r in rows)))
-        return f"{measured:.2f}× ({predicted:.2f}×)"
+        measured = " and ".join(f"{b['seconds']['median'] / a['seconds']['median']:.2f}×" for a, b in pairs)
+        single = any(row["seconds"]["n"] == 1 for pair in pairs for row in pair)
+        return f"{measured} ({pairs[-1][1]['flops'] / pairs[-1][0]['flops']:.2f}×)" + ", n = 1" * single
 
     def memory(self, task: str, name: str, other: str, length: int) -> str:
         """Peak memory of `name`, in units of that of `other`."""
@@ -67,8 +92,11 @@ class Timings:
         return f"{rows[0]['peak_bytes'] / rows[1]['peak_bytes']:.2f}"
 
     def growth(self, task: str, name: str) -> str:
-        """How many times longer a token takes after the longest context than after the shortest."""
-        rows = {length: row for (kind, which, length), row in self.rows.items() if (kind, which) == (task, name)}
+        """How many times longer a token takes after the longest context than after the shortest, in its faster form."""
+        rows: dict[int, dict] = {}
+        for (kind, which, length), row in self.rows.items():
+            if kind == task and which in (name, name + STATIC):
+                rows[length] = min(rows.get(length, row), row, key=lambda row: row["seconds"]["median"])
         shortest, longest = min(rows), max(rows)
         ratio = rows[longest]["seconds"]["median"] / rows[shortest]["seconds"]["median"]
         return f"{ratio:.2f}× from {shortest} to {longest} tokens"
@@ -76,13 +104,13 @@ class Timings:
 
 def perplexity_change(results: dict, name: str, other: str) -> str:
     """How much higher the perplexity of `name` is than that of `other` with the same seed."""
-    pairs = zip(*(results["variants"][which]["eval_perplexity"]["values"] for which in (name, other)))
-    return spread(summarise([own / reference - 1 for own, reference in pairs]), 1, scale=100) + " %"
+    own, reference = (results["variants"][which]["eval_perplexity"]["values"] for which in (name, other))
+    return changes(own, reference).text(1, 100, " %")
 
 
 def conv_claims() -> str:
     """What the article claims and the design aims at, beside what was measured."""
-    timings, body = Timings(load_benchmark(*CONV_BENCHMARKS)), []
+    timings, body = Timings(*CONV_BENCHMARKS), []
 
     for part, what in (("mixer", "the mixer alone"), ("model", "the whole model, forward")):
         for kind, which in (("eager", "unfused"), ("sdpa", "fused")):
@@ -119,7 +147,7 @@ def conv_claims() -> str:
 
 def linformer_claims() -> str:
     """What the paper and the design aim at, beside what was measured."""
-    encoder, body = Timings(load_benchmark(*ENCODER_BENCHMARKS)), []
+    encoder, body = Timings(*ENCODER_BENCHMARKS), []
     for length in (512, 4096, 16384, 65536):
         ratio = encoder.ratio("forward", "linformer_encoder", "softmax_encoder_sdpa", length)
         body.append([f"encoder layer against fused attention (SDPA), {length} tokens", ratio])
@@ -128,7 +156,7 @@ def linformer_claims() -> str:
             if encoder.rows.get(("forward", f"softmax_encoder_{kind}", length)):
                 ratio = encoder.ratio("forward", "linformer_encoder", f"softmax_encoder_{kind}", length)
                 body.append([f"paper: {paper}× against attention that stores its scores{how}, {length} tokens", ratio])
-    returned = Timings(load("linformer_lm_encoder_returned"))
+    returned = Timings("linformer_lm_encoder_returned")
     for timings, lengths, how in (
         (encoder, (512, 4096, 16384, 65536), ""),
         (returned, (512, 4096, 16384), ", freed memory returned at once"),
@@ -140,15 +168,15 @@ def linformer_claims() -> str:
     share = encoder.memory("forward", "linformer_encoder", "softmax_encoder_eager", 4096)
     body.append(["its peak memory, share of that of stored scores, 4096 tokens (paper: 1 / 14)", share])
 
-    causal = Timings(load_benchmark(*CAUSAL_BENCHMARKS))
+    causal = Timings(*CAUSAL_BENCHMARKS)
     for length in (512, 4096, 16384, 65536):
         ratio = causal.ratio("forward", "linformer_lm", "softmax_lm", length)
         body.append([f"causal model of one layer against SDPA, {length} tokens", ratio])
     for length in (4096, 16384):
-        ratio = Timings(load("linformer_lm_training")).ratio("train", "linformer_lm", "softmax_lm", length)
+        ratio = Timings("linformer_lm_training").ratio("train", "linformer_lm", "softmax_lm", length)
         body.append([f"causal training step of two layers against SDPA, {length} tokens", ratio])
     for run, how in (("", ""), ("_returned", ", freed memory returned at once")):
-        training = Timings(load(f"linformer_lm_training{run}"))
+        training = Timings(f"linformer_lm_training{run}")
         for length in (4096, 16384):
             share = training.memory("train", "linformer_lm", "softmax_lm", length)
             body.append([f"its peak memory, share of SDPA's{how}, {length} tokens", share])
@@ -180,7 +208,7 @@ def prefix_claims() -> str:
             for name, result in load(f"cubic_prefix_lm_{run}")["variants"].items():
                 point = result[when]
                 score = point["answers_by_hops"][-1] if run == "pointer" else point["answers"]
-                cells.append(f"{name} {spread(score, 3)}")
+                cells.append(f"{name} {estimate(score, 3)}")
             body.append([f"{what}, {how}", "; ".join(cells)])
     text = load("cubic_prefix_lm_compare")
     for name, how in (("cubic", "equal steps"), ("stride_8", "stride 8, equal steps")):
@@ -192,7 +220,7 @@ def prefix_claims() -> str:
 
 def headline_claims() -> str:
     """The bold claim of each idea's source, beside what was measured; all of it is in the cards."""
-    conv, encoder = Timings(load_benchmark(*CONV_BENCHMARKS)), Timings(load_benchmark(*ENCODER_BENCHMARKS))
+    conv, encoder = Timings(*CONV_BENCHMARKS), Timings(*ENCODER_BENCHMARKS)
     body = []
     for part, what in (("mixer", "the mixer"), ("model", "the whole model")):
         for kind, other in (("eager", "attention that stores its scores"), ("sdpa", "fused attention")):
@@ -214,7 +242,7 @@ def headline_claims() -> str:
     tasks, text = load("cubic_prefix_lm_pointer")["variants"], load("cubic_prefix_lm_compare")
     for when, how in (("equal_steps", "steps"), ("equal_compute", "FLOPs")):
         cubic, softmax = (tasks[name][when]["answers_by_hops"][-1] for name in ("cubic", "softmax"))
-        result = f"{spread(cubic, 3)} of answers right; attention {spread(softmax, 3)}"
+        result = f"{estimate(cubic, 3)} of answers right; attention {estimate(softmax, 3)}"
         body.append(["CubicPrefixLM, insanely more powerful: pointers", f"attention, equal {how}", result])
     for name, how in (("softmax_rope", "steps"), ("softmax_rope_equal_compute", "FLOPs")):
         change = perplexity_change(text, "cubic", name)
@@ -271,13 +299,13 @@ TABLES = {
     "prefix_transfer": partial(transfer_table, "cubic_stride_32", "softmax"),
     "claims": conv_claims,
     "benchmark": partial(benchmark_table, *CONV_BENCHMARKS),
-    "compare": lambda: compare.markdown(load("conv_lm_compare")),
+    "compare": lambda: compare.markdown(load_compare("conv_lm_compare")),
     "recall": lambda: recall.markdown(load("conv_lm_recall")),
     "linformer_claims": linformer_claims,
     "linformer_encoder": partial(benchmark_table, *ENCODER_BENCHMARKS),
     "linformer_causal": partial(benchmark_table, *CAUSAL_BENCHMARKS),
     "linformer_training": partial(benchmark_table, "linformer_lm_training"),
-    "linformer_compare": lambda: compare.markdown(load("linformer_lm_compare")),
+    "linformer_compare": lambda: compare.markdown(load_compare("linformer_lm_compare")),
     "linformer_recall": lambda: recall.markdown(load("linformer_lm_recall")),
     "linformer_spectrum": lambda: plot_mixing.markdown(load("linformer_lm_spectrum")),
     "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
@@ -286,7 +314,7 @@ TABLES = {
     "prefix_claims": prefix_claims,
     "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
-    "prefix_compare": lambda: compare.markdown(load("cubic_prefix_lm_compare")),
+    "prefix_compare": lambda: compare.markdown(load_compare("cubic_prefix_lm_compare")),
     "sparse_patterns": patterns.markdown,
     "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
@@ -297,17 +325,17 @@ TABLES = {
 
 FIGURES = {
     "conv_lm_benchmark": lambda image: bench_report.plot(load_benchmark(*CONV_BENCHMARKS), image),
-    "conv_lm_compare": lambda image: compare.plot(load("conv_lm_compare"), image),
+    "conv_lm_compare": lambda image: compare.plot(load_compare("conv_lm_compare"), image),
     "conv_lm_recall": lambda image: recall.plot(load("conv_lm_recall"), image),
     "linformer_lm_encoder": lambda image: bench_report.plot(load_benchmark(*ENCODER_BENCHMARKS), image),
     "linformer_lm_causal": lambda image: bench_report.plot(load_benchmark(*CAUSAL_BENCHMARKS), image),
-    "linformer_lm_compare": lambda image: compare.plot(load("linformer_lm_compare"), image),
+    "linformer_lm_compare": lambda image: compare.plot(load_compare("linformer_lm_compare"), image),
     "linformer_lm_recall": lambda image: recall.plot(load("linformer_lm_recall"), image),
     "linformer_lm_spectrum": lambda image: plot_mixing.draw_spectrum(load("linformer_lm_spectrum"), image),
     "cubic_prefix_lm_pointer": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_pointer"), image),
     "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
-    "cubic_prefix_lm_compare": lambda image: compare.plot(load("cubic_prefix_lm_compare"), image),
+    "cubic_prefix_lm_compare": lambda image: compare.plot(load_compare("cubic_prefix_lm_compare"), image),
     "sparse_attention_lm_patterns": patterns.plot,
     "quadratic_kernel_lm_bench": lambda image: bench_quadratic.plot(load("quadratic_kernel_lm_bench"), image),
     "quadratic_kernel_lm_rank": lambda image: rank.plot(load("quadratic_kernel_lm_rank"), image),

@@ -158,7 +158,7 @@ def draw_spectrum(results: dict, image: Path):
     grid = [[*row["heads"], *[float("nan")] * (width - len(row["heads"]))] for row in rows]
     shown = table.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     table.set(xlabel="head", ylabel="layer", title=f"at rank {rank}", xticks=range(width), yticks=range(len(rows)))
-    figure.colorbar(shown, ax=table)
+    figure.colorbar(shown, ax=table, label=f"share held by {rank} singular values")
     figure.savefig(image, dpi=120)
     plt.close(figure)
 
