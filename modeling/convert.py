@@ -495,6 +495,9 @@ def convert(
     parts = {name: _split(name, p, model, modules, table.query_scale) for name, p in parameters.items()}
     _copy(parameters, parts, target, base, report)
     _copy_global(target, report)
+    with torch.no_grad():
+        for layer in getattr(target, target.base_model_prefix, target).layers:
+            layer.mixer.init_converted()
     report.left_out += unexpected
 
     if output_report:

@@ -13,7 +13,7 @@ import sys
 
 # model_type -> class prefix, and the heads beyond those that every family has
 FAMILIES = {
-    "conv_lm": ("ConvLM", ()),
+    "conv_lm": ("ConvLM", ("ForMaskedLM", "ForMultipleChoice")),
     "linformer_lm": ("LinformerLM", ("ForMaskedLM", "ForMultipleChoice")),
     "cubic_prefix_lm": ("CubicPrefixLM", ("ForMaskedLM", "ForMultipleChoice")),
     "softmax_lm": ("SoftmaxLM", ("ForMaskedLM", "ForMultipleChoice")),

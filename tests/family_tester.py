@@ -777,7 +777,7 @@ class FamilyTester:
     @pytest.mark.parametrize("is_decoder", [True, False])
     def test_trainer_resumes_where_it_stopped(self, is_decoder, tmp_path):
         """With accumulated gradients and recomputed activations, to the bit."""
-        is_decoder = is_decoder or "AutoModelForMaskedLM" not in heads_of(self.model_type)  # ConvLM is causal
+        is_decoder = is_decoder or "AutoModelForMaskedLM" not in heads_of(self.model_type)
         start = self.model(
             head="AutoModelForSequenceClassification", dtype=torch.float32, is_decoder=is_decoder, hidden_dropout=0.1
         )

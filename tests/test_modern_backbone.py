@@ -94,7 +94,8 @@ def test_biases_are_where_they_are_asked_for(bias):
         mixer, mlp = model.model.layers[0].mixer, model.model.layers[0].mlp
         for name, module in mixer.named_children():
             if name.endswith("_proj"):
-                assert (module.bias is not None) == (bias is True or (bias == "qkv" and name != "out_proj")), name
+                asked = name == "gate_proj" or bias is True or (bias == "qkv" and name != "out_proj")
+                assert (module.bias is not None) == asked, name
         assert all(module.bias is None for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
 

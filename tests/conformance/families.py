@@ -82,6 +82,16 @@ ROWS = {
         config={**MODERN, "kernel_size": 4, "layer_types": ["causal_conv", "full_attention"]},
         excluded=STATE_LAYERS,
     ),
+    "conv_lm-bidirectional": Row(
+        "conv_lm",
+        heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
+        config={"is_decoder": False, "kernel_size": 5},
+        flags={"has_attentions": False},
+        excluded={
+            "test_model_rope_scaling_from_config_*": "A stack of convolutions has no rotary embedding to scale; these "
+            "tests go by the config field `rope_parameters`, which stacks with attention layers use."
+        },
+    ),
     "cubic_prefix_lm": Row(
         "cubic_prefix_lm",
         heads=("Model", "ForCausalLM"),
