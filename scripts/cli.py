@@ -31,6 +31,7 @@ GROUPS = {
         "bench-prefix": "bench_prefix",
         "bench-finetune": "bench_finetune",
         "bench-packing": "bench_packing",
+        "bench-conv": "bench_conv",
     },
 }
 PROGRAMS = {command: program for group in GROUPS.values() for command, program in group.items()}

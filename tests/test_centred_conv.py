@@ -44,14 +44,15 @@ def test_rows_of_some_length_equal_shorter_rows(implementation):
         torch.testing.assert_close(got[row, :length], expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("implementation", ["toeplitz", "conv1d"])
 @pytest.mark.parametrize("rows", [1, 40, 64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @torch.no_grad()
-def test_pieces_equal_the_formula(shape, rows, monkeypatch):
+def test_pieces_equal_the_formula(shape, rows, implementation, monkeypatch):
     B, N, H, P, K, dilation = shape
     v, kernel = torch.randn(B, N, H * P, dtype=torch.float64), torch.randn(H, K, dtype=torch.float64)
     monkeypatch.setattr(chunks, "ELEMENTS", rows * H * P)
-    got = centred_conv(v, kernel, dilation, implementation="toeplitz")
+    got = centred_conv(v, kernel, dilation, None, implementation)
     torch.testing.assert_close(got, centred_conv_naive(v, kernel, dilation), rtol=0, atol=1e-11)
 
 
