@@ -3,7 +3,8 @@
     taskset -c 1 ordnung bench-conv --output_file conv_implementations.json
 
 Toeplitz products and depthwise convolutions compute the same; which is faster is in the number of kernels, in their
-taps and in the rows. One thread, in CPU seconds. `conv_implementation="auto"` chooses one: the table says at each size whether it chose the faster.
+taps and in the rows. One thread, in CPU seconds. `conv_implementation="auto"` chooses one: the table says at each size
+whether it chose the faster.
 """
 
 from dataclasses import dataclass
