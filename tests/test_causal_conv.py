@@ -91,4 +91,4 @@ def test_the_implementation_chosen_is_the_faster_one_measured():
         with torch.set_grad_enabled(case["task"] != "forward"):
             chosen = faster(v, torch.empty(kernels, min(case["kernel_size"], case["tokens"])))
         assert chosen == case["auto"]
-        assert case["median"][chosen] <= 1.25 * min(case["median"].values()), case
+        assert case["fastest"][chosen] <= 1.25 * min(case["fastest"].values()), case
