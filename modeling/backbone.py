@@ -119,6 +119,11 @@ class BackbonePreTrainedModel(PreTrainedModel):
     # Name endings of parameters that weight decay would harm; scripts/pretrain.py reads it.
     _no_weight_decay: ClassVar[tuple[str, ...]] = ()
 
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        if not self.config.splits_heads:
+            self._tp_plan = {}  # that of a head would let transformers load the model, and split nothing else
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
