@@ -1,4 +1,4 @@
-"""Draw the rank of attention below the diagonal, and what a token costs: what is true of "attention is O(d^2)".
+"""Draw the rank of attention below the diagonal, and what a token costs.
 
     ordnung plot-rank --output_dir out/rank
     ordnung plot-rank --model_name_or_path out/softmax out/quadratic --text_file moby_dick.txt --output_dir out/rank
