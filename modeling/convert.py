@@ -453,7 +453,7 @@ def convert(
             language modelling head being the one that fits `is_decoder`.
         output_report: return the report too; otherwise it is logged if anything is new, left out or noted.
         gguf_file: name of a GGUF file of a causal model in `source`, a folder or Hub name; its weights are dequantized
-            to float32. Needs the package `gguf`.
+            to float32. Needs the package `gguf`, of `ordnung[gguf]`.
         config_overrides: fields of the family's config, such as `kernel_size=64`.
 
     Returns:
@@ -513,7 +513,7 @@ def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[st
         if isinstance(source, PreTrainedModel):
             raise TypeError(f"`gguf_file` ({gguf_file!r}) is a file in a folder or on the Hub: give that as `source`")
         if not is_gguf_available():
-            raise ImportError(f"`gguf_file` ({gguf_file!r}) is read by the package gguf: pip install gguf")
+            raise ImportError(f"`gguf_file` ({gguf_file!r}) is read by the package gguf: pip install 'ordnung[gguf]'")
         config, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
         _check_architecture(config.get("model_type"))
         loading = {"gguf_file": gguf_file, "dtype": torch.float32, "output_loading_info": True}

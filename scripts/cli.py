@@ -36,6 +36,7 @@ GROUPS = {
         "bench-finetune": "bench_finetune",
         "bench-packing": "bench_packing",
         "bench-conv": "bench_conv",
+        "peers": "peers",
     },
 }
 PROGRAMS = {command: program for group in GROUPS.values() for command, program in group.items()}

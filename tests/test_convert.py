@@ -430,13 +430,15 @@ def test_gguf_file(tmp_path):
 
 def test_gguf_without_its_library_is_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr("ordnung.modeling.convert.is_gguf_available", lambda: False)
-    with pytest.raises(ImportError, match=r"`gguf_file` \('a.gguf'\) is read by the package gguf: pip install gguf"):
+    with pytest.raises(
+        ImportError, match=r"`gguf_file` \('a.gguf'\) is read by .* gguf: pip install 'ordnung\[gguf\]'"
+    ):
         ordnung.convert(tmp_path, "softmax_lm", gguf_file="a.gguf")
     (tmp_path / "a.gguf").touch()
     arguments = ["--source", str(tmp_path), "--model_type", "softmax_lm", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ScriptError, match=r"b.gguf is not in .*, whose GGUF files are \['a.gguf'\]"):
         script.main([*arguments, "--gguf_file", "b.gguf"])
-    with pytest.raises(ScriptError, match="pip install gguf"):
+    with pytest.raises(ScriptError, match=r"pip install 'ordnung\[gguf\]'"):
         script.main([*arguments, "--gguf_file", "a.gguf"])
     with pytest.raises(TypeError, match="give that as `source`"):
         ordnung.convert(make("LlamaModel"), "softmax_lm", gguf_file="a.gguf")
