@@ -37,6 +37,7 @@ GROUPS = {
         "bench-packing": "bench_packing",
         "bench-conv": "bench_conv",
         "peers": "peers",
+        "bench-sparse": "bench_sparse",
     },
 }
 PROGRAMS = {command: program for group in GROUPS.values() for command, program in group.items()}

@@ -161,6 +161,15 @@ def test_only_strided_tokens_make_the_state_grow():
         assert (sizes[0] < sizes[1] < sizes[2]) if grows else (sizes[0] == sizes[1] == sizes[2])
 
 
+def test_a_mask_gives_a_long_row_its_only_global_tokens():
+    pattern, tensors = Pattern(64, causal=False), inputs(400, rows=1)
+    is_global = torch.arange(400)[None] == 333
+    got = sparse_attention(*tensors, pattern, None, is_global)
+    alone = [x[0, :, 1] for x in tensors]
+    expected = sparse_attention_naive(*alone, pattern, is_global[0].tolist())
+    torch.testing.assert_close(got[0, :, 1], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("pattern", [case for case in CASES if "bidirectional" in case.id])
 def test_a_mask_says_which_tokens_are_global(pattern):
     tensors, lengths = inputs(150), torch.tensor([150, 61])

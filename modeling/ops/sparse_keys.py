@@ -206,7 +206,7 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
             end = max(0, start + number * size - pattern.window)
             return causal_keys(pattern, N, wide_starts(start, number, size), size, *tables, end, beyond=True)
 
-        return Plan(causal, True, *inner_blocks(pattern, N, device, beyond)), None
+        return Plan(causal, True, *inner_blocks(pattern, N, device, None if pattern.local else beyond)), None
 
     rows = 1 if lengths is None and is_global is None else (is_global if lengths is None else lengths).shape[0]
     length = torch.full((rows, 1), N, device=device) if lengths is None else lengths[:, None].clamp(min=1)
@@ -220,7 +220,8 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
     def both_beyond(row, start, number, size):
         return bidirectional_keys(pattern, N, wide_starts(start, number, size), size, length, landmarks, beyond=True)
 
-    inner = inner_blocks(pattern, N, device, both_beyond) if rows == 1 and lengths is None else ()
+    beyond = None if pattern.local and is_global is None else both_beyond
+    inner = inner_blocks(pattern, N, device, beyond) if rows == 1 and lengths is None else ()
     return Plan(bidirectional, rows == 1, *inner), landmarks
 
 
@@ -235,7 +236,7 @@ def inner_blocks(pattern: Pattern, N, device, beyond) -> tuple:
     distance = torch.arange(BLOCK, device=device)[:, None] - torch.arange(-w, BLOCK + reach[1], device=device)
     mask = (distance < w) & (distance >= 0) if causal else distance.abs() <= w
     # each block of queries of an encoder has its own random blocks
-    return blocks, reach, mask, None if pattern.local else beyond, 1 if pattern.num_random and not causal else WIDE
+    return blocks, reach, mask, beyond, 1 if pattern.num_random and not causal else WIDE
 
 
 def pairs_seen(pattern: Pattern, N: int) -> int:
