@@ -1,4 +1,4 @@
-"""Measure sparse attention beside full attention, FlexAttention, Longformer, BigBird and Mistral's sliding window.
+"""Measure sparse attention beside full attention and that of Longformer, BigBird and Mistral.
 
     ordnung bench-sparse                                   # half an hour on one CPU core
     ordnung bench-sparse --lengths 2048 4096 --rounds 5 --flex False

@@ -35,13 +35,14 @@ from ordnung.scripts.common.tables import markdown_table
 
 HEAD_DIM = 64
 VOCAB = 256
+RANDOM_BLOCK = 64  # tokens of a random block, where the window is not shorter
 # what SparseAttentionLM adds to a window
 KINDS = {
     "local": {},
     "local + global": {"num_global": 16},
     "local + strided": {"stride": 64},
-    "local + random": {"num_random": 4, "random_block": 64},
-    "all": {"num_global": 16, "stride": 64, "num_random": 4, "random_block": 64},
+    "local + random": {"num_random": 4},
+    "all": {"num_global": 16, "stride": 64, "num_random": 4},
 }
 FLEX = "FlexAttention, local"
 
@@ -110,7 +111,8 @@ def measure_attention(options, length: int, backward: bool, flex: Callable | Non
     shape = 1, length, options.num_attention_heads, HEAD_DIM
     inputs = [torch.randn(shape, generator=generator, requires_grad=backward) for _ in range(3)]
     gradient = torch.randn(shape, generator=generator)
-    patterns = {name: Pattern(options.window, **fields) for name, fields in KINDS.items()}
+    block = min(RANDOM_BLOCK, options.window)
+    patterns = {name: Pattern(options.window, **fields, random_block=block) for name, fields in KINDS.items()}
     attend = {"SDPA": sdpa}
     attend |= {name: partial(sparse_attention, pattern=pattern) for name, pattern in patterns.items()}
     if flex is not None and not backward:
@@ -201,7 +203,7 @@ def measure_decoding(options, length: int) -> dict:
     )
     mistral = MistralForCausalLM(config).eval()
     ours = partial(convert, mistral, "sparse_attention_lm", output_report=True)
-    besides = {"num_global_tokens": 16}
+    besides = {"num_global_tokens": 16, "random_block_size": min(RANDOM_BLOCK, options.window)}
     models = {
         "Mistral, sliding window": mistral,
         "local": ours()[0],
