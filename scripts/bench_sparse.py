@@ -23,7 +23,7 @@ class SparseBenchOptions:
     window: int = option(256, "Tokens of the causal window; an encoder sees half of it to each side.", least=2)
     lengths: list[int] = option([512, 1024, 2048, 4096, 8192, 16384], "Tokens, forward.", least=1, section="data")
     backward_lengths: list[int] = option([2048, 4096, 8192], "Tokens, forward and backward.", least=1)
-    encoder_lengths: list[int] = option([1024, 2048, 4096], "Tokens of the encoders.", least=1)
+    encoder_lengths: list[int] = option([1024, 2048, 4096], "Tokens of the encoders, and of prefill.", least=1)
     decode_lengths: list[int] = option([512, 2048, 8192, 32768], "Tokens before those decoded.", least=1)
     decode_steps: int = option(32, "Tokens decoded in one sample.", least=1)
     flex: bool = option(True, "Time FlexAttention too, which needs a C++ compiler.", section="timing")

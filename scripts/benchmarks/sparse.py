@@ -45,6 +45,8 @@ KINDS = {
     "all": {"num_global": 16, "stride": 64, "num_random": 4},
 }
 FLEX = "FlexAttention, local"
+FULL = "full attention"
+PIECE = 1024  # tokens that fill a cache at a time
 
 
 def sdpa(query, key, value):
@@ -186,11 +188,10 @@ def measure_encoders(options, length: int, backward: bool) -> dict:
     return {"length": length, "backward": backward, "competitors": rows}
 
 
-@torch.no_grad()
-def measure_decoding(options, length: int) -> dict:
-    """Prefill, and single tokens after it: causal models of one layer with the weights of a Mistral."""
+def decoders(options, room: int) -> dict[str, torch.nn.Module]:
+    """Causal models of one layer with the weights of a Mistral, by what they look at."""
     torch.manual_seed(options.seed)
-    width, room = options.num_attention_heads * HEAD_DIM, length + options.decode_steps
+    width = options.num_attention_heads * HEAD_DIM
     config = MistralConfig(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -204,35 +205,74 @@ def measure_decoding(options, length: int) -> dict:
     mistral = MistralForCausalLM(config).eval()
     ours = partial(convert, mistral, "sparse_attention_lm", output_report=True)
     besides = {"num_global_tokens": 16, "random_block_size": min(RANDOM_BLOCK, options.window)}
-    models = {
+    return {
+        FULL: ours(layer_types=["full_attention"])[0],
         "Mistral, sliding window": mistral,
         "local": ours()[0],
         "local + global": ours(**besides)[0],
         "local + strided": ours(global_stride=64)[0],
         "all": ours(**besides, global_stride=64, num_random_blocks=4)[0],
     }
-    models["full attention, static"] = models["full attention, dynamic"] = ours(layer_types=["full_attention"])[0]
-    ids = torch.randint(VOCAB, (1, room), generator=torch.Generator().manual_seed(options.seed))
-    caches, prefill = {}, {}
+
+
+@torch.no_grad()
+def measure_prefill(options, length: int) -> dict:
+    """All of a prompt at once, logits of the last token, state to go on from."""
+    models = decoders(options, length)
+    ids = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(options.seed))
+
+    def prefill(name):
+        past = DynamicCache(config=models[name].config)
+        return models[name](ids, past_key_values=past, logits_to_keep=1).logits
+
+    check("local", prefill("local"), prefill("Mistral, sliding window"))
+    rows = compared({name: partial(prefill, name) for name in models}, FULL, options)
+    return {"length": length, "competitors": rows}
+
+
+@torch.no_grad()
+def measure_decoding(options, length: int) -> dict:
+    """Single tokens after `length` others.
+
+    The caches of full attention hold random keys and values; the others are filled by the model, in pieces.
+    """
+    room = length + options.decode_steps
+    models = decoders(options, room)
+    models |= {f"{FULL}, {kind}": models[FULL] for kind in ("static", "dynamic")}
+    del models[FULL]
+    generator = torch.Generator().manual_seed(options.seed)
+    ids = torch.randint(VOCAB, (1, room), generator=generator)
+    random = [torch.randn(1, options.num_attention_heads, length, HEAD_DIM, generator=generator) for _ in range(2)]
+    caches = {}
     for name, model in models.items():
         static = name.endswith("static")
         caches[name] = StaticCache(model.config, max_cache_len=room) if static else DynamicCache(config=model.config)
-        clock = time.thread_time if options.threads == 1 else time.perf_counter
-        start = clock()
-        logits = model(ids[:, :length], past_key_values=caches[name], logits_to_keep=1).logits
-        prefill[name] = clock() - start
-        if name == "local":
-            check("local", logits, mistral(ids[:, :length], use_cache=False, logits_to_keep=1).logits)
+        if name.startswith(FULL):
+            caches[name].update(*random, 0)
+            continue
+        for start in range(0, length, PIECE):
+            part = ids[:, start : min(start + PIECE, length)]
+            model(part, past_key_values=caches[name], logits_to_keep=1)
+    held = {name: state_bytes(cache) for name, cache in caches.items()}
+    small = [name for name in models if not name.startswith(FULL)]
+    copies = {name: [copy.deepcopy(caches[name]) for _ in range(options.rounds + 1)] for name in small}
+    outputs = {}
 
     def decode(name):
-        cache = used[name].pop()
+        cache = copies[name].pop() if name in copies else caches[name]
         for i in range(length, room):
-            models[name](ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]]))
+            position = torch.tensor([[i]])
+            outputs[name] = models[name](ids[:, i : i + 1], past_key_values=cache, position_ids=position).logits
+        if name.endswith("dynamic"):  # these are too large for copies: the new tokens are taken away again
+            cache.crop(-options.decode_steps)
+        elif name.endswith("static"):
+            cache.layers[0].cumulative_length.fill_(length)
 
-    used = {name: [copy.deepcopy(cache) for _ in range(options.rounds + 1)] for name, cache in caches.items()}
-    rows = compared({name: partial(decode, name) for name in models}, "full attention, static", options)
+    rows = compared({name: partial(decode, name) for name in models}, f"{FULL}, static", options)
+    check("local", outputs["local"], outputs["Mistral, sliding window"])
+    check(f"{FULL}, dynamic", outputs[f"{FULL}, dynamic"], outputs[f"{FULL}, static"])
     for name, row in rows.items():
-        row["prefill_seconds"], row["state_bytes"] = prefill[name], state_bytes(caches[name])
+        row["state_bytes"] = held[name]
     return {"length": length, "competitors": rows}
 
 
@@ -283,12 +323,12 @@ def markdown(results: dict) -> str:
                 parts += [f"{what}, {how}:", table(rows, ms)]
             if rows and key == "attention":
                 parts += [f"Its peak memory, {how}, MiB:", table(rows, mib, exponent=False)]
+    if results["prefill"]:
+        parts += ["Prefill of one layer; how many times faster than full attention:", table(results["prefill"], ms)]
     if results["decoding"]:
         parts += [
             "One more token after so many, one layer; how many times faster than full attention in a static cache:",
             table(results["decoding"], step),
-            "Prefill of so many tokens, ms:",
-            table(results["decoding"], lambda row: f"{1e3 * row['prefill_seconds']:.0f}", exponent=False),
             "State after so many tokens, MiB:",
             table(results["decoding"], lambda row: f"{row['state_bytes'] / 2**20:.2f}", exponent=False),
         ]
@@ -304,6 +344,7 @@ def run(options) -> int:
         "settings": {name: value for name, value in asdict(options).items() if name != "output"},
         "attention": [],
         "encoders": [],
+        "prefill": [],
         "decoding": [],
     }
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
@@ -313,6 +354,7 @@ def run(options) -> int:
     for backward in (False, True):
         for length in sorted(options.encoder_lengths):
             results["encoders"].append(measure_encoders(options, length, backward))
+    results["prefill"] = [measure_prefill(options, length) for length in sorted(options.encoder_lengths)]
     for length in sorted(options.decode_lengths):
         results["decoding"].append(measure_decoding(options, length))
     write_json(options.output, results)
