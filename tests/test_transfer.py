@@ -166,8 +166,8 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
     assert transfer_program.main(started) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     variants = results["variants"]
-    assert list(variants) == ["teacher", "converted", "distilled"]
-    assert [variants[name]["start"]["tokens"] > 0 for name in variants] == [False, False, True]
+    assert variants.keys() == {"teacher", "converted", "distilled"}
+    assert {name for name in variants if variants[name]["start"]["tokens"]} == {"distilled"}
     assert variants["converted"]["start"]["parameters"] == variants["distilled"]["start"]["parameters"]
     states = [
         AutoModel.from_pretrained(tmp_path / "out" / "start" / name).state_dict() for name in ("converted", "distilled")
