@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, Variant
-from ordnung.scripts.common.figures import legend_below, styles
+from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -70,6 +70,8 @@ def plot(results: dict[str, Any], image: Path):
     lengths, families = results["lengths"], results["families"]
     figure, panels = plt.subplots(1, len(TASKS), figsize=(5 * len(TASKS), 5), layout="constrained")
     drawn = styles({name: name for name in families})
+    for i, style in enumerate(drawn.values()):  # curves of the same height show through each other
+        style |= {"linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
     for panel, (task, title) in zip(panels, TASKS.items()):
         for name, of in families.items():
             panel.plot(lengths, of[task]["values"], label=name, **drawn[name])

@@ -94,6 +94,11 @@ def together(verdicts: Sequence[str]) -> str:
     return PART if PART in kinds or {HOLDS, FAILS} <= kinds else OPEN
 
 
+def everywhere(verdicts: Sequence[str]) -> str:
+    """Of a claim about all cases: one that fails is enough."""
+    return FAILS if FAILS in verdicts else together(verdicts)
+
+
 def beyond_counting(verdict: str, perplexities: Sequence[float], trigram: float) -> str:
     """A verdict from language modelling: none unless each model's mean perplexity is below the trigram's."""
     return verdict if max(perplexities) < trigram else OPEN
