@@ -135,7 +135,7 @@ def plot(results: dict, path: Path) -> None:
         panels.append((title, "µs per token", timed))
     for task in ("forward", "train"):
         peaks = [(row, row["peak_bytes"] / 2**20) for row in rows if row["task"] == task and row["peak_bytes"]]
-        panels.append((TITLES[task], "peak MiB above the weights", peaks))
+        panels.append((f"{TITLES[task]}: memory", "peak MiB above the weights", peaks))
     states = [(row, row["state_bytes"] / 2**20) for row in rows if "state_bytes" in row]
     panels.append(("Generation state of one sequence", "MiB", states))
     panels = [panel for panel in panels if panel[-1]]
