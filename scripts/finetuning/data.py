@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,8 @@ def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Data
         ScriptError: data that cannot be read, no such split or column, an empty split, a label out of range, no text.
     """
     needed = ("train", *task.evaluation)
+    if task.splits:
+        return _sample(dict(task.splits), options)
     if options.dataset_path:
         source, found = _load_folder(Path(options.dataset_path), task)
     else:
@@ -53,6 +56,11 @@ def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Data
         _check(data, f"{source} ({split})", task, labelled)
         used = [*task.columns, "idx", *(["label"] if labelled else [])]
         splits[split] = data.select_columns([name for name in used if name in data.column_names])
+    return _sample(splits, options)
+
+
+def _sample(splits: dict[str, datasets.Dataset], options: FinetuneOptions) -> dict[str, datasets.Dataset]:
+    """The splits with so many training rows as are wanted."""
     if options.max_train_samples is not None:
         # at random, as IMDB's rows come sorted by label; the same whatever the seed of a run
         order = np.random.default_rng(0).permutation(len(splits["train"]))
@@ -213,6 +221,11 @@ def encode(data: datasets.Dataset, encoder: Encoder, workers: int | None) -> "Ex
     return Examples.of(encoded)
 
 
+def _labels(column: pa.ChunkedArray) -> np.ndarray:
+    lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    return np.array(column.to_pylist(), dtype=np.float32) if lists else column.to_numpy()
+
+
 @dataclass
 class Examples:
     """Tokenized rows in memory.
@@ -220,9 +233,10 @@ class Examples:
     Args:
         ids, types: token ids and token type ids of all rows, one after the other.
         starts: (n + 1,) where each row begins.
-        labels: (n,) label numbers or similarities; None for a test split.
+        labels: (n,) label numbers or similarities, or (n, labels) 0 and 1; None for a test split.
         numbers: (n,) the rows' own numbers, which predictions are submitted under.
         cut: how many rows were longer than the model takes.
+        word_labels: of each token the label of the word that it begins, or -100; None where rows are labelled.
     """
 
     ids: np.ndarray
@@ -231,6 +245,7 @@ class Examples:
     labels: np.ndarray | None
     numbers: np.ndarray
     cut: int
+    word_labels: np.ndarray | None = None
 
     @classmethod
     def of(cls, encoded: datasets.Dataset) -> "Examples":
@@ -241,7 +256,7 @@ class Examples:
             ids=rows.flatten().to_numpy(),
             types=types.flatten().to_numpy(),
             starts=np.concatenate([[0], np.cumsum(rows.value_lengths().to_numpy())]),
-            labels=table["label"].to_numpy() if "label" in table.column_names else None,
+            labels=_labels(table["label"]) if "label" in table.column_names else None,
             numbers=table["idx"].to_numpy() if "idx" in table.column_names else np.arange(len(rows)),
             cut=int(np.sum(table["cut"].to_numpy())),
         )
@@ -273,7 +288,7 @@ class Batches:
     """Pads rows to the longest of them and makes them tensors."""
 
     tokenizer: PreTrainedTokenizerBase
-    regression: bool
+    numeric: bool  # labels are quantities, or 0 and 1 for each label
     names: set[str]  # what the model's forward takes
     multiple: int = 1  # lengths are rounded up to it
 
@@ -292,5 +307,5 @@ class Batches:
             batch["token_type_ids"] = np.full(real.shape, self.tokenizer.pad_token_type_id, dtype=np.int64)
             batch["token_type_ids"][real] = examples.types[flat]
         if examples.labels is not None:
-            batch["labels"] = examples.labels[rows].astype(np.float32 if self.regression else np.int64)
+            batch["labels"] = examples.labels[rows].astype(np.float32 if self.numeric else np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

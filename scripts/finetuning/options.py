@@ -23,15 +23,41 @@ class FinetuneOptions(HubOptions):
     )
     ignore_mismatched_sizes: bool = option(False, "Start a new classifier where the checkpoint's has other labels.")
     trust_remote_code: bool = option(False, "Run code that comes with a checkpoint or tokenizer.")
+    pooling: Literal["first", "last", "mean"] | None = option(
+        None, "What an ordnung classifier reads; default: the last token of causal, the first of bidirectional models."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     mixed_precision: Literal["no", "bf16"] | None = option(None, "Default: what `accelerate launch` says, else no.")
     use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
-    task_name: list[str] = required(f"One or more of {', '.join(TASKS)}; all: GLUE's.", section="data")
-    dataset_name: str | None = option(None, "Data set of the Hub in place of the task's own.")
+    task_name: list[str] | None = option(
+        None, f"One or more of {', '.join(TASKS)}; all: GLUE's. Or give data of your own.", section="data"
+    )
+    dataset_name: str | None = option(None, "Data set of the Hub: your own, or with --task_name in place of its own.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
     dataset_path: str | None = option(
         None, "Local folder with the same columns: <split>.parquet, .json, .jsonl, .csv or .tsv."
     )
+    train_file: list[str] | None = option(
+        None,
+        "Your own labelled data: CSV, TSV, JSON lines or Parquet, or a folder with train, validation, test of these.",
+    )
+    validation_file: list[str] | None = option(None, "What models are scored and compared on; default: training rows.")
+    test_file: list[str] | None = option(None, "What is scored besides, at the end only.")
+    text_column: list[str] | None = option(None, "Column of the text, or the two of a pair; guessed where it is plain.")
+    label_column: list[str] | None = option(
+        None, "Column of the label, or several of 0 and 1 for a multi-label task; guessed where it is plain."
+    )
+    task: Literal["classify", "token", "qa"] = option(
+        "classify",
+        "classify: texts, by classes, several labels each or a number. token: words, by tags (columns of words and of "
+        "tags). qa: answers found in a context (SQuAD's columns).",
+    )
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = option(
+        None, "What the labels are; default: found from them and said."
+    )
+    label_separator: str | None = option(None, "Between the labels of a multi-label text; default: found.")
+    skip_bad_rows: bool = option(False, "Leave out rows that cannot be used, and say how many.")
     max_length: int | None = option(None, "Tokens of an example; default: as many as the model takes.", least=4)
     truncation: Literal["head", "tail", "head_tail"] = option(
         "head",
@@ -41,7 +67,7 @@ class FinetuneOptions(HubOptions):
     validation_fraction: float | None = option(
         None,
         "Share of the training data that checkpoints are compared on; default: 0 (the validation split) for GLUE, 0.1 "
-        "for IMDB, which has a test split only.",
+        "for IMDB, which has a test split only, and for data of your own without --validation_file.",
         least=0,
         below=1,
     )
@@ -70,6 +96,9 @@ class FinetuneOptions(HubOptions):
     num_train_epochs: float = option(3.0, "Passes over the data, if max_steps is not given.", above=0)
     max_steps: int | None = option(None, "Optimizer steps.", least=1)
     group_by_length: bool = option(False, "Batches of examples of about the same length: less padding.")
+    class_weights: Literal["balanced"] | None = option(
+        None, "balanced: labels count in the loss as if each were as frequent as the others."
+    )
     learning_rate: float = option(5e-5, "Peak learning rate of AdamW.", least=0)
     weight_decay: float = option(
         0.01, "Not for biases, norms, other 1-D parameters and what the model exempts.", least=0
@@ -96,6 +125,11 @@ class FinetuneOptions(HubOptions):
 
     def __post_init__(self):
         check_bounds(self)
+        if bool(self.task_name) + bool(self.train_file) + bool(self.dataset_name and not self.task_name) != 1:
+            raise ScriptError("give one of --task_name, --train_file and, for data of your own, --dataset_name")
+        for name in OWN_DATA:
+            if self.task_name and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ScriptError(f"--{name} is for data of your own: leave out --task_name, or it")
         if self.dataset_name and self.dataset_path:
             raise ScriptError("give --dataset_name or --dataset_path, not both")
         adapters = ("merge_adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
@@ -111,5 +145,6 @@ class FinetuneOptions(HubOptions):
         return {name: value for name, value in asdict(self).items() if name not in _NOT_RECORDED}
 
 
+OWN_DATA = ("train_file", "validation_file", "test_file", "text_column", "label_column", "task", "problem_type")
 # Tasks and seeds may be added to a folder of runs; the others do not change a run's outcome.
 _NOT_RECORDED = ("output_dir", "seeds", "task_name", "report_to", "preprocessing_num_workers", *NOT_RECORDED)

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -35,10 +34,13 @@ from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import how_to_go_on, machine_info
 from ordnung.scripts.finetuning.adapters import write_base
 from ordnung.scripts.finetuning.data import Batches, Encoder, Examples, encode, load_splits, prepare_tokenizer
-from ordnung.scripts.finetuning.glue_metric import Glue
+from ordnung.scripts.finetuning.figures import plot_curves, write_details
+from ordnung.scripts.finetuning.inference import predict
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model, source
 from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.own import read_task
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
+from ordnung.scripts.finetuning.scores import class_weights, mean_score, score, weighted_loss
 from ordnung.scripts.finetuning.sharing import describe_run, find_targets, push_best
 from ordnung.scripts.finetuning.tasks import Task, choose_tasks
 from ordnung.scripts.training import checkpointing
@@ -79,7 +81,7 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     """
     splits = load_splits(task, options)
     config = build_config(task, options, tokenizer)
-    model = empty_model(options, config)
+    model = empty_model(options, config, task.head)
     max_length = options.max_length or model_length(model, tokenizer)
     limits.check_length(model, max_length, "max_length")
     encoder = Encoder(tokenizer, task.columns, max_length, options.truncation)
@@ -93,7 +95,7 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
             )
     train, selection = examples["train"], examples[task.evaluation[0]]
     fraction = task.held_out if options.validation_fraction is None else options.validation_fraction
-    if fraction:
+    if fraction and not task.split_off:
         # the same rows whatever the seed, so that seeds differ in nothing else
         order = np.random.default_rng(0).permutation(len(train))
         count = max(1, int(fraction * len(train)))
@@ -143,7 +145,7 @@ class Finetuning:
         self.window_loss = torch.tensor(state.get("window_loss", 0.0), device=accelerator.device)
 
         set_seed(seed)
-        model = build_model(options, data.config, self.checkpoint)
+        model = build_model(options, data.config, self.checkpoint, data.task.head)
         limits.fit_tokenizer(tokenizer, bare(model), data.max_length)
         self.writer = checkpointing.CheckpointWriter(accelerator, folder, tokenizer, total_limit=1)
         self.writer.last = self.checkpoint
@@ -153,7 +155,10 @@ class Finetuning:
         names = set(inspect.signature(bare(model).forward).parameters)
         self.constants = {"use_cache": False} if "use_cache" in names else {}
         multiple = 1 if accelerator.device.type == "cpu" else 8  # accelerators multiply such matrices faster
-        self.make_batch = Batches(tokenizer, data.task.regression, names, multiple)
+        numeric = data.task.problem_type in ("regression", "multi_label_classification")
+        self.make_batch = Batches(tokenizer, numeric, names, multiple)
+        weights = class_weights(data.task, data.train) if options.class_weights else None
+        self.class_weights = None if weights is None else torch.tensor(weights, device=accelerator.device).float()
         self._prepare_training(model)
         set_seed(seed, device_specific=True)  # each process draws its own dropout
         if self.checkpoint:
@@ -205,7 +210,10 @@ class Finetuning:
     def _outputs(self, examples: Examples, rows: np.ndarray):
         batch = self.make_batch(examples, rows)
         batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        return self.model(**batch, **self.constants)
+        outputs = self.model(**batch, **self.constants)
+        if self.class_weights is not None and outputs.loss is not None:
+            outputs.loss = weighted_loss(outputs.logits, batch["labels"], self.class_weights)
+        return outputs
 
     def train_step(self):
         """One optimizer step on the mean loss of its rows, over all batches and processes. Nothing waits for it."""
@@ -230,32 +238,17 @@ class Finetuning:
         self.window_steps += 1
         self.tokens += int(train.lengths[rows].sum())
 
-    @torch.no_grad()
     def predict(self, examples: Examples) -> np.ndarray:
-        """(n, labels) scores of every row, in the order of the rows, on every process."""
-        accelerator = self.accelerator
+        """Scores of every row, in the order of the rows, on every process: see `inference.predict`."""
         self.model.eval()
-        order, parts = np.argsort(-examples.lengths, kind="stable"), []
-        stride = self.options.per_device_eval_batch_size * accelerator.num_processes
-        for start in range(0, len(order), stride):
-            rows = order[start : start + stride]
-            share = math.ceil(len(rows) / accelerator.num_processes)
-            # processes' batches must be equal in size: some rows are predicted twice and dropped
-            own = np.resize(rows, share * accelerator.num_processes).reshape(-1, share)[accelerator.process_index]
-            parts.append(accelerator.gather(self._outputs(examples, own).logits)[: len(rows)])
+        size = self.options.per_device_eval_batch_size
+        logits = predict(self.accelerator, lambda *some: self._outputs(*some).logits, examples, size)
         self.model.train()
-        logits = np.empty((len(order), parts[0].shape[1]), dtype=np.float32)
-        logits[order] = torch.cat(parts).float().cpu().numpy()
         return logits
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
         """The task's scores and the loss on labelled examples."""
-        logits, regression = torch.from_numpy(self.predict(examples)), self.data.task.regression
-        labels = torch.from_numpy(examples.labels.astype(np.float32 if regression else np.int64))
-        loss = F.mse_loss(logits[:, 0], labels) if regression else F.cross_entropy(logits, labels)
-        predictions = logits[:, 0] if regression else logits.argmax(-1)
-        metric = Glue(self.data.task.name, keep_in_memory=True)
-        return {"loss": float(loss), **metric.compute(predictions=predictions.numpy(), references=labels.numpy())}
+        return score(self.data.task, self.predict(examples), examples)
 
     def _log(self, values: dict):
         if self.is_main:
@@ -361,12 +354,13 @@ class Finetuning:
         if options.load_best_model_at_end and self.best["step"] != self.step:
             self.accelerator.free_memory()
             # with a new optimizer, as FSDP2 prepares no model without one
-            self._prepare_training(build_model(options, self.data.config, self.folder / "best"))
-        scores = {name: self.evaluate(examples) for name, examples in self.data.scored.items()}
+            self._prepare_training(build_model(options, self.data.config, self.folder / "best", task.head))
+        logits = {name: self.predict(examples) for name, examples in self.data.scored.items()}
+        scores = {name: score(task, logits[name], examples) for name, examples in self.data.scored.items()}
         for split, examples in self.data.tests.items():
-            logits = self.predict(examples)
+            predicted = self.predict(examples)
             if self.is_main:
-                write_submission(task, self.folder / task.tests[split], logits, examples.numbers)
+                write_submission(task, self.folder / task.tests[split], predicted, examples.numbers)
         model = self.accelerator.unwrap_model(self.model)
         self.writer.save_model(self.model, ".")
         if options.use_peft and self.is_main:
@@ -398,14 +392,12 @@ class Finetuning:
             "mixed_precision": self.accelerator.mixed_precision,
             "machine": machine_info(),
         }
+        if task.splits:
+            results["details"] = write_details(self.folder, self.data, logits)
+        plot_curves(self.folder, f"{Path(options.model_name_or_path).name}, {task.name}, seed {self.seed}")
         write_json(self.folder / "results.json", results)
         for folder in [*checkpointing.checkpoint_folders(self.folder), self.folder / "best"]:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def mean_score(scores: dict[str, float]) -> float:
-    """One number for a split: the mean of its scores, as GLUE averages them; the loss is none of them."""
-    return fmean(value for name, value in scores.items() if name != "loss")
 
 
 def run(options: FinetuneOptions) -> int:
@@ -418,13 +410,14 @@ def run(options: FinetuneOptions) -> int:
     Raises:
         ScriptError: options, data or model do not fit; a run fails.
     """
-    tasks = choose_tasks(options.task_name)
     accelerator, output_dir = make_accelerator(options), Path(options.output_dir)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ordnung").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     transformers_logging.disable_progress_bar()
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
+    with accelerator.main_process_first():
+        tasks = choose_tasks(options.task_name) if options.task_name else [read_task(options)]
     targets = find_targets(options, tasks) if accelerator.is_main_process else {}
     with accelerator.main_process_first():  # the others then read what the first has cached
         tokenizer = prepare_tokenizer(options)
@@ -442,7 +435,7 @@ def run(options: FinetuneOptions) -> int:
             complete = [
                 seed
                 for seed in options.seeds
-                if all(is_finished(output_dir / task.name / f"seed-{seed}") for task in tasks)
+                if all(is_finished(output_dir / task.folder / f"seed-{seed}") for task in tasks)
             ]
             results = collect(output_dir, complete or options.seeds[:1], options)
             if results["tasks"]:
@@ -467,7 +460,7 @@ def _run_all(
     # seeds outside: after the first round every task has a score
     for seed in options.seeds:
         for data in prepared:
-            folder = output_dir / data.task.name / f"seed-{seed}"
+            folder = output_dir / data.task.folder / f"seed-{seed}"
             if is_finished(folder):
                 logger.info(f"{folder}: finished, kept")
                 continue
