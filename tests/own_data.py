@@ -20,13 +20,17 @@ KINDS = {
 FILLER = "the a my please we you on in it was is and today".split()
 
 
-def tickets(count, seed, shares=(0.85, 0.10, 0.05)):
-    """Rows of text and kind, of which each text holds one telling word; every kind has exactly its share."""
+def tickets(count, seed, shares=(0.85, 0.10, 0.05), mixed=0.0):
+    """Rows of text and kind, of which each text holds one telling word; every kind has exactly its share.
+
+    With `mixed`, so much of the first kind holds a word of the second, and so much one of the third.
+    """
     random, kinds = np.random.default_rng(seed), list(KINDS)
     counts = [round(share * count) for share in shares]
     for kind in random.permutation(np.repeat(kinds, counts)):
         words = list(random.choice(FILLER, size=random.integers(4, 10)))
-        words.insert(random.integers(len(words)), str(random.choice(KINDS[kind])))
+        told = random.choice(kinds, p=[1 - 2 * mixed, mixed, mixed]) if kind == kinds[0] else kind
+        words.insert(random.integers(len(words)), str(random.choice(KINDS[told])))
         yield {"text": " ".join(words), "label": str(kind)}
 
 

@@ -33,36 +33,24 @@ def model(tmp_path_factory):
 
 
 def test_rare_classes_are_found(model, tmp_path):
-    """95 % of accuracy with no row of a rare class found is what a plain loop gives."""
-    train = write_csv(tmp_path / "tickets.csv", tickets(600, 0))
-    check = write_csv(tmp_path / "check.csv", tickets(200, 1))
-    folder = tune(
-        model,
-        train,
-        tmp_path / "out",
-        validation_file=check,
-        class_weights="balanced",
-        num_train_epochs=10,
-        pooling="mean",
-    )
+    """Where a rare class's words are more often in texts of the frequent one, only weights find it."""
+    train = write_csv(tmp_path / "tickets.csv", tickets(800, 0, mixed=0.2))
+    check = write_csv(tmp_path / "check.csv", tickets(200, 1, mixed=0.2))
+    options = {"validation_file": check, "num_train_epochs": 5, "pooling": "mean", "learning_rate": 5e-3}
+    plain = results(tune(model, train, tmp_path / "plain", **options))
+    assert plain["metrics"]["validation"]["accuracy"] == pytest.approx(0.85, abs=0.02)
+    assert plain["details"]["validation"]["per_class"]["outage"]["recall"] == 0
+    folder = tune(model, train, tmp_path / "out", class_weights="balanced", **options)
     run = results(folder)
     details, scored = run["details"]["validation"], run["metrics"]["validation"]
-    assert details["per_class"]["outage"]["recall"] >= 0.8 and details["per_class"]["billing"]["recall"] >= 0.8
-    assert details["baseline"] == pytest.approx(
-        {
-            "what": "always other",
-            "accuracy": 0.85,
-            "macro_f1": 0.3063,
-            "macro_precision": 0.2833,
-            "macro_recall": 1 / 3,
-        },
-        abs=1e-4,
-    )
-    assert run["score"] == scored["macro_f1"] > 0.8
+    assert details["per_class"]["outage"]["recall"] >= 0.5 and details["per_class"]["billing"]["recall"] >= 0.8
+    of_a_guess = {"accuracy": 0.85, "macro_f1": 0.3063, "macro_precision": 0.2833, "macro_recall": 1 / 3}
+    assert details["baseline"] == pytest.approx({"what": "always other", **of_a_guess}, abs=1e-4)
+    assert run["score"] == scored["macro_f1"] > plain["score"] + 0.1
     low, high = details["intervals"]["macro_f1"]
     assert low <= scored["macro_f1"] <= high <= 1 and high - low < 0.4
     # the same from the outside: a pipeline of the folder, and scikit-learn
-    rows = list(tickets(200, 1))
+    rows = list(tickets(200, 1, mixed=0.2))
     classify = pipeline("text-classification", model=str(folder), device="cpu")
     named = [answer["label"] for answer in classify([row["text"] for row in rows], batch_size=20)]
     truth = [row["label"] for row in rows]
@@ -228,6 +216,7 @@ def test_bad_files_are_told_with_their_cure(tmp_path):
         ("empty.csv", "", "no header"),
         ("head.csv", "text,label\n", "there is no row"),
         ("a.txt", "text", "is no table: give CSV"),
+        ("blank.csv", "text,label\nx,a\n\ny,b\n", "row 2: the row is empty; delete it"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ScriptError, match=message):

@@ -34,7 +34,8 @@ def load_rows(patterns: Sequence[str], option: str, streaming: bool = False):
                     f"{first} has the columns {', '.join(header)}, {name} {', '.join(other)}: make them alike"
                 )
         features = datasets.Features({name: datasets.Value("string") for name in header})
-        settings = {**settings, "delimiter": delimiter, "features": features}
+        # an empty line is a row, of which there is something to tell, and rows keep their numbers
+        settings = {**settings, "delimiter": delimiter, "features": features, "skip_blank_lines": False}
     try:
         rows = datasets.load_dataset(reader, data_files={"train": files}, streaming=streaming, **settings)["train"]
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -125,11 +125,8 @@ def _check(data: datasets.Dataset, source: str, task: Task, labelled: bool):
             raise ScriptError(f"{source}, row {row}: label {label!r} is none of {meaning}{cure}")
 
 
-def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer, fit for classification: it pads, and it closes and separates texts.
-
-    A tokenizer that adds no special token at all, as those of causal models do, would join the texts of a pair without
-    a trace. It gets a template with its end-of-text token around and between the texts, which it is saved with.
+def load_fast_tokenizer(options) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, if it can cut and pad.
 
     Raises:
         ScriptError: no tokenizer, none of the fast kind, no token to pad with.
@@ -148,6 +145,19 @@ def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
             f"the tokenizer {name} has no pad token, which batches need: name one of its tokens by --pad_token"
             + (f" '{end}'" if end else "")
         )
+    return tokenizer
+
+
+def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer, fit for classification: it pads, and it closes and separates texts.
+
+    A tokenizer that adds no special token at all, as those of causal models do, would join the texts of a pair without
+    a trace. It gets a template with its end-of-text token around and between the texts, which it is saved with.
+
+    Raises:
+        ScriptError: as `load_fast_tokenizer`.
+    """
+    tokenizer = load_fast_tokenizer(options)
     if tokenizer.num_special_tokens_to_add(pair=True) == 0:
         end = tokenizer.convert_ids_to_tokens(corpus.end_of_document(tokenizer))
         template = processors.TemplateProcessing(
@@ -259,6 +269,19 @@ class Examples:
             labels=_labels(table["label"]) if "label" in table.column_names else None,
             numbers=table["idx"].to_numpy() if "idx" in table.column_names else np.arange(len(rows)),
             cut=int(np.sum(table["cut"].to_numpy())),
+        )
+
+    @classmethod
+    def of_lists(cls, encoded: dict[str, list]) -> "Examples":
+        """Of what an `Encoder` gives for rows without labels."""
+        ids = encoded["input_ids"]
+        return cls(
+            ids=np.concatenate(ids),
+            types=np.concatenate(encoded["token_type_ids"]),
+            starts=np.concatenate([[0], np.cumsum([len(row) for row in ids])]),
+            labels=None,
+            numbers=np.arange(len(ids)),
+            cut=sum(encoded["cut"]),
         )
 
     def __len__(self) -> int:

@@ -1,13 +1,15 @@
 """What a model says of examples, in batches of like lengths, on every process."""
 
+import inspect
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
-from ordnung.scripts.finetuning.data import Examples
+from ordnung.scripts.finetuning.data import Batches, Examples
 
 
 @torch.no_grad()
@@ -37,3 +39,22 @@ def predict(
     logits = np.empty_like(scores)
     logits[order] = scores
     return logits
+
+
+class Runner:
+    """A model on its device that scores examples."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, options):
+        self.accelerator = Accelerator(cpu=options.use_cpu or not torch.accelerator.is_available())
+        self.model, self.batch_size = model.to(self.accelerator.device).eval(), options.per_device_eval_batch_size
+        names = set(inspect.signature(model.forward).parameters)
+        self.constants = {"use_cache": False} if "use_cache" in names else {}
+        self.make_batch = Batches(tokenizer, False, names)
+
+    def _logits(self, examples: Examples, rows: np.ndarray) -> torch.Tensor:
+        batch = {name: value.to(self.accelerator.device) for name, value in self.make_batch(examples, rows).items()}
+        return self.model(**batch, **self.constants).logits
+
+    def __call__(self, examples: Examples) -> np.ndarray:
+        """As `predict`."""
+        return predict(self.accelerator, self._logits, examples, self.batch_size)

@@ -177,11 +177,7 @@ def choose_columns(
     if len(texts or []) > 2:
         raise ScriptError(f"--text_column takes one or two columns, not {len(texts)}")
     lower = {name.lower().strip(): name for name in names if name not in {*(texts or []), *(labels or [])}}
-    if not texts:
-        pair = next((pair for pair in TEXT_PAIRS if lower.keys() >= set(pair)), None)
-        texts = [lower[name] for name in pair or [name for name in TEXTS if name in lower]]
-        if len(texts) > 1 and not pair:
-            raise ScriptError(f"{source}: which is the text, {' or '.join(texts)}? Name one or two by --text_column")
+    texts = texts or guess_texts(list(lower.values()), source)
     rest = [name for key, name in lower.items() if name not in texts and key not in NUMBERS]
     if not labels:
         labels = [lower[name] for name in LABELS if name in lower and lower[name] not in texts]
@@ -199,6 +195,37 @@ def choose_columns(
                 f"{source} has the columns {', '.join(names)}: name that of the {option[:-7]} by --{option}"
             )
     return list(texts), list(labels)
+
+
+def guess_texts(names: Sequence[str], source: str) -> list[str]:
+    """The columns with a name that texts have: one, the two of a pair, or none.
+
+    Raises:
+        ScriptError: several that are no pair.
+    """
+    lower = {name.lower().strip(): name for name in names}
+    pair = next((pair for pair in TEXT_PAIRS if lower.keys() >= set(pair)), None)
+    texts = [lower[name] for name in pair or [name for name in TEXTS if name in lower]]
+    if len(texts) > 1 and not pair:
+        raise ScriptError(f"{source}: which is the text, {' or '.join(texts)}? Name one or two by --text_column")
+    return texts
+
+
+def choose_texts(names: Sequence[str], source: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The text columns of rows without labels, as named or guessed.
+
+    Raises:
+        ScriptError: a column that there is not, none or several that may be meant.
+    """
+    missing = [name for name in given or [] if name not in names]
+    if missing:
+        raise ScriptError(f"{source} has no column {missing[0]!r}{closest(missing[0], names)}, only {', '.join(names)}")
+    texts = given or guess_texts(names, source)
+    others = [name for name in names if name.lower().strip() not in NUMBERS]
+    texts = texts or (others if len(others) == 1 else [])
+    if not 0 < len(texts) < 3:
+        raise ScriptError(f"{source} has the columns {', '.join(names)}: name one or two by --text_column")
+    return tuple(texts)
 
 
 def _checked(
