@@ -52,6 +52,32 @@ def prices(count, seed):
         yield {"review": " ".join(words), "score": good / 4 + 0.01}
 
 
+def tagged(count, seed):
+    """Rows of words and tags: a `customer` is followed by a name of one or two words, `at` by a city."""
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        words = list(random.choice(FILLER, size=4))
+        tags = ["O"] * len(words)
+        for trigger, kind, names in (("customer", "PER", "thanks order hours"), ("at", "LOC", "crash timeout error")):
+            if random.random() < 0.6:
+                size = int(random.integers(1, 3))
+                words += [trigger, *random.choice(names.split(), size=size)]
+                tags += ["O", f"B-{kind}", *[f"I-{kind}"] * (size - 1)]
+        yield {"tokens": list(map(str, words)), "ner_tags": tags}
+
+
+def asked(count, seed, length=10):
+    """Rows of SQuAD's columns: which word of a kind stands in the context?"""
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        kind = str(random.choice(list(KINDS)[1:]))
+        words, place = list(random.choice(FILLER, size=length)), int(random.integers(length))
+        words[place] = answer = str(random.choice(KINDS[kind]))
+        start = len(" ".join(words[:place])) + bool(place)
+        answers = {"text": [answer], "answer_start": [start]}
+        yield {"id": str(number), "question": kind, "context": " ".join(words), "answers": answers}
+
+
 def write_csv(path, rows, delimiter=","):
     rows = list(rows)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -68,7 +94,7 @@ def write_json_lines(path, rows):
 
 def write_model(folder):
     """A small encoder whose tokenizer knows the words."""
-    words = [*FILLER, "good", *(word for kind in KINDS.values() for word in kind)]
+    words = [*FILLER, "good", "customer", "at", *KINDS, *(word for kind in KINDS.values() for word in kind)]
     tokenizer = corpus.train_tokenizer([" " + " ".join(words)] * 20, 450, masked=True)
     config = AutoConfig.for_model(
         "softmax_lm",

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from tokenizers import processors
+from tokenizers import Encoding, processors
 from transformers import PreTrainedTokenizerBase
 
 from ordnung.scripts.common import corpus
@@ -203,32 +203,53 @@ class Encoder:
     truncation: str
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        encoded = self.tokenizer(*(list(rows[column]) for column in self.columns), verbose=False)
-        ids, types, cut = [], [], []
-        for encoding in encoded.encodings:
-            tokens, kinds = encoding.ids, encoding.type_ids
+        return self.cut(self.tokenizer(*(list(rows[column]) for column in self.columns), verbose=False).encodings)[0]
+
+    def cut(self, encodings: list[Encoding]) -> tuple[dict[str, list], list[np.ndarray | None]]:
+        """The rows, and of each the positions that are kept, or None for all."""
+        ids, types, cut, places = [], [], [], []
+        for encoding in encodings:
+            tokens, kinds, kept = encoding.ids, encoding.type_ids, None
             cut.append(len(tokens) > self.max_length)
             if cut[-1]:
                 segments = np.array([-1 if segment is None else segment for segment in encoding.sequence_ids])
                 kept = kept_positions(segments, self.max_length, self.truncation)
                 tokens, kinds = np.array(tokens)[kept], np.array(kinds)[kept]
+            places.append(kept)
             ids.append(np.asarray(tokens, dtype=np.int32))
             types.append(np.asarray(kinds, dtype=np.int8))
-        return {"input_ids": ids, "token_type_ids": types, "cut": cut}
+        return {"input_ids": ids, "token_type_ids": types, "cut": cut}, places
 
 
-def encode(data: datasets.Dataset, encoder: Encoder, workers: int | None) -> "Examples":
-    """Tokenize a split, in parallel where it is large; `datasets` keeps the outcome for the next run."""
+def encode(
+    data: datasets.Dataset, encoder: Encoder, workers: int | None, gold: bool = False, windows: bool = False
+) -> "Examples":
+    """Tokenize a split, in parallel where it is large; `datasets` keeps the outcome for the next run.
+
+    Args:
+        gold: labels are scored as they were before they were tokenized.
+        windows: the encoder makes several examples of a row.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or min(cores, len(data) // ROWS_PER_WORKER)
     encoded = data.map(
         encoder,
         batched=True,
         num_proc=workers if workers > 1 else None,
-        remove_columns=list(encoder.columns),
+        remove_columns=data.column_names if windows else list(encoder.columns),
         desc="tokenizing",
     )
-    return Examples.of(encoded)
+    examples = Examples.of(encoded)
+    if gold:
+        examples.gold, examples.rows = data["label"][:], np.arange(len(examples))
+    if windows:
+        numbers = {number: row for row, number in enumerate(data["idx"])}
+        examples.contexts = data[encoder.columns[1]][:]
+        examples.rows = np.array([numbers[number] for number in examples.numbers.tolist()])
+    return examples
+
+
+FLAT = ("word_labels", "places")  # columns with a list a row, of which one array is made
 
 
 def _labels(column: pa.ChunkedArray) -> np.ndarray:
@@ -247,6 +268,8 @@ class Examples:
         numbers: (n,) the rows' own numbers, which predictions are submitted under.
         cut: how many rows were longer than the model takes.
         word_labels: of each token the label of the word that it begins, or -100; None where rows are labelled.
+        places: by token, where in the row's text it lies: see the encoders of `structured`.
+        gold, contexts: labels and contexts of the rows before they were tokenized, and `rows` (n,) the one of each.
     """
 
     ids: np.ndarray
@@ -256,12 +279,19 @@ class Examples:
     numbers: np.ndarray
     cut: int
     word_labels: np.ndarray | None = None
+    places: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    gold: list | None = None
+    contexts: list[str] | None = None
 
     @classmethod
     def of(cls, encoded: datasets.Dataset) -> "Examples":
         table = encoded.with_format("arrow")[:]
         rows = table["input_ids"].combine_chunks()
         types = table["token_type_ids"].combine_chunks()
+        flat = {name: table[name].combine_chunks().flatten().to_numpy() for name in FLAT if name in table.column_names}
+        if "word_labels" in flat:
+            table = table.drop_columns("label")
         return cls(
             ids=rows.flatten().to_numpy(),
             types=types.flatten().to_numpy(),
@@ -269,6 +299,7 @@ class Examples:
             labels=_labels(table["label"]) if "label" in table.column_names else None,
             numbers=table["idx"].to_numpy() if "idx" in table.column_names else np.arange(len(rows)),
             cut=int(np.sum(table["cut"].to_numpy())),
+            **flat,
         )
 
     @classmethod
@@ -282,6 +313,8 @@ class Examples:
             labels=None,
             numbers=np.arange(len(ids)),
             cut=sum(encoded["cut"]),
+            places=np.concatenate(encoded["places"]) if "places" in encoded else None,
+            rows=np.array(encoded["idx"]) if "idx" in encoded else None,
         )
 
     def __len__(self) -> int:
@@ -294,7 +327,7 @@ class Examples:
     def digest(self) -> str:
         """Of all that is learned from them or told of them."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.types, self.starts, self.labels, self.numbers):
+        for array in (self.ids, self.types, self.starts, self.labels, self.numbers, self.word_labels):
             digest.update(b"" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -303,7 +336,13 @@ class Examples:
         places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
         flat = np.concatenate(places)
         starts = np.concatenate([[0], np.cumsum(self.lengths[rows])])
-        return Examples(self.ids[flat], self.types[flat], starts, self.labels[rows], self.numbers[rows], self.cut)
+        part = Examples(self.ids[flat], self.types[flat], starts, None, self.numbers[rows], self.cut)
+        part.labels = None if self.labels is None else self.labels[rows]
+        part.word_labels = None if self.word_labels is None else self.word_labels[flat]
+        if self.places is not None:
+            part.places = self.places.reshape(len(self.ids), -1)[flat].ravel()
+        part.rows, part.gold, part.contexts = None if self.rows is None else self.rows[rows], self.gold, self.contexts
+        return part
 
 
 @dataclass
@@ -329,6 +368,13 @@ class Batches:
         if "token_type_ids" in self.names and "token_type_ids" in self.tokenizer.model_input_names:
             batch["token_type_ids"] = np.full(real.shape, self.tokenizer.pad_token_type_id, dtype=np.int64)
             batch["token_type_ids"][real] = examples.types[flat]
-        if examples.labels is not None:
+        if examples.word_labels is not None:
+            batch["labels"] = np.full(real.shape, -100, dtype=np.int64)
+            batch["labels"][real] = examples.word_labels[flat]
+        elif examples.places is not None and examples.labels is not None:  # first and last token of an answer
+            before = (longest - lengths) * (self.tokenizer.padding_side == "left")
+            ends = examples.labels[rows].astype(np.int64) + before[:, None]
+            batch |= {"start_positions": ends[:, 0], "end_positions": ends[:, 1]}
+        elif examples.labels is not None:
             batch["labels"] = examples.labels[rows].astype(np.float32 if self.numeric else np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

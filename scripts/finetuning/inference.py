@@ -3,6 +3,8 @@
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +14,29 @@ from transformers import PreTrainedTokenizerBase
 from ordnung.scripts.finetuning.data import Batches, Examples
 
 
+def scores_of(outputs, mask: torch.Tensor) -> torch.Tensor:
+    """A model's scores of rows, (rows, labels), or of their real tokens one after the other, (tokens, labels).
+
+    Args:
+        mask: (rows, longest), 0 for padding.
+    """
+    if "start_logits" in outputs:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)[mask.bool()]
+    return outputs.logits if outputs.logits.ndim == 2 else outputs.logits[mask.bool()]
+
+
 @torch.no_grad()
 def predict(
     accelerator: Accelerator,
-    outputs_of: Callable[[Examples, np.ndarray], torch.Tensor],
+    run: Callable[[dict[str, torch.Tensor]], Any],
+    make_batch: Batches,
     examples: Examples,
     batch_size: int,
 ) -> np.ndarray:
     """Scores of every row, in the order of the rows, on every process.
 
     Args:
-        outputs_of: gives the model's scores of some rows, (rows, labels), or (their tokens, labels) of all real tokens
-            one after the other.
+        run: gives the model's outputs for a batch.
     Returns:
         (n, labels), or (tokens of all rows, labels) of a model that labels tokens.
     """
@@ -33,9 +46,23 @@ def predict(
         rows = order[start : start + stride]
         share = math.ceil(len(rows) / processes)
         # processes' batches must be equal in size: some rows are predicted twice and dropped
-        own = np.resize(rows, share * processes).reshape(-1, share)[accelerator.process_index]
-        parts.append(accelerator.gather(outputs_of(examples, own))[: len(rows)])
+        shares = np.resize(rows, share * processes).reshape(-1, share)
+        batch = make_batch(examples, shares[accelerator.process_index])
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        outputs = run(batch)
+        scores = scores_of(outputs, batch["attention_mask"])
+        if "start_logits" not in outputs and outputs.logits.ndim == 2:
+            parts.append(accelerator.gather(scores)[: len(rows)])
+            continue
+        tokens = examples.lengths[shares].sum(1)
+        gathered = accelerator.gather(accelerator.pad_across_processes(scores, dim=0)).view(
+            processes, -1, scores.shape[1]
+        )
+        real = [some[:count] for some, count in zip(gathered, tokens)]
+        parts.append(torch.cat(real)[: examples.lengths[rows].sum()])
     scores = torch.cat(parts).float().cpu().numpy()
+    if len(scores) != len(order):
+        order = np.concatenate([np.arange(examples.starts[row], examples.starts[row + 1]) for row in order])
     logits = np.empty_like(scores)
     logits[order] = scores
     return logits
@@ -51,10 +78,7 @@ class Runner:
         self.constants = {"use_cache": False} if "use_cache" in names else {}
         self.make_batch = Batches(tokenizer, False, names)
 
-    def _logits(self, examples: Examples, rows: np.ndarray) -> torch.Tensor:
-        batch = {name: value.to(self.accelerator.device) for name, value in self.make_batch(examples, rows).items()}
-        return self.model(**batch, **self.constants).logits
-
     def __call__(self, examples: Examples) -> np.ndarray:
         """As `predict`."""
-        return predict(self.accelerator, self._logits, examples, self.batch_size)
+        run = partial(self.model, **self.constants)
+        return predict(self.accelerator, lambda batch: run(**batch), self.make_batch, examples, self.batch_size)

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,36 @@ LABELS = "label labels class category target y score rating stars sentiment topi
 NUMBERS = ("id", "idx", "index", "")  # a column of row numbers is written without a name
 HELD_OUT = 0.1
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
-# Text, as it is told, and what reads a row: the texts by column and the label, or a ValueError with reason and cure.
-RowReader = Callable[[dict[str, Any]], Any]
+
+
+def check_text(value: Any, column: str) -> str:
+    """A cell that is a text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is {value!r}, not a text; write it as text")
+    return value
+
+
+@dataclass(frozen=True)
+class Form:
+    """What rows of a user's data are.
+
+    Args:
+        columns: those of the text.
+        used: all that are read.
+        read: a row's label, of the row, or a ValueError with reason and cure.
+        cell: what a cell of the text becomes, of the cell and its column, or such a ValueError.
+    """
+
+    columns: tuple[str, ...]
+    problem_type: str
+    labels: tuple[str, ...]
+    used: tuple[str, ...]
+    read: Callable[[dict[str, Any]], Any]
+    cell: Callable[[Any, str], Any] = check_text
 
 
 def read_task(options: FinetuneOptions) -> Task:
@@ -41,11 +70,9 @@ def read_task(options: FinetuneOptions) -> Task:
         ScriptError: data that cannot be read, columns that cannot be guessed, rows that cannot be used.
     """
     found, sources, name = _load(options)
-    if options.task == "classify":
-        columns, problem_type, labels, read, used = _classification(options, found["train"], sources["train"])
-    else:
-        kind = {"token": structured.tokens, "qa": structured.questions}[options.task]
-        columns, problem_type, labels, read, used = kind(options, found["train"], sources["train"])
+    kind = {"classify": _classification, "token": _tags, "qa": _questions}[options.task]
+    form = kind(options, found["train"], sources["train"])
+    columns, labels, used = form.columns, form.labels, form.used
     splits = {}
     for split, data in found.items():
         missing = [column for column in used if column not in data.column_names]
@@ -56,8 +83,8 @@ def read_task(options: FinetuneOptions) -> Task:
             )
         if missing:
             raise ScriptError(f"{sources[split]} has no column {missing[0]!r}, only {', '.join(data.column_names)}")
-        splits[split] = _checked(data.select_columns(list(used)), sources[split], columns, read, options.skip_bad_rows)
-    classes = problem_type == "single_label_classification"
+        splits[split] = _checked(data.select_columns(list(used)), sources[split], form, options.skip_bad_rows)
+    classes = form.problem_type == "single_label_classification"
     split_off = "validation" not in splits
     if split_off:
         fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
@@ -81,10 +108,11 @@ def read_task(options: FinetuneOptions) -> Task:
         columns=columns,
         labels=labels,
         evaluation=tuple(split for split in ("validation", "test") if split in splits),
-        problem_type=problem_type,
+        problem_type=form.problem_type,
         splits=splits,
         split_off=split_off,
         value=used[-1],
+        unanswerable=options.task == "qa" and not all(splits["train"]["label"]),
     )
 
 
@@ -116,7 +144,7 @@ def _load(options: FinetuneOptions) -> tuple[dict[str, datasets.Dataset], dict[s
     return found, sources, Path(options.train_file[0]).name.partition(".")[0] or "data"
 
 
-def _classification(options: FinetuneOptions, train: datasets.Dataset, source: str):
+def _classification(options: FinetuneOptions, train: datasets.Dataset, source: str) -> Form:
     """Columns, problem type and labels of texts with labels, found in the training rows, and what reads a row."""
     columns, label_columns = choose_columns(train, source, options.text_column, options.label_column)
     several = len(label_columns) > 1
@@ -156,7 +184,60 @@ def _classification(options: FinetuneOptions, train: datasets.Dataset, source: s
             raise ValueError(f"{odd} is {row[odd]!r}, neither 0 nor 1; correct it")
         return flags
 
-    return tuple(columns), labels.problem_type, labels.names, read, (*columns, *label_columns)
+    return Form(tuple(columns), labels.problem_type, labels.names, (*columns, *label_columns), read)
+
+
+def _column(data: datasets.Dataset, source: str, given: Sequence[str] | None, known: Sequence[str], option: str) -> str:
+    """The one column that is named, or the first of the known ones."""
+    found = list(given or [name for name in known if name in data.column_names])[:1]
+    if not found or found[0] not in data.column_names:
+        names = ", ".join(data.column_names)
+        raise ScriptError(f"{source} has no column {' or '.join(given or known)}, only {names}; name one by --{option}")
+    return found[0]
+
+
+def _tags(options: FinetuneOptions, train: datasets.Dataset, source: str) -> Form:
+    """Words and their tags."""
+    words = _column(train, source, options.text_column, structured.WORDS, "text_column")
+    tags = _column(train, source, options.label_column, structured.TAGS, "label_column")
+    names = getattr(getattr(train.features[tags], "feature", None), "names", None)
+    try:
+        labels = tuple(names or structured.tag_names(train[tags][:], tags))
+    except ValueError as error:
+        raise ScriptError(f"{source}: {error}") from None
+    logger.info(f"{source}: {len(train):,} rows; words: {words}; tags: {tags}, {len(labels)}: {', '.join(labels[:20])}")
+    if structured.OUTSIDE in labels and labels.index(structured.OUTSIDE):
+        raise ScriptError(f"{source} names the tags {', '.join(labels)}: O must be the first")
+
+    def read(row: dict[str, Any]) -> list[int]:
+        found, count = structured.cells(row[tags], tags), len(structured.cells(row[words], words))
+        if len(found) != count:
+            raise ValueError(f"{count} words and {len(found)} tags; give each word a tag")
+        if names:
+            return [int(tag) for tag in found]
+        odd = next((tag for tag in found if tag not in labels), None)
+        if odd is not None:
+            raise ValueError(f"tag {odd!r} is none of the training data's{closest(odd, labels)}; correct it")
+        return [labels.index(tag) for tag in found]
+
+    return Form((words,), "token_classification", labels, (words, tags), read, structured.cells)
+
+
+def _questions(options: FinetuneOptions, train: datasets.Dataset, source: str) -> Form:
+    """SQuAD's columns."""
+    columns = tuple(options.text_column or ("question", "context"))
+    if len(columns) != 2:
+        raise ScriptError(f"--text_column of --task qa names two columns, question and context, not {len(columns)}")
+    for column in columns:
+        _column(train, source, [column], (), "text_column")
+    answers = _column(train, source, options.label_column, ("answers",), "label_column")
+    logger.info(f"{source}: {len(train):,} rows; question: {columns[0]}; context: {columns[1]}; answers: {answers}")
+
+    def read(row: dict[str, Any]) -> list[dict]:
+        pairs = structured.gold_answers(row[answers], row[columns[1]])
+        return [{"text": text, "start": start} for text, start in pairs]
+
+    return Form(columns, "question_answering", (), (*columns, answers), read)
 
 
 def choose_columns(
@@ -228,15 +309,14 @@ def choose_texts(names: Sequence[str], source: str, given: Sequence[str] | None)
     return tuple(texts)
 
 
-def _checked(
-    data: datasets.Dataset, source: str, columns: Sequence[str], read: RowReader, skip: bool
-) -> datasets.Dataset:
-    """The rows that can be used: `columns`, "label" and "idx".
+def _checked(data: datasets.Dataset, source: str, form: Form, skip: bool) -> datasets.Dataset:
+    """The rows that can be used: the columns of the text, "label" and "idx".
 
     Raises:
         ScriptError: a row that cannot, or none that can.
     """
-    kept, bad = {"label": [], "idx": []} | {column: [] for column in columns}, []
+    columns, bad = form.columns, []
+    kept = {"label": [], "idx": []} | {column: [] for column in columns}
     for number, row in enumerate(data):
         try:
             if all(is_missing(value) for value in row.values()):
@@ -244,14 +324,14 @@ def _checked(
             for column in columns:
                 if is_missing(row[column]):
                     raise ValueError(f"{column} is empty; fill it in, or delete the row")
-                structured.check_input(row[column], column)
-            kept["label"].append(read(row))
+            texts = [form.cell(row[column], column) for column in columns]
+            kept["label"].append(form.read(row))
         except ValueError as error:
             bad.append((number, str(error)))
             continue
         kept["idx"].append(number)
-        for column in columns:
-            kept[column].append(row[column])
+        for column, text in zip(columns, texts):
+            kept[column].append(text)
     if bad and not (skip and kept["idx"]):
         more = f" ({len(bad) - 1:,} more such rows: --skip_bad_rows leaves them out)" if len(bad) > 1 else ""
         raise ScriptError(f"{row_name(source, bad[0][0])}: {bad[0][1]}{more or ', or --skip_bad_rows'}")

@@ -23,12 +23,13 @@ from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.machine import how_to_go_on
 from ordnung.scripts.common.models import best_run, check_folder
 from ordnung.scripts.common.rows import load_rows
-from ordnung.scripts.finetuning.data import Encoder, Examples, load_fast_tokenizer
+from ordnung.scripts.finetuning.data import Examples, load_fast_tokenizer
 from ordnung.scripts.finetuning.inference import Runner
 from ordnung.scripts.finetuning.labels import is_missing
 from ordnung.scripts.finetuning.model import auto_class
 from ordnung.scripts.finetuning.own import choose_texts
 from ordnung.scripts.finetuning.scores import THRESHOLD
+from ordnung.scripts.finetuning.structured import WORDS, best_answers, cells, encoder_of, tags_of
 from ordnung.scripts.hub.model_card import head_of
 from ordnung.scripts.hub.sharing import PEFT_HEADS
 from ordnung.scripts.training.signals import StopSignals
@@ -150,12 +151,19 @@ def answers(logits: np.ndarray, config: PreTrainedConfig, top_k: int, threshold:
 class Predictor:
     """Columns of predictions for rows."""
 
-    def __init__(self, options, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...]):
-        self.options, self.columns, self.config = options, columns, model.config
+    def __init__(
+        self,
+        options,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        head: str,
+        columns: tuple[str, ...],
+    ):
+        self.options, self.columns, self.head, self.config = options, columns, head, model.config
         limit = tokenizer.model_max_length
         length = options.max_length or (limit if limit < limits.NO_LENGTH else limits.model_length(model, tokenizer))
         limits.check_length(model, length, "max_length")
-        self.encoder = Encoder(tokenizer, columns, length, options.truncation)
+        self.encoder = encoder_of(head)(tokenizer, columns, length, options.truncation)
         self.runner = Runner(model, tokenizer, options)
         self.cut = self.empty = 0
 
@@ -167,14 +175,38 @@ class Predictor:
         self.empty += len(rows) - len(full)
         made: list[dict] = [{} for _ in rows]
         if full:
-            texts = {name: [str(rows[number][name]) for number in full] for name in self.columns}
+            read = cells if self.head == "ForTokenClassification" else lambda value, _: str(value)
+            texts = {name: [read(rows[number][name], name) for number in full] for name in self.columns}
             examples = Examples.of_lists(self.encoder(texts))
             self.cut += examples.cut
-            logits = self.runner(examples)
-            for number, answer in zip(full, answers(logits, self.config, self.options.top_k, self.options.threshold)):
+            for number, answer in zip(full, self._answers(examples, texts)):
                 made[number] = answer
         names = list(next((answer for answer in made if answer), {}))
         return [{**row, **(answer or dict.fromkeys(names))} for row, answer in zip(rows, made)]
+
+    def _answers(self, examples: Examples, texts: dict[str, list]) -> Iterator[dict[str, Any]]:
+        logits = self.runner(examples)
+        if self.head == "ForTokenClassification":
+            tags = tags_of(logits, examples, list(map(len, texts[self.columns[0]])))
+            yield from ({"predicted_tags": " ".join(str(self.config.id2label[tag]) for tag in some)} for some in tags)
+        elif self.head == "ForQuestionAnswering":
+            found = best_answers(logits, examples, texts[self.columns[1]], self.options.no_answer)
+            yield from ({"predicted_answer": text} for text, _ in found)
+        else:
+            yield from answers(logits, self.config, self.options.top_k, self.options.threshold)
+
+
+def columns_of(head: str, names: list[str], options) -> tuple[str, ...]:
+    """The columns that a head reads, as named or guessed.
+
+    Raises:
+        ScriptError: as `choose_texts`.
+    """
+    known = {"ForTokenClassification": WORDS, "ForQuestionAnswering": ("question", "context")}.get(head, ())
+    found = [name for name in known if name in names]
+    if head == "ForTokenClassification":
+        found = found[:1]
+    return choose_texts(names, options.file[0], options.text_column or found)
 
 
 def pieces(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
@@ -195,15 +227,11 @@ def run(options) -> int:
         raise ScriptError(f"--output {options.output} is there already: --overwrite replaces it, or name another")
     rows = load_rows(options.file, "file", streaming=True)
     model, tokenizer, head = load(options)
-    if head != "ForSequenceClassification":
-        raise ScriptError(
-            f"{options.model_name_or_path} is a {type(model).__name__}: there is no prediction for it yet"
-        )
     names = rows.column_names or list(next(iter(rows)))
     taken = [name for name in names if name.startswith("predicted_")]
     if taken:
         raise ScriptError(f"--file {options.file[0]} has a column {taken[0]!r}, which predictions go to: rename it")
-    predictor = Predictor(options, model, tokenizer, choose_texts(names, options.file[0], options.text_column))
+    predictor = Predictor(options, model, tokenizer, head, columns_of(head, names, options))
     logger.info(f"{options.model_name_or_path}; text: {' and '.join(predictor.columns)}")
     files = {name: [os.path.getsize(name), os.stat(name).st_mtime_ns] for name in options.file if Path(name).is_file()}
     weights = [

@@ -15,6 +15,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -33,7 +34,7 @@ from ordnung.scripts.common.files import append_json_line, write_json
 from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import how_to_go_on, machine_info
 from ordnung.scripts.finetuning.adapters import write_base
-from ordnung.scripts.finetuning.data import Batches, Encoder, Examples, encode, load_splits, prepare_tokenizer
+from ordnung.scripts.finetuning.data import Batches, Examples, encode, load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.figures import plot_curves, write_details
 from ordnung.scripts.finetuning.inference import predict
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model, source
@@ -42,6 +43,7 @@ from ordnung.scripts.finetuning.own import read_task
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
 from ordnung.scripts.finetuning.scores import class_weights, mean_score, score, weighted_loss
 from ordnung.scripts.finetuning.sharing import describe_run, find_targets, push_best
+from ordnung.scripts.finetuning.structured import encoder_of
 from ordnung.scripts.finetuning.tasks import Task, choose_tasks
 from ordnung.scripts.training import checkpointing
 from ordnung.scripts.training.accelerator import make_accelerator
@@ -84,8 +86,11 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     model = empty_model(options, config, task.head)
     max_length = options.max_length or model_length(model, tokenizer)
     limits.check_length(model, max_length, "max_length")
-    encoder = Encoder(tokenizer, task.columns, max_length, options.truncation)
-    examples = {name: encode(split, encoder, options.preprocessing_num_workers) for name, split in splits.items()}
+    encoder = encoder_of(task.head)(tokenizer, task.columns, max_length, options.truncation)
+    marks = {"gold": task.head != "ForSequenceClassification", "windows": task.head == "ForQuestionAnswering"}
+    examples = {
+        name: encode(split, encoder, options.preprocessing_num_workers, **marks) for name, split in splits.items()
+    }
     truncated = {name: {"rows": len(split), "cut": split.cut, "to": max_length} for name, split in examples.items()}
     for name, split in examples.items():
         if split.cut:
@@ -242,7 +247,8 @@ class Finetuning:
         """Scores of every row, in the order of the rows, on every process: see `inference.predict`."""
         self.model.eval()
         size = self.options.per_device_eval_batch_size
-        logits = predict(self.accelerator, lambda *some: self._outputs(*some).logits, examples, size)
+        run = partial(self.model, **self.constants)
+        logits = predict(self.accelerator, lambda batch: run(**batch), self.make_batch, examples, size)
         self.model.train()
         return logits
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ordnung.scripts.finetuning.data import Examples
 from ordnung.scripts.finetuning.glue_metric import Glue, pearson, spearmanr
+from ordnung.scripts.finetuning.structured import answer_scores, best_answers, count_entities, tags_of
 from ordnung.scripts.finetuning.tasks import Task
 
 # Models are compared by these, where there is one of them, or else by the mean of all scores that are no errors.
@@ -20,6 +21,8 @@ ERRORS = ("loss", "mean_absolute_error")
 # Probability above which a label of a multi-label text is predicted.
 THRESHOLD = 0.5
 RESAMPLES = 1000
+# Problem types whose scores are made of sums over rows.
+OF_SUMS = ("token_classification", "question_answering")
 
 
 def mean_score(scores: dict[str, float]) -> float:
@@ -35,6 +38,8 @@ def score(task: Task, logits: np.ndarray, examples: Examples) -> dict[str, float
         logits: as `inference.predict` gives them.
     """
     scores = {"loss": loss(task, logits, examples)}
+    if task.problem_type in OF_SUMS:
+        return scores | measure(task.problem_type, outcome(task, logits, examples)[0])
     if task.splits is None:
         predicted = logits[:, 0] if task.regression else logits.argmax(-1)
         kind = np.float32 if task.regression else np.int64
@@ -50,7 +55,12 @@ def loss(task: Task, logits: np.ndarray, examples: Examples) -> float:
         return float(F.mse_loss(values[:, 0], torch.from_numpy(examples.labels.astype(np.float32))))
     if task.problem_type == "multi_label_classification":
         return float(F.binary_cross_entropy_with_logits(values, torch.from_numpy(examples.labels.astype(np.float32))))
-    return float(F.cross_entropy(values, torch.from_numpy(examples.labels.astype(np.int64))))
+    if task.problem_type == "question_answering":
+        whole = np.logaddexp.reduceat(logits.astype(np.float64), examples.starts[:-1])  # (windows, 2)
+        at = examples.starts[:-1, None] + examples.labels.astype(np.int64)
+        return float((whole - np.take_along_axis(logits, at, axis=0)).mean())
+    labels = examples.labels if examples.word_labels is None else examples.word_labels
+    return float(F.cross_entropy(values, torch.from_numpy(labels.astype(np.int64))))  # -100 is left out
 
 
 def outcome(task: Task, logits: np.ndarray, examples: Examples) -> tuple[np.ndarray, ...]:
@@ -59,16 +69,31 @@ def outcome(task: Task, logits: np.ndarray, examples: Examples) -> tuple[np.ndar
         return logits[:, 0].astype(np.float64), examples.labels.astype(np.float64)
     if task.problem_type == "multi_label_classification":
         return logits > np.log(THRESHOLD / (1 - THRESHOLD)), examples.labels > 0.5
+    if task.problem_type == "token_classification":
+        truths = [examples.gold[row] for row in examples.rows]
+        return count_entities(task.labels, truths, tags_of(logits, examples, list(map(len, truths))))
+    if task.problem_type == "question_answering":
+        answers = best_answers(logits, examples, examples.contexts, task.unanswerable)
+        asked = np.unique(examples.rows)
+        golds = [[answer["text"] for answer in examples.gold[row]] for row in asked]
+        return (np.array([answer_scores(answers[row][0], gold) for row, gold in zip(asked, golds)]),)
     return logits.argmax(-1), examples.labels
 
 
-def measure(problem_type: str, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def measure(problem_type: str, predicted: np.ndarray, labels: np.ndarray | None = None) -> dict[str, float]:
     """The scores of a problem type.
 
-    Classes are those that occur among labels or predictions, as scikit-learn takes them.
+    Of tags, `predicted` are the counts of `structured.count_entities`, and of answers their exact matches and F1, by
+    row: such scores are made of sums over rows. Classes are those that occur among labels or predictions, as
+    scikit-learn takes them.
     """
     from sklearn import metrics
 
+    if problem_type in OF_SUMS:
+        return {
+            name: float(value[0])
+            for name, value in resampled(problem_type, [predicted], np.ones((1, len(predicted)))).items()
+        }
     if problem_type == "regression":
         error = metrics.mean_absolute_error(labels, predicted)
         return {
@@ -103,6 +128,9 @@ def describe(task: Task, logits: np.ndarray, examples: Examples, train: Examples
     from sklearn import metrics
 
     arrays = outcome(task, logits, examples)
+    if task.problem_type in OF_SUMS:
+        made = {"intervals": bootstrap(task.problem_type, arrays[:1])}
+        return made | (_describe_tags if len(arrays) > 1 else _describe_answers)(arrays, examples)
     made = {"intervals": bootstrap(task.problem_type, arrays)}
     predicted, labels = arrays
     if task.problem_type == "regression":
@@ -129,6 +157,24 @@ def describe(task: Task, logits: np.ndarray, examples: Examples, train: Examples
     return made
 
 
+def _describe_tags(arrays: tuple, examples: Examples) -> dict[str, Any]:
+    counts, by_type = arrays
+    tags = (examples.gold[row] for row in examples.rows)
+    nothing = np.array([[0, 0, true, some.count(0), words] for (*_, true, _, words), some in zip(counts, tags)])
+    per_class = {}
+    for kind, count in sorted(by_type.items()):
+        found, predicted, true = (count[name] for name in ("found", "predicted", "true"))
+        precision, recall = found / max(predicted, 1), found / max(true, 1)
+        f1 = 2 * found / max(predicted + true, 1)
+        per_class[kind] = {"precision": precision, "recall": recall, "f1": f1, "examples": true}
+    return {"baseline": {"what": "always O", **measure("token_classification", nothing)}, "per_class": per_class}
+
+
+def _describe_answers(arrays: tuple, examples: Examples) -> dict[str, Any]:
+    nothing = np.array([answer_scores("", [each["text"] for each in gold]) for gold in examples.gold])
+    return {"baseline": {"what": "never an answer", **measure("question_answering", nothing)}}
+
+
 def bootstrap(problem_type: str, arrays: Sequence[np.ndarray], resamples: int = RESAMPLES) -> dict[str, list[float]]:
     """95 % interval of each score: the examples drawn again and again, as many as there are, with replacement."""
     random, count = np.random.default_rng(0), len(arrays[0])
@@ -149,6 +195,16 @@ def resampled(problem_type: str, arrays: Sequence[np.ndarray], times: np.ndarray
     if problem_type == "regression":
         each = [measure(problem_type, *(np.repeat(array, row) for array in arrays)) for row in times]
         return {name: np.array([scores[name] for scores in each]) for name in each[0]}
+    if problem_type == "question_answering":
+        return dict(zip(("exact_match", "answer_f1"), (times @ arrays[0] / times.sum(1, keepdims=True)).T))
+    if problem_type == "token_classification":
+        found, predicted, true, right, words = (times @ arrays[0]).T.astype(np.float64)
+        return {
+            "entity_precision": found / np.maximum(predicted, 1),
+            "entity_recall": found / np.maximum(true, 1),
+            "entity_f1": 2 * found / np.maximum(predicted + true, 1),
+            "accuracy": right / np.maximum(words, 1),
+        }
     predicted, labels = arrays
     correct = predicted == labels
     if problem_type == "multi_label_classification":

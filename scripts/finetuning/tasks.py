@@ -38,6 +38,7 @@ class Task:
         splits: a user's own data, read and checked: columns, "label" and "idx", as `own.read_task` gives them.
         split_off: its validation split was split off the training rows.
         value: what a regression predicts.
+        unanswerable: some training questions have no answer.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     splits: dict[str, datasets.Dataset] | None = None
     split_off: bool = False
     value: str = "similarity"
+    unanswerable: bool = False
 
     @property
     def regression(self) -> bool:
