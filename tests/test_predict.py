@@ -174,7 +174,7 @@ def test_what_cannot_be_predicted_is_told(tuned, tasks, tmp_path):
     nowhere = write_csv(tmp_path / "nowhere.csv", [{"a": "x", "b": "y", "c": "z"}])
     (tmp_path / "there.csv").write_text("")
     for model, given, output, message in (
-        (tuned / "model", file, out, "is a SoftmaxLMForMaskedLM, which labels nothing|none of the heads"),
+        (tuned / "model", file, out, "is a SoftmaxLMForMaskedLM: fine-tune it first"),
         (tasks / "nowhere", file, out, "no such checkpoint folder"),
         (tuned / "tickets", double, out, "has a column 'predicted_label', which predictions go to: rename it"),
         (tuned / "tickets", nowhere, out, "has the columns a, b, c: name one or two by --text_column"),

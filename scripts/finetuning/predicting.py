@@ -30,7 +30,6 @@ from ordnung.scripts.finetuning.model import auto_class
 from ordnung.scripts.finetuning.own import choose_texts
 from ordnung.scripts.finetuning.scores import THRESHOLD
 from ordnung.scripts.finetuning.structured import WORDS, best_answers, cells, encoder_of, tags_of
-from ordnung.scripts.hub.model_card import head_of
 from ordnung.scripts.hub.sharing import PEFT_HEADS
 from ordnung.scripts.training.signals import StopSignals
 
@@ -40,31 +39,44 @@ logger = logging.getLogger("ordnung.predict")
 BATCHES_PER_PIECE = 32
 
 
-def load(options) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, str]:
-    """Model, tokenizer, and the head: an ending of the class's name.
+LABELLERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def find_head(name: str, **code) -> tuple[PreTrainedConfig, str | None]:
+    """The config of a checkpoint or of what an adapter adapts, and the head: an ending of the class's name, or None.
 
     Raises:
-        ScriptError: there is no such checkpoint, or none that was fine-tuned to label.
+        OSError, ValueError: there is none.
     """
-    name = options.model_name_or_path = best_run(options.model_name_or_path)
+    adapter = Path(name) / "adapter_config.json"
+    kind = read_json(adapter) if adapter.is_file() else {}
+    config = AutoConfig.from_pretrained(kind.get("base_model_name_or_path") or name, **code)
+    classes = config.architectures or [""]
+    endings = (head for head in LABELLERS if classes[0].endswith(head))
+    return config, PEFT_HEADS.get(kind.get("task_type")) or next(endings, None)
+
+
+def load(name: str, trust_remote_code: bool = False, **kwargs) -> tuple[torch.nn.Module, str]:
+    """A model that was fine-tuned to label, and its head.
+
+    Args:
+        kwargs: further ones of `from_pretrained`.
+    Raises:
+        ScriptError: there is no such checkpoint, or none that labels.
+    """
     check_folder(name)
-    code = {"trust_remote_code": options.trust_remote_code}
+    code = {"trust_remote_code": trust_remote_code}
     try:
-        adapter = Path(name) / "adapter_config.json"
-        kind = read_json(adapter) if adapter.is_file() else {}
-        config = AutoConfig.from_pretrained(kind.get("base_model_name_or_path") or name, **code)
-        head = PEFT_HEADS.get(kind.get("task_type")) or head_of((config.architectures or ["none"])[0])
-        if head not in ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
-            raise ScriptError(f"{name} is a {config.architectures[0]}, which labels nothing: fine-tune it first")
-        model, report = auto_class(head).from_pretrained(
-            name, dtype=getattr(torch, options.dtype), output_loading_info=True, **code
-        )
+        config, head = find_head(name, **code)
+        if head not in LABELLERS:
+            raise ScriptError(f"{name} is a {(config.architectures or [config.model_type])[0]}: fine-tune it first")
+        model, report = auto_class(head).from_pretrained(name, output_loading_info=True, **code, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ScriptError(f"no fine-tuned model can be loaded from {name}: {' '.join(str(error).split())}") from error
-    if report["missing_keys"] and not kind:
+    if report["missing_keys"] and (Path(name) / "config.json").is_file():  # an adapter's base has no classifier
         missing = ", ".join(sorted(report["missing_keys"]))
         raise ScriptError(f"{name} lacks weights, which would be random: {missing}; fine-tune it first")
-    return model, load_fast_tokenizer(options), head
+    return model, head
 
 
 class Writer:
@@ -226,7 +238,9 @@ def run(options) -> int:
     if Path(options.output).exists() and not options.overwrite:
         raise ScriptError(f"--output {options.output} is there already: --overwrite replaces it, or name another")
     rows = load_rows(options.file, "file", streaming=True)
-    model, tokenizer, head = load(options)
+    options.model_name_or_path = best_run(options.model_name_or_path)
+    model, head = load(options.model_name_or_path, options.trust_remote_code, dtype=getattr(torch, options.dtype))
+    tokenizer = load_fast_tokenizer(options)
     names = rows.column_names or list(next(iter(rows)))
     taken = [name for name in names if name.startswith("predicted_")]
     if taken:
