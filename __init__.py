@@ -5,26 +5,21 @@ Importing it makes the families known to transformers' Auto classes; the classes
 
 import importlib
 
-from ordnung.modeling.registration import lazy_names, register
+from ordnung.modeling.registration import FAMILIES, lazy_names, register, register_family
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    **lazy_names(),
-    "convert": "ordnung.modeling.convert",
-    "save_standalone": "ordnung.modeling.standalone",
-}
-__all__ = ["__version__", *sorted(_LAZY)]
+register()
+_FUNCTIONS = {"convert": "ordnung.modeling.convert", "save_standalone": "ordnung.modeling.standalone"}
+__all__ = ["__version__", "register_family", *sorted({*lazy_names(FAMILIES), *_FUNCTIONS})]
 
 
 def __getattr__(name):
-    if name not in _LAZY:
+    modules = {**lazy_names(), **_FUNCTIONS}  # also of families that others registered
+    if name not in modules:
         raise AttributeError(f"module 'ordnung' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(modules[name]), name)
 
 
 def __dir__():
     return __all__
-
-
-register()

@@ -1,6 +1,6 @@
-"""Configuration of ConvLM, the learned causal convolution family."""
+"""Configuration of ConvLM, the learned convolution family."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -12,23 +12,26 @@ class ConvLMConfig(BackboneConfig):
     """Configuration of ConvLM. Adds to the fields of `BackboneConfig`:
 
     Args:
-        kernel_size: number of taps K of each kernel; a list gives one per layer.
+        kernel_size: number of taps K of each kernel; a list gives one per layer. None means 64, and 63 in a
+            bidirectional model, whose taps are centred: as many after a token as before it, an odd number together.
         kernel_sharing: "head" (the channels of a head share one kernel, H kernels) or "channel" (D kernels).
         kernel_normalization: "softmax" (weights are positive and sum to one) or "none" (used as they are).
-        kernel_init: "decay" (head h starts as exp(-lag / tau_h), tau log-spaced from 1.5 to K / 1.5) or "uniform".
-        gate: "none", or "input_output": C * conv(B * v), B and C projected from the layer's input.
+        kernel_init: "decay" (head h starts as exp(-lag / tau_h), tau log-spaced from 1.5 to K / 1.5, or to
+            (K + 1) / 3 where taps are centred) or "uniform".
+        gate: "none", or "input_output": C * conv(B * v), B and C projected from the layer's input, with a bias
+            whatever `attention_bias` is.
         dilation: distance in tokens between taps; a list gives one per layer.
         conv_implementation: "auto", or one of "toeplitz", "conv1d", "fft": the same function, computed differently.
             "fft" rounds differently for every length, so it is used without a generation state only.
 
-    `layer_types` takes "causal_conv" (or "conv") and "full_attention".
+    `is_decoder` chooses between the two mixers: `layer_types` takes "causal_conv" (causal) or "centred_conv"
+    (bidirectional), either of them as "conv" too, and "full_attention".
     """
 
     model_type = "conv_lm"
-    mixer_types: ClassVar[tuple[str, ...]] = ("causal_conv", "full_attention")
 
     position_embedding_type: Literal["none", "learned", "rope"] = "none"
-    kernel_size: int | list[int] = 64
+    kernel_size: int | list[int] | None = None
     kernel_sharing: Literal["head", "channel"] = "head"
     kernel_normalization: Literal["softmax", "none"] = "softmax"
     kernel_init: Literal["decay", "uniform"] = "decay"
@@ -37,10 +40,16 @@ class ConvLMConfig(BackboneConfig):
     conv_implementation: Literal["auto", "toeplitz", "conv1d", "fft"] = "auto"
 
     def __post_init__(self, **kwargs):
+        if self.kernel_size is None:
+            self.kernel_size = 64 if self.is_decoder else 63
         if self.layer_types is not None:
             # transformers' own name "conv" stands for a cache layer that cannot count tokens: ours has its own name
-            self.layer_types = ["causal_conv" if kind == "conv" else kind for kind in self.layer_types]
+            self.layer_types = [self.mixer_types[0] if kind == "conv" else kind for kind in self.layer_types]
         super().__post_init__(**kwargs)
+
+    @property
+    def mixer_types(self) -> tuple[str, ...]:
+        return ("causal_conv" if self.is_decoder else "centred_conv", "full_attention")
 
     def per_layer(self, name: str) -> list[int]:
         """`kernel_size` or `dilation` as one value per layer."""
@@ -71,7 +80,12 @@ class ConvLMConfig(BackboneConfig):
                 "kernel_sharing='channel'."
             )
         if not self.is_decoder:
-            raise ValueError("ConvLM is causal: `is_decoder` must be True. SoftmaxLM has a bidirectional form.")
+            for kind, taps in zip(self.layer_types, self.per_layer("kernel_size")):
+                if kind == "centred_conv" and taps % 2 == 0:
+                    raise ValueError(
+                        f"`kernel_size` ({self.kernel_size}) must be odd in a bidirectional model, whose taps are as "
+                        f"many after a token as before it: set {taps - 1} or {taps + 1}, or is_decoder=True."
+                    )
 
     @classmethod
     def source_preset(cls, **overrides) -> "ConvLMConfig":

@@ -22,6 +22,9 @@ class LinformerLMConfig(BackboneConfig):
             keys and one for values a layer), "key_value" (one a layer) or "layerwise" (one for the whole model).
         local_block_size: causal models: tokens C of a block.
         local_blocks_back: causal models: earlier blocks that a token attends to exactly, beside its own.
+        num_global_tokens: causal models: first tokens of a row ("sinks", Xiao et al. 2023, arXiv 2309.17453) that
+            every later one attends to exactly, and that are in no projected row. Models trained with full attention
+            give them much of their weight: with 4 of them a converted one loses far less.
 
     `max_position_embeddings`, less `position_offset`, is n, the number of positions that E has weights for.
     Bidirectional models refuse longer rows (except "adaptive_mean_pool" without learned positions); causal ones use
@@ -40,6 +43,7 @@ class LinformerLMConfig(BackboneConfig):
     projection_sharing: Literal["none", "headwise", "key_value", "layerwise"] = "layerwise"
     local_block_size: int = 64
     local_blocks_back: int = 1
+    num_global_tokens: int = 0
 
     @property
     def mixer_types(self) -> tuple[str, ...]:
@@ -53,8 +57,8 @@ class LinformerLMConfig(BackboneConfig):
 
     @property
     def receptive_field(self) -> int | None:
-        """Tokens (itself included) that the last one of a block can depend on; None if all: where there are slots."""
-        if any(self.projected_sizes) or "full_attention" in self.layer_types:
+        """Tokens (itself included) that the last one of a block can depend on; None if any, of slots or sinks."""
+        if any(self.projected_sizes) or self.num_global_tokens or "full_attention" in self.layer_types:
             return None
         return (self.num_hidden_layers * self.local_blocks_back + 1) * self.local_block_size
 
@@ -98,7 +102,14 @@ class LinformerLMConfig(BackboneConfig):
                 f"`local_block_size` ({self.local_block_size}) must be at least 1 and `local_blocks_back` "
                 f"({self.local_blocks_back}) at least 0."
             )
+        if self.num_global_tokens < 0:
+            raise ValueError(f"`num_global_tokens` ({self.num_global_tokens}) must be 0 (none) or more.")
         if not self.is_decoder:
+            if self.num_global_tokens:
+                raise ValueError(
+                    f"`num_global_tokens` ({self.num_global_tokens}) is of causal models, whose blocks leave first "
+                    "tokens behind; a bidirectional model projects all: set it to 0, or is_decoder=True."
+                )
             return
         if self.num_positions % self.local_block_size:
             raise ValueError(

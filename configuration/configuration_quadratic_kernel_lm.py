@@ -24,15 +24,16 @@ class QuadraticKernelLMConfig(BackboneConfig):
         sliding_window: tokens of a window, the current one included, in which softmax attention of the same heads runs
             beside the kernel; each head learns its share. None for no such attention.
         head_dim: size d of queries and keys, even. It sets the cost: features and state grow as d^2, and time as d^2
-            times the size of values, which is `hidden_size` / `num_attention_heads`.
+            times the size of values.
+        v_head_dim: size of a head's values, `hidden_size / num_attention_heads` if None.
         chunk_size: tokens whose weights are computed pair by pair; older ones are seen through the state. It changes
             speed and memory, not the result.
         score_bound_coef: how much the loss grows with scores beyond 4 in size: this times the mean of the squared
             excess, over the pairs of tokens inside a chunk. In training only.
 
     `attention_dropout` applies to softmax attention, here that of the window. In layers of "full_attention" heads have
-    `head_dim` channels all through. The mixer has biases and a key head for each head whatever `attention_bias` and
-    `num_key_value_heads` are.
+    `head_dim` channels all through. Grouped keys (`num_key_value_heads`) save parameters; each query head has a state
+    of its own, since it has a gate of its own.
 
     `layer_types` takes "quadratic_kernel" and "full_attention".
     """
@@ -47,8 +48,14 @@ class QuadraticKernelLMConfig(BackboneConfig):
     short_conv_kernel: int = 4
     sliding_window: int | None = None
     head_dim: int = 16
+    v_head_dim: int | None = None
     chunk_size: int = 128
     score_bound_coef: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        if self.v_head_dim is None and self.num_attention_heads > 0:
+            self.v_head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
 
     @property
     def state_bytes(self) -> int:
@@ -58,15 +65,17 @@ class QuadraticKernelLMConfig(BackboneConfig):
     def state_size(self, head_dim: int) -> int:
         """Numbers that a layer's heads hold for queries and keys of that size."""
         features = (head_dim + 1) * ((head_dim + 1) // 2 + 1)
-        return self.num_attention_heads * features * (self.hidden_size // self.num_attention_heads + 1)
+        return self.num_attention_heads * features * (self.v_head_dim + 1)
 
     def validate_kernel(self):
-        if self.hidden_size % self.num_attention_heads:
+        heads = self.num_attention_heads
+        if self.hidden_size % heads and self.v_head_dim == self.hidden_size // heads:
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads}): values have their quotient."
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` ({heads}), so that "
+                "heads have values of one size: change one, or set `v_head_dim`."
             )
-        for name, least in (("head_dim", 2), ("chunk_size", 1), ("short_conv_kernel", 0), ("score_bound_coef", 0)):
+        bounds = {"head_dim": 2, "v_head_dim": 1, "chunk_size": 1, "short_conv_kernel": 0, "score_bound_coef": 0}
+        for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least {least}.")
         if self.head_dim % 2:

@@ -82,13 +82,7 @@ class BackboneLayer(GradientCheckpointingLayer):
         self.mlp_norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, *inputs, run=None, **kwargs) -> torch.Tensor:
-        """The layer; or `run(self, hidden_states, *inputs, **kwargs)`, for a family that computes parts of it.
-
-        Such parts are computed in here too, so that what hooks into the call of a layer (sharding, offloading) sees it.
-        """
-        if run is not None:
-            return run(self, hidden_states, *inputs, **kwargs)
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         mixed = self.mixer(self.before_mixer(hidden_states), **kwargs)[0]
         return in_pieces(self.after_mixer, hidden_states, mixed)
 
@@ -140,6 +134,8 @@ class BackbonePreTrainedModel(PreTrainedModel):
 class BackboneModel(BackbonePreTrainedModel):
     """Token, token type and position embeddings, the layers, and the final norm."""
 
+    layer_class: ClassVar[type[BackboneLayer]] = BackboneLayer
+
     def __init__(self, config: BackboneConfig):
         super().__init__(config)
         # a token that texts hold as well, as where eos pads, has an embedding to learn
@@ -154,7 +150,7 @@ class BackboneModel(BackbonePreTrainedModel):
         if config.norm_position == "post":
             self.embed_norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.layers = nn.ModuleList([BackboneLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.lm_transform = nn.Identity()  # of a causal head: see `heads.ForCausalLM`
         self.gradient_checkpointing = False

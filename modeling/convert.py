@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 from transformers.utils.import_utils import is_gguf_available
 
-from ordnung.modeling.registration import AUTO_CLASSES, FAMILIES, heads_of
+from ordnung.modeling.registration import AUTO_CLASSES, REGISTERED, heads_of
 
 __all__ = ["ConversionReport", "convert"]
 
@@ -495,6 +495,9 @@ def convert(
     parts = {name: _split(name, p, model, modules, table.query_scale) for name, p in parameters.items()}
     _copy(parameters, parts, target, base, report)
     _copy_global(target, report)
+    with torch.no_grad():
+        for layer in getattr(target, target.base_model_prefix, target).layers:
+            layer.mixer.init_converted()
     report.left_out += unexpected
 
     if output_report:
@@ -564,8 +567,8 @@ def _head_of(source_class: type) -> str:
 
 def _target(model, table, source_head, model_type, head, overrides) -> tuple[str, PreTrainedConfig]:
     """The head to make, and its config."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"`model_type` ({model_type!r}) must be one of {sorted(FAMILIES)}")
+    if model_type not in REGISTERED:
+        raise ValueError(f"`model_type` ({model_type!r}) must be one of {sorted(REGISTERED)}")
     auto_classes = heads_of(model_type)
     heads = [name for name, auto_class in AUTO_CLASSES.items() if auto_class in auto_classes]
     source = model.config
@@ -584,6 +587,10 @@ def _target(model, table, source_head, model_type, head, overrides) -> tuple[str
     if "num_labels" in overrides:
         del fields["id2label"], fields["label2id"]
     fields |= overrides
+    if config_class.head_dim is not None:  # a family whose queries and keys have a size of their own takes the source's
+        size = source.num_attention_heads * _head_size(source) // fields["num_attention_heads"]
+        sizes = (name for name in ("head_dim", "v_head_dim") if hasattr(config_class, name))
+        fields |= {name: overrides.get(name, size) for name in sizes}
     if head is None:
         head = source_head
         if head in LM_HEADS:
@@ -628,12 +635,14 @@ def _copy(parameters, parts, target, base, report) -> None:
             if place == f"{base}embed_positions.weight":
                 values = _fit_positions(values, target.config, report)
             if re.search(r"\.mixer\.[kv]_proj\.", place):
-                values = _fit_heads(values, len(places[place]), target.config, report)
+                values = _fit_heads(values, place, len(places[place]), target.config, report)
             if values.shape == places[place].shape:
                 places[place].copy_(values)
                 used.append(place)
             elif re.sub(r"(v|out)_proj\.\w+$", "q_proj.weight", place) not in places and ".mixer." in place:
                 continue  # a mixer without queries has one width, whatever the heads of the source are
+            elif type(target.config).head_dim is not None and ".mixer." in place:
+                continue  # the sizes of queries, keys and values are this family's to choose
             elif place.startswith(base):
                 raise ValueError(
                     f"`{place}` is {tuple(places[place].shape)}, but {name} of the source {tuple(values.shape)}: leave "
@@ -664,7 +673,7 @@ def _copy_global(target, report) -> None:
 
 def _has_windows(model_type: str) -> bool:
     """Whether a family takes the fields of `Source.windows`."""
-    fields = dataclasses.fields(CONFIG_MAPPING[model_type]) if model_type in FAMILIES else ()
+    fields = dataclasses.fields(CONFIG_MAPPING[model_type]) if model_type in REGISTERED else ()
     return "sliding_window" in {field.name for field in fields}
 
 
@@ -678,14 +687,20 @@ def _fit_positions(table: torch.Tensor, config, report) -> torch.Tensor:
     return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
 
 
-def _fit_heads(values: torch.Tensor, rows: int, config, report) -> torch.Tensor:
+def _head_size(config: PreTrainedConfig) -> int:
+    """Channels of a head of the source."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _fit_heads(values: torch.Tensor, place: str, rows: int, config, report) -> torch.Tensor:
     """The source's keys or values with `rows` rows, each head repeated for the query heads that it serves."""
-    if rows == len(values) or rows % len(values) or len(values) % config.head_dim:
+    size = getattr(config, "v_head_dim", config.head_dim) if ".v_proj." in place else config.head_dim
+    if rows == len(values) or rows % len(values) or len(values) % size:
         return values
     note = f"each head of keys and values is repeated {rows // len(values)} times"
     if note not in report.notes:
         report.notes.append(note)
-    return values.unflatten(0, (-1, config.head_dim)).repeat_interleave(rows // len(values), 0).flatten(0, 1)
+    return values.unflatten(0, (-1, size)).repeat_interleave(rows // len(values), 0).flatten(0, 1)
 
 
 def _count_layers(names: Iterable[str]) -> list[str]:

@@ -1,10 +1,11 @@
-"""CubicPrefixLM's mixer and its generation state."""
+"""CubicPrefixLM's mixer, its layer and its generation state."""
 
 import torch
 from torch import nn
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
+from ordnung.modeling.backbone import BackboneLayer
 from ordnung.modeling.mixers.attention import Attention, make_attention_mask
 from ordnung.modeling.mixers.projections import angles_of
 from ordnung.modeling.mixers.state import BatchFirst
@@ -141,3 +142,31 @@ class PrefixAttention(Attention):
         if self.keys_are_linear and self.folds(self.k_proj, reads):
             keys = folded + (0 if self.k_proj.bias is None else 2 * inner * reads)
         return 4 * D * inner * reads + keys + (folded if self.folds(self.v_proj, reads) else plain)
+
+
+class PrefixLayer(BackboneLayer):
+    """A layer of which passes compute a part: the first shares its attention between them, the last reads few tokens.
+
+    The parts are computed in `forward` as well, as all that hooks into the call of a layer (sharding, which gathers its
+    weights there; offloading; recomputation) does not see calls of its modules.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *inputs, part: str | None = None, **kwargs):
+        """The layer, or the part of it that the method called `part` computes."""
+        if part is None:
+            return super().forward(hidden_states, **kwargs)
+        return {"project": self.project, "finish": self.finish, "read": self.read}[part](hidden_states, *inputs)
+
+    def project(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, as `Attention.project`."""
+        return self.mixer.project(self.before_mixer(hidden_states), position_embeddings)
+
+    def finish(self, hidden_states, mixed) -> torch.Tensor:
+        """The layer's output from its input and the mixed values (G, T, H d)."""
+        return self.after_mixer(hidden_states, self.mixer.out_proj(mixed))
+
+    def read(self, hidden_states, chosen, visible, position_embeddings, past_key_values=None) -> torch.Tensor:
+        """The layer's output (G, S, D) at the tokens `chosen` (G, S), as `PrefixAttention.read`."""
+        states = self.before_mixer(hidden_states)
+        mixed = self.mixer.read(states, chosen, visible, position_embeddings, past_key_values)
+        return self.after_mixer(hidden_states.gather(1, chosen[..., None].expand_as(mixed)), mixed)

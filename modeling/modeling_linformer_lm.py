@@ -23,7 +23,8 @@ from ordnung.modeling.mixers.mixer import Mixer, linear_flops
 from ordnung.modeling.mixers.projections import Projections, angles_of
 from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
-from ordnung.modeling.ops.causal_linformer import CausalLinformer, CausalState
+from ordnung.modeling.ops.causal_linformer import CausalLinformer
+from ordnung.modeling.ops.causal_linformer_state import CausalState, empty_state
 from ordnung.modeling.ops.chunks import WHOLE, pieces
 from ordnung.modeling.ops.linformer import LEARNED, MEANS, project_rows, slot_bias, weight_sums
 
@@ -254,11 +255,11 @@ class LinformerAttention(LinformerMixer):
 
 
 class CausalLinformerAttention(LinformerMixer):
-    """Causal Linformer: exact attention to the last blocks, and to k slots that hold the projection of all before.
+    """Causal Linformer: exact attention to the last blocks and the first tokens, and to k slots, the projected others.
 
     Not in the paper, whose projection sees the whole row. Formula and reasons stand in `ops.causal_linformer`. Training
-    and prefill O(N (C + k)), decoding O(C + k) a token, state 2 k rows of sums and 2 (W + 1) C rows of the last blocks,
-    for C = `local_block_size` and W = `local_blocks_back`.
+    and prefill O(N (C + S + k)), decoding O(C + S + k) a token, state 2 k rows of sums, 2 (W + 1) C rows of the last
+    blocks and 2 S of the first tokens, for C = `local_block_size`, W = `local_blocks_back`, S = `num_global_tokens`.
     """
 
     layer_type = "causal_linformer_attention"
@@ -281,6 +282,7 @@ class CausalLinformerAttention(LinformerMixer):
             self.config.num_positions,
             self.config.local_block_size,
             self.config.local_blocks_back,
+            self.config.num_global_tokens,
         )
         attend = partial(self.attend, **kwargs)
 
@@ -300,7 +302,7 @@ class CausalLinformerAttention(LinformerMixer):
                 else:
                     if place[1].start == 0:
                         carry = operator.before_first(inputs[1])
-                    output, probabilities, carry = operator.go_on(*inputs, carry, attend)
+                    output, probabilities, carry = operator.forward_part(*inputs, carry, attend)
                 return self.out_proj(output.flatten(2)), probabilities
 
             if past_key_values is None:
@@ -310,7 +312,7 @@ class CausalLinformerAttention(LinformerMixer):
                 layer = self.state_of(past_key_values)
                 before = None if layer.state is None else CausalState(*layer.state)
                 output, probabilities, after = operator.step(query, key, value, before, lengths, attend)
-                before = operator.empty_state(key) if before is None else before
+                before = empty_state(operator, key) if before is None else before
                 layer.update_state(before, after, operator.replay, (key, value), None if rows is None else rows.real)
                 output = self.out_proj(output.flatten(2))
             return output, None if probabilities is None else probabilities.transpose(1, 2)
@@ -331,17 +333,17 @@ class CausalLinformerAttention(LinformerMixer):
     def flops(self, seq_len: int) -> int:
         # what a whole block costs, shared out to its tokens: so the difference of two lengths is the cost of decoding
         window = (self.config.local_blocks_back + 1) * self.config.local_block_size
-        attention = 4 * seq_len * (window + self.k) * self.q_proj.out_features
+        attention = 4 * seq_len * (window + self.config.num_global_tokens + self.k) * self.q_proj.out_features
         adding = 4 * seq_len * self.k * self.k_proj.out_features  # to the slots
         return linear_flops(self) * seq_len + attention + adding
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
-        window = (self.config.local_blocks_back + 1) * self.config.local_block_size
+        exact = (self.config.local_blocks_back + 1) * self.config.local_block_size + self.config.num_global_tokens
         sharing, width = self.config.projection_sharing, self.k_proj.out_features
         parts = {"none": 2 * self.config.num_key_value_heads, "headwise": 2}.get(sharing, 1)
         if not self.config.learns_projection(self.layer_idx):
             parts = 1
-        return 2 * window * width * itemsize + self.k * (2 * width + parts) * max(itemsize, 4)
+        return 2 * exact * width * itemsize + self.k * (2 * width + parts) * max(itemsize, 4)
 
 
 class LinformerLMPreTrainedModel(BackbonePreTrainedModel):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ordnung.configuration.configuration_quadratic_kernel_lm import QuadraticKernelLMConfig
 from ordnung.modeling.backbone import BackboneModel, BackbonePreTrainedModel
@@ -18,9 +17,12 @@ from ordnung.modeling.heads import (
     ForTokenClassification,
 )
 from ordnung.modeling.mixers.mixer import Mixer, linear_flops
+from ordnung.modeling.mixers.norms import RMSNorm
+from ordnung.modeling.mixers.projections import angles_of, input_projection, output_projection, rotate
 from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.causal_conv import causal_conv
+from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.quadratic_kernel import Kernel, centre, quadratic_kernel, score_excess
 from ordnung.modeling.ops.sliding_window import last_tokens, sliding_window_attention
 from ordnung.modeling.ops.symmetric_square import num_features
@@ -40,14 +42,15 @@ class QuadraticKernelAttention(Mixer):
 
     head = sum of w v / sum of w,   w = ((alpha z + beta)^2 + gamma) exp(G[i] - G[j]),   z = q . k / sqrt(d)
 
-    with queries and keys of their own size d = `head_dim`; values keep D / H. "shifted" with centring is CSQ (Lee 2026,
-    Zenodo 10.5281/zenodo.18842724), "taylor" the kernel of Based (Arora et al. 2024, arXiv 2402.18668, section 4.1),
-    "square" a symmetric power of two (Buckman et al. 2024, "Symmetric Power Transformers", manifestai.com). The gate is
-    a number for each token and head, as in Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). A window is softmax attention.
+    with queries and keys of their own size d = `head_dim`, and values of e = `v_head_dim`, D / H by default. "shifted"
+    with centring is CSQ (Lee 2026, Zenodo 10.5281/zenodo.18842724), "taylor" the kernel of Based (Arora et al. 2024,
+    arXiv 2402.18668, section 4.1), "square" a symmetric power of two (Buckman et al. 2024, "Symmetric Power
+    Transformers", manifestai.com). The gate is a number for each token and head, as in Mamba-2 (Dao and Gu 2024, arXiv
+    2405.21060). A window is softmax attention.
 
-    Training and prefill O(N d^2 D / H) a head, and so O(N d^3) for values of size d: linear in N and not O(d^2), which
-    is the number of parameters that scores have and not a running time. Below about d^2 tokens softmax attention is
-    cheaper. Decoding O(d^2 D / H) a token and head, state (d + 1)(d + 2) / 2 rows of D / H + 1 a head, in float32.
+    Training and prefill O(N d^2 e) a head, and so O(N d^3) for values of size d: linear in N and not O(d^2), which is
+    the number of parameters that scores have and not a running time. Below about d^2 tokens softmax attention is
+    cheaper. Decoding O(d^2 e) a token and head, state (d + 1)(d + 2) / 2 rows of e + 1 a head, in float32.
     """
 
     layer_type = "quadratic_kernel"
@@ -55,22 +58,22 @@ class QuadraticKernelAttention(Mixer):
 
     def __init__(self, config: QuadraticKernelLMConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        heads, d = config.num_attention_heads, config.head_dim
-        self.value_dim = config.hidden_size // heads
-        self.q_proj = nn.Linear(config.hidden_size, heads * d)
-        self.k_proj = nn.Linear(config.hidden_size, heads * d)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.value_dim = config.v_head_dim
+        self.num_key_value_groups = heads // groups  # query heads that a key head serves
+        self.sizes = [heads * d, groups * d, groups * self.value_dim]  # of a token's queries, keys and values
+        self.q_proj, self.k_proj, self.v_proj = (input_projection(config, size) for size in self.sizes)
+        self.out_proj = output_projection(config, heads * self.value_dim)
         if config.kernel == "shifted":
             self.alpha, self.beta = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
         if config.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(d, eps=config.layer_norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(d, config.layer_norm_eps) for _ in range(2))
         if config.decay_gate:
-            self.decay_proj = nn.Linear(config.hidden_size, heads)
+            self.decay_proj = nn.Linear(config.hidden_size, heads, bias=False)
+            self.decay_bias = nn.Parameter(torch.empty(heads))  # how long a head remembers, whatever biases there are
         if config.short_conv_kernel:
             # lag-major: column 0 weighs the current token
-            channels = 2 * heads * d + config.hidden_size
-            self.conv_kernel = nn.Parameter(torch.empty(channels, config.short_conv_kernel))
+            self.conv_kernel = nn.Parameter(torch.empty(sum(self.sizes), config.short_conv_kernel))
         if config.sliding_window is not None:
             self.window_logits = nn.Parameter(torch.empty(heads))
         self.excess: tuple[torch.Tensor, torch.Tensor] | None = None  # what `score_excess` gave in this forward pass
@@ -84,7 +87,7 @@ class QuadraticKernelAttention(Mixer):
             # at first a head forgets in 16 tokens and others in more, up to the trained length
             longest = max(16, config.max_position_embeddings)
             tau = torch.logspace(math.log10(16), math.log10(longest), config.num_attention_heads)
-            init.copy_(self.decay_proj.bias, -torch.expm1(1 / tau).log().to(self.decay_proj.bias))
+            init.copy_(self.decay_bias, -torch.expm1(1 / tau).log().to(self.decay_bias))
         if config.short_conv_kernel:
             # each channel as it is, a little of the tokens before
             taps = std * torch.randn_like(self.conv_kernel)
@@ -118,7 +121,7 @@ class QuadraticKernelAttention(Mixer):
         tokens = [torch.cat([project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)]
         if self.config.decay_gate:
             gate = self.decay_proj(hidden_states)
-            tokens.append(nn.functional.logsigmoid(gate.to(at_least_float32(gate))))
+            tokens.append(nn.functional.logsigmoid(gate.to(at_least_float32(gate)) + self.decay_bias))
         for x in position_embeddings or ():
             tokens.append(x.expand(hidden_states.shape[0], -1, -1))
         return tokens
@@ -135,9 +138,9 @@ class QuadraticKernelAttention(Mixer):
             chunk_size: that of the config if None.
 
         Returns:
-            (R, N, H, D / H), and the new state or None.
+            (R, N, H, e), and the new state or None.
         """
-        config, heads = self.config, self.config.num_attention_heads
+        config, groups = self.config, self.num_key_value_groups
         chunk_size = chunk_size or config.chunk_size
         joined, *others = tokens
         decay = others.pop(0) if config.decay_gate else None
@@ -148,29 +151,34 @@ class QuadraticKernelAttention(Mixer):
             # each channel has its own few taps, for which the block products of other implementations are too much
             kernel = self.conv_kernel.to(joined.dtype)
             joined = causal_conv(joined, kernel, state=past["conv"].to(joined.dtype), implementation="conv1d")
-        size = heads * config.head_dim
-        parts = joined.split([size, size, config.hidden_size], dim=-1)
-        query, key, values = (x.unflatten(-1, (heads, -1)) for x in parts)  # (R, N, H, .)
+        dims = config.head_dim, config.head_dim, self.value_dim
+        # (R, N, H, d), (R, N, G, d), (R, N, G, e)
+        query, key, values = (x.unflatten(-1, (-1, n)) for x, n in zip(joined.split(self.sizes, dim=-1), dims))
         if config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        local = None if config.sliding_window is None else rotate(query, key, others)
+        angles = [x.to(query.dtype) for x in angles_of(others)]
+        local = None if config.sliding_window is None else self.turn(query, key, angles)
         if config.centering is not None:
             query, after["q_total"] = centre(query, config.centering, past["q_total"], past["count"], lengths)
             key, after["k_total"] = centre(key, config.centering, past["k_total"], past["count"], lengths)
-        query, key = rotate(query, key, others)
+        query, key = self.turn(query, key, angles)
+        key = per_query_head(key, groups, dim=2)
         if self.training and config.score_bound_coef and torch.is_grad_enabled():
             excess = score_excess(query, key, SCORE_BOUND, chunk_size, lengths)
             self.excess = excess if self.excess is None else tuple(map(sum, zip(self.excess, excess)))
 
-        value = values if value is None else value
+        value = per_query_head(values, groups, dim=2) if value is None else value
         sums = None if state is None else past["sums"]  # which would be zero, and take features to find out
         mixed, after["sums"] = quadratic_kernel(
             query, key, value, self.kernel(), decay, sums, lengths, chunk_size, return_state
         )
         if local is not None:
-            seen = None if state is None else (past["keys"], past["values"], past["count"])
+            seen = None
+            if state is not None:
+                seen = (*(per_query_head(past[name], groups, dim=2) for name in ("keys", "values")), past["count"])
             dropout = config.attention_dropout if self.training else 0.0
-            beside = sliding_window_attention(*local, value, config.sliding_window, seen, dropout)
+            near = local[0], per_query_head(local[1], groups, dim=2)
+            beside = sliding_window_attention(*near, value, config.sliding_window, seen, dropout)
             mixed = torch.lerp(mixed, beside, self.window_logits.sigmoid()[:, None].to(mixed.dtype))
             if return_state:
                 after["keys"] = last_tokens(past["keys"], local[1], lengths)
@@ -178,6 +186,11 @@ class QuadraticKernelAttention(Mixer):
         if "count" in past:
             after["count"] = past["count"] + (joined.shape[1] if lengths is None else lengths)
         return mixed, tuple(after[name] for name in past) if return_state else None
+
+    @staticmethod
+    def turn(query, key, angles) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys turned by their positions, or as they are without such."""
+        return (rotate(query, *angles), rotate(key, *angles)) if angles else (query, key)
 
     def advance(self, state, *inputs) -> tuple[torch.Tensor, ...]:
         """The state after more tokens; the last of `inputs` is their `lengths`."""
@@ -190,15 +203,15 @@ class QuadraticKernelAttention(Mixer):
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the state of a row holds: name -> shape."""
         config, d = self.config, self.config.head_dim
-        heads = config.num_attention_heads
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
         shapes = {"sums": (heads, num_features(d + 1), self.value_dim + 1)}
         if config.short_conv_kernel:
-            shapes["conv"] = (config.short_conv_kernel - 1, 2 * heads * d + config.hidden_size)
+            shapes["conv"] = (config.short_conv_kernel - 1, sum(self.sizes))
         if config.centering is not None:
-            shapes["q_total"] = shapes["k_total"] = (heads, d)
+            shapes["q_total"], shapes["k_total"] = (heads, d), (groups, d)
         if config.sliding_window is not None:
-            shapes["keys"] = (config.sliding_window - 1, heads, d)
-            shapes["values"] = (config.sliding_window - 1, heads, self.value_dim)
+            shapes["keys"] = (config.sliding_window - 1, groups, d)
+            shapes["values"] = (config.sliding_window - 1, groups, self.value_dim)
         if config.centering is not None or config.sliding_window is not None:
             shapes["count"] = ()  # of the tokens of each row
         return shapes
@@ -251,7 +264,7 @@ class QuadraticKernelAttention(Mixer):
             block = min(config.sliding_window, N)
             mixing += 2 * -(-N // block) * block * (config.sliding_window - 1 + block) * (d + self.value_dim)
         total = linear_flops(self) * N + config.num_attention_heads * mixing
-        return total + 2 * config.short_conv_kernel * (2 * config.num_attention_heads * d + config.hidden_size) * N
+        return total + 2 * config.short_conv_kernel * sum(self.sizes) * N
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
         sizes = {name: math.prod(shape) for name, shape in self.state_shapes().items() if name != "count"}
@@ -261,13 +274,6 @@ class QuadraticKernelAttention(Mixer):
 
 def at_least_float32(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def rotate(query, key, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary position embedding of queries and keys (R, N, H, d), or they as they are without one."""
-    if not position_embeddings:
-        return query, key
-    return apply_rotary_pos_emb(query, key, *(x.to(query.dtype) for x in position_embeddings), unsqueeze_dim=2)
 
 
 class QuadraticKernelLMPreTrainedModel(BackbonePreTrainedModel):

@@ -22,6 +22,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ordnung import __version__
+from ordnung.modeling.registration import is_registered
 
 __all__ = ["save_standalone"]
 
@@ -44,7 +45,7 @@ def save_standalone(
     is complete; weights of an earlier checkpoint in `folder` are replaced, other files there stay as they are.
 
     Args:
-        model: a model of this package, any head, any dtype.
+        model: a model of this package or of a registered family, any head, any dtype.
         folder: where to write; made if need be.
         tokenizer: saved beside the model if given.
         max_shard_size: largest weight file, in bytes or as in "2GB".
@@ -53,7 +54,8 @@ def save_standalone(
         The files written, in `folder`.
 
     Raises:
-        TypeError: `model` is wrapped (PEFT, `torch.compile`) or carries adapters, or its class is not of this package.
+        TypeError: `model` is wrapped (PEFT, `torch.compile`) or carries adapters, or its class is not of a registered
+            family.
         NotADirectoryError: `folder` is a file.
         ValueError: the model's code holds an import that transformers' loader cannot follow.
     """
@@ -83,12 +85,13 @@ def save_standalone(
 
 
 def write_code(modules: Iterable[str], folder: Path) -> list[Path]:
-    """Write `modules` and all that they import from their package into `folder`, flat, as `<stem>.py`.
+    """Write `modules` and all that they import from their packages and this one into `folder`, flat, as `<stem>.py`.
 
     Raises:
         ValueError: two modules share a stem, or an import is of a kind that transformers' loader cannot follow.
     """
     waiting, files = list(modules), {}  # files: stem -> module name
+    packages = {"ordnung", *(module.partition(".")[0] for module in waiting)}
     while waiting:
         module = waiting.pop()
         stem = _stem(module)
@@ -97,7 +100,7 @@ def write_code(modules: Iterable[str], folder: Path) -> list[Path]:
         path = folder / f"{stem}.py"
         if path.exists():
             continue
-        source, needed = _flatten(module)
+        source, needed = _flatten(module, packages)
         path.write_text(source, encoding="utf-8")
         _check_as_loader(path, module, {_stem(name) for name in needed})
         waiting += needed
@@ -116,10 +119,10 @@ def _check_model(model: PreTrainedModel) -> None:
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise TypeError("the model carries PEFT adapters, which save_pretrained stores alone: merge them first")
-    if type(model).__module__.partition(".")[0] != "ordnung":
+    if not is_registered(type(model)):
         raise TypeError(
             f"{type(model).__name__} is defined in {type(model).__module__}, not in ordnung: save_standalone writes "
-            "only code of ordnung"
+            "only code of ordnung and of families that ordnung.register_family made known"
         )
 
 
@@ -136,9 +139,8 @@ def _auto_map_classes(config_class: type) -> dict[str, type]:
     return classes
 
 
-def _flatten(module: str) -> tuple[str, list[str]]:
-    """Source of `module` with its in-package imports rewritten, and the modules that these imports name."""
-    package = module.partition(".")[0]
+def _flatten(module: str, packages: set[str]) -> tuple[str, list[str]]:
+    """Source of `module` with its imports from `packages` rewritten, and the modules that these imports name."""
     path = Path(importlib.util.find_spec(module).origin)
     source = path.read_text(encoding="utf-8")
     tree, lines, needed = ast.parse(source), source.splitlines(keepends=True), []
@@ -146,8 +148,10 @@ def _flatten(module: str) -> tuple[str, list[str]]:
         names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
         relative = isinstance(node, ast.ImportFrom) and node.level > 0
         targets = names if isinstance(node, ast.Import) else {getattr(node, "module", None) or ""}
-        if not names or not (relative or any(target.partition(".")[0] == package for target in targets)):
+        roots = packages & {target.partition(".")[0] for target in targets}
+        if not names or not (relative or roots):
             continue
+        package = min(roots, default=module.partition(".")[0])
         if relative:
             cure = f"write the absolute import, from {package}.<module> import <name>"
         elif isinstance(node, ast.Import):
@@ -165,7 +169,8 @@ def _flatten(module: str) -> tuple[str, list[str]]:
             continue
         statement = ast.unparse(node)
         raise ValueError(f"{path}:{node.lineno}: {statement!r} cannot go into a stand-alone folder: {cure}")
-    origin = f"# {module}, Apache-2.0, written as a flat file by ordnung {__version__} (save_standalone).\n"
+    licence = ", Apache-2.0" if module.startswith("ordnung.") else ""
+    origin = f"# {module}{licence}, written as a flat file by ordnung {__version__} (save_standalone).\n"
     return origin + "".join(lines), needed
 
 

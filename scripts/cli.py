@@ -13,7 +13,7 @@ from ordnung.scripts.common.errors import ScriptError, closest, run_script
 
 # By heading: commands, and the programs that they are.
 GROUPS = {
-    "train": {"pretrain": "pretrain", "finetune": "finetune", "convert": "convert"},
+    "train": {"pretrain": "pretrain", "finetune": "finetune", "convert": "convert", "linearize": "linearize"},
     "use": {
         "predict": "predict",
         "generate": "generate",
@@ -32,6 +32,7 @@ GROUPS = {
         "bench-prefix": "bench_prefix",
         "bench-finetune": "bench_finetune",
         "bench-packing": "bench_packing",
+        "bench-conv": "bench_conv",
     },
 }
 PROGRAMS = {command: program for group in GROUPS.values() for command, program in group.items()}
@@ -67,9 +68,9 @@ def hand_over(command: str, argv: list[str]):
         ScriptError: what it needs is not installed.
     """
     if command == "serve" and "--help" not in argv:
-        from ordnung.modeling.registration import FAMILIES, heads_of
+        from ordnung.modeling.registration import REGISTERED, heads_of
 
-        classes = [getattr(ordnung, name) for model_type in FAMILIES for name in heads_of(model_type).values()]
+        classes = [getattr(ordnung, name) for model_type in REGISTERED for name in heads_of(model_type).values()]
         from transformers.cli.serving import model_manager
 
         # the server looks a checkpoint's class up in the namespace of transformers, as it has it

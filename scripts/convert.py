@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ordnung
-from ordnung.modeling.registration import FAMILIES
+from ordnung.modeling.registration import REGISTERED
 from ordnung.scripts.common.errors import ScriptError, closest, run_script
 from ordnung.scripts.common.options import MergeKeyValues, option, parse_options, required
 
@@ -20,16 +20,16 @@ class ConvertOptions:
     gguf_file: str | None = option(
         None, "GGUF file of the source to read instead of its own; needs `pip install gguf`."
     )
-    model_type: str = required(f"Family to convert into: {', '.join(FAMILIES)}.")
+    model_type: str = required(f"Family to convert into: {', '.join(REGISTERED)}.")
     head: str | None = option(None, "Class to make, such as Model or ForSequenceClassification; default: as before.")
     config_overrides: str | None = option(None, "Config fields to change: projected_size=256.", action=MergeKeyValues)
     output_dir: str = required("Folder to write; a new or an empty one.", section="output")
     plain: bool = option(False, "Leave out the code that lets the folder load without ordnung installed.")
 
     def __post_init__(self):
-        if self.model_type not in FAMILIES:
-            hint = closest(self.model_type, FAMILIES)
-            raise ScriptError(f"--model_type {self.model_type!r} is none of {', '.join(FAMILIES)}{hint}")
+        if self.model_type not in REGISTERED:
+            hint = closest(self.model_type, REGISTERED)
+            raise ScriptError(f"--model_type {self.model_type!r} is none of {', '.join(REGISTERED)}{hint}")
         folder = Path(self.output_dir)
         if folder.exists() and not folder.is_dir():
             raise ScriptError(f"--output_dir {folder} is a file; name a folder")

@@ -6,7 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-pytest.register_assert_rewrite("family_tester", "tiny_tasks")
+pytest.register_assert_rewrite("family", "family_tester", "tiny_tasks")
 
 
 def pytest_generate_tests(metafunc):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import ordnung
+from ordnung.modeling.registration import REGISTERED
 from ordnung.scripts import benchmark
 from ordnung.scripts.benchmarks import checks as bench_checks
 from ordnung.scripts.benchmarks import measure as bench_measure
@@ -136,7 +137,7 @@ class TestFlops:
         step = counted_flops(variant, model, tokens[:, :1], cache=cache, past=N)
         assert step == variant.count_flops(model, "decode", N)
 
-    @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "cubic_prefix_lm"])
+    @pytest.mark.parametrize("name", [name for name in CAUSAL if VARIANTS[name].by_default])
     def test_decode_is_the_cost_of_one_more_token(self, name):
         variant = VARIANTS[name]
         model = variant.build(SHAPE)
@@ -162,9 +163,14 @@ def test_state_bytes(name):
         kept = 2 * (128 + 2 * 64) * width * layers * 4  # slots, and two blocks
         assert kept <= state_bytes(sample.cache) <= 1.1 * kept
         assert sample.state["predicted_state_bytes"] == pytest.approx(state_bytes(sample.cache), rel=0.02)
+    elif name == "quadratic_kernel_lm":
+        # tokens are counted apart, which is no floating-point state
+        assert sample.state["predicted_state_bytes"] == state_bytes(sample.cache) - 8 * layers
     elif name == "cubic_prefix_lm":
         # positions apart, which are no floating-point state
         assert sample.state["predicted_state_bytes"] == state_bytes(sample.cache) - 300 * 8
+    elif name in REGISTERED:
+        assert sample.state["predicted_state_bytes"] == pytest.approx(state_bytes(sample.cache), rel=0.02)
     else:
         assert 0 < state_bytes(sample.cache) < 100 * width * layers * 4
     before = sample.cache.get_seq_length() if "gpt2" in name else None

@@ -83,8 +83,8 @@ def test_metadata_is_what_the_hub_takes(card):
     assert ModelCard(str(read)).data.to_dict() == data
 
 
-def test_every_family_but_the_control_has_a_card():
-    assert {card.stem for card in CARDS} == set(FAMILIES) - {"softmax_lm"}
+def test_cards_are_of_families():
+    assert CARDS and {card.stem for card in CARDS} <= set(FAMILIES)
 
 
 def test_results_name_machine_versions_and_command():

@@ -1,8 +1,12 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+import ordnung
 from ordnung.modeling.ops import chunks
-from ordnung.modeling.ops.causal_conv import causal_conv, causal_conv_naive
+from ordnung.modeling.ops.causal_conv import causal_conv, causal_conv_naive, faster
 
 # B, N, H, P, K, dilation, tokens of state
 SHAPES = [
@@ -37,16 +41,17 @@ def test_forward_and_gradients_equal_the_formula(shape, implementation):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("implementation", ["toeplitz", "conv1d"])
 @pytest.mark.parametrize("rows", [1, 40, 64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @torch.no_grad()
-def test_pieces_equal_the_formula(shape, rows, monkeypatch):
+def test_pieces_equal_the_formula(shape, rows, implementation, monkeypatch):
     B, N, H, P, K, dilation, past = shape
     v = torch.randn(B, N, H * P, dtype=torch.float64)
     kernel = torch.randn(H, K, dtype=torch.float64)
     state = torch.randn(B, past, H * P, dtype=torch.float64) if past else None
     monkeypatch.setattr(chunks, "ELEMENTS", rows * H * P)
-    got = causal_conv(v, kernel, dilation, state)
+    got = causal_conv(v, kernel, dilation, state, implementation)
     torch.testing.assert_close(got, causal_conv_naive(v, kernel, dilation, state), rtol=0, atol=1e-11)
 
 
@@ -73,3 +78,16 @@ def test_half_precision_fft_of_any_length():
     got = causal_conv(v, kernel, implementation="fft")
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, causal_conv(v, kernel), rtol=2e-2, atol=2e-2)
+
+
+def test_the_implementation_chosen_is_the_faster_one_measured():
+    """By the committed table: within a fifth of the better one's time at each size."""
+    results = Path(ordnung.__file__).parent / "model_cards/results/conv_implementations.json"
+    cases = json.loads(results.read_text())["cases"]
+    assert len(cases) == 2 * 7 * 5 * 2
+    for case in cases:
+        kernels = {"head": 8, "channel": 256}[case["kernel_sharing"]]
+        v = torch.empty(case["rows"], case["tokens"], 256)
+        with torch.set_grad_enabled(case["task"] != "forward"):
+            chosen = faster(v, torch.empty(kernels, min(case["kernel_size"], case["tokens"])))
+        assert case["median"][chosen] <= 1.2 * min(case["median"].values()), case

@@ -316,8 +316,11 @@ def test_decoders_become_every_family(name):
         assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (2, 12)
         assert "model.layers.0.mlp.gate_proj.weight" in report.copied
         copied = "model.layers.0.mixer.v_proj.weight" in report.copied
-        assert copied == (family != "conv_lm" or name != "Qwen3")  # whose heads are not the width together
-        assert ("repeated 2 times" in str(report)) == (family == "conv_lm" and copied)
+        if not hasattr(model.model.layers[0].mixer, "k_proj"):  # values alone are as wide as the model
+            assert copied == (name != "Qwen3")  # whose heads are not the width together
+            assert ("repeated 2 times" in str(report)) == copied
+        else:
+            assert copied
 
 
 def test_more_heads_of_keys_are_the_same_ones_repeated():
@@ -564,13 +567,39 @@ def test_hybrid_keeps_attention_where_it_has_some():
     assert report.new == [f"model.layers.{i}.mixer.kernel_logits" for i in (0, 2)]
 
 
-def test_encoder_becomes_a_causal_convolution():
-    model, report = ordnung.convert(make("BertForMaskedLM"), "conv_lm", output_report=True)
+def test_encoder_becomes_a_convolution():
+    source, types = make("BertForMaskedLM"), torch.ones(1, 9, dtype=torch.long)
+    ids = torch.randint(1, 50, (1, 9))
+    model, report = ordnung.convert(source, "conv_lm", is_decoder=True, output_report=True)
     assert type(model).__name__ == "ConvLMForCausalLM"
     assert report.notes == ["the model's attention is causal, the source's is not"]
-    assert (
-        model(torch.randint(1, 50, (1, 9)), token_type_ids=torch.ones(1, 9, dtype=torch.long)).logits.isfinite().all()
-    )
+    assert model(ids, token_type_ids=types).logits.isfinite().all()
+    model, report = ordnung.convert(source, "conv_lm", output_report=True)
+    assert type(model).__name__ == "ConvLMForMaskedLM" and model.config.kernel_size == 63
+    assert report.notes == []
+    assert report.new == [f"model.layers.{i}.mixer.kernel_logits" for i in range(3)]
+
+
+@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_gates_of_a_conversion_are_open(class_name):
+    """With gates that read nothing and kernels of the current token alone, values pass as they are."""
+    source = make(class_name)
+    plain = ordnung.convert(source, "conv_lm", kernel_size=3)
+    gated, report = ordnung.convert(source, "conv_lm", kernel_size=3, gate="input_output", output_report=True)
+    assert [f"model.layers.0.mixer.gate_proj.{kind}" in report.new for kind in ("weight", "bias")] == [True] * 2
+    ids = torch.randint(1, 50, (2, 9))
+    expected = plain(ids).logits
+    got = gated(ids).logits
+    with torch.no_grad():
+        for layer in gated.model.layers:
+            assert torch.equal(layer.mixer.gate_proj.bias, torch.ones_like(layer.mixer.gate_proj.bias))
+            layer.mixer.gate_proj.weight.zero_()
+    torch.testing.assert_close(gated(ids).logits, expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        for layer in gated.model.layers:
+            layer.mixer.gate_proj.bias.zero_()
+    closed = gated(ids).logits
+    assert (got - expected).norm() < 0.5 * (closed - expected).norm()
 
 
 @pytest.mark.parametrize("class_name", ["BertForMaskedLM", "RobertaForMaskedLM", "GPT2LMHeadModel"])
@@ -637,8 +666,8 @@ def test_wrong_input_is_refused_in_words(tmp_path):
         ordnung.convert(nn.Linear(2, 2), "softmax_lm")
     with pytest.raises(ValueError, match="`model_type` \\('soft_lm'\\) must be one of"):
         ordnung.convert(source, "soft_lm")
-    with pytest.raises(ValueError, match="conv_lm has no head 'ForMaskedLM': give `head`, one of"):
-        ordnung.convert(source, "conv_lm", head="ForMaskedLM")
+    with pytest.raises(ValueError, match="conv_lm has no head 'ForTables': give `head`, one of"):
+        ordnung.convert(source, "conv_lm", head="ForTables")
     with pytest.raises(ValueError, match="'kernel_sise' is no field of ConvLMConfig; did you mean 'kernel_size'"):
         ordnung.convert(source, "conv_lm", kernel_sise=3)
     with pytest.raises(ValueError, match=r"`embed_tokens.weight` is \(60, 24\), but .* \(50, 24\)"):

@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     pipeline,
+    set_seed,
 )
 
 import ordnung
@@ -30,6 +31,7 @@ from ordnung.scripts.common.machine import command_line
 from ordnung.scripts.finetuning import glue_metric
 from ordnung.scripts.finetuning import run as finetune
 from ordnung.scripts.finetuning import tasks as text_tasks
+from ordnung.scripts.training.loop import Loop
 
 
 def test_all_tasks(run_task, tasks):
@@ -200,7 +202,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind
     }
     options |= {"use_peft": True} if kind == "adapter" else {"gradient_accumulation_steps": 2}
     steps = []
-    original = finetune.Finetuning.train_step
+    original = Loop.take_step
 
     def stopping(self):
         steps.append(self.step)
@@ -209,7 +211,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind
         original(self)
 
     whole = run_task("cola", "whole", **options) / "cola/seed-0"
-    monkeypatch.setattr(finetune.Finetuning, "train_step", stopping)
+    monkeypatch.setattr(Loop, "take_step", stopping)
     with caplog.at_level("WARNING"):
         run_task("cola", "stopped", status=128 + signal.SIGTERM, **options)
     assert f"to go on: {command_line(sys.argv)}" in caplog.text
@@ -233,7 +235,7 @@ def failed_at_its_end(run_task, tmp_path):
 
 def test_nothing_is_lost_where_the_end_fails(run_task, failed_at_its_end, monkeypatch):
     whole = run_task(output="whole")
-    monkeypatch.setattr(finetune.Finetuning, "train_step", None)  # nothing is trained again
+    monkeypatch.setattr(Loop, "take_step", None)  # nothing is trained again
     assert_same_run(run_task() / "sst2/seed-0", whole / "sst2/seed-0")
     assert not failed_at_its_end.exists()
 
@@ -254,15 +256,29 @@ def test_accumulation_changes_nothing(run_task):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("model", ["conv", "softmax"])
+def test_packed_rows_change_nothing(run_task, tasks, model):
+    options = {"model_name_or_path": tasks / model, "max_steps": 3, "gradient_accumulation_steps": 2}
+    packed = run_task("mrpc", "packed", packing=True, **options) / "mrpc/seed-0"
+    padded = run_task("mrpc", "padded", **options) / "mrpc/seed-0"
+    assert metrics(packed) == pytest.approx(metrics(padded), rel=1e-4)
+    a, b = weights(packed), weights(padded)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_packing_is_for_our_models(run_task, bert):
+    with pytest.raises(ScriptError, match="--packing: bert does not keep the examples of a row apart"):
+        run_task("rte", model_name_or_path=bert, ignore_mismatched_sizes=True, packing=True)
+
+
 # Fine-tunes where the model is sharded. Each evaluation seems worse than those before, so that the first is the best.
 SHARDED = """
 from ordnung.scripts import finetune as program
-from ordnung.scripts.finetuning import run as finetune
 from ordnung.scripts.finetuning.run import Finetuning
-scores = iter(range(0, -100, -1))
-finetune.mean_score = lambda _: next(scores)
+Finetuning.score = lambda self, evaluation: -evaluation["step"]
 train = Finetuning.train
-Finetuning.train = lambda self: check_sharded(self) or train(self)
+Finetuning.train = lambda self: check_sharded(self.loop) or train(self)
 end(program.main())
 """
 
@@ -276,8 +292,7 @@ def test_two_processes_equal_one(run_task, tasks, tmp_path, monkeypatch, kind):
     """
     best = {"load_best_model_at_end": True, "eval_steps": 3} if kind == "sharded" else {}
     if best:
-        scores = iter(range(0, -100, -1))
-        monkeypatch.setattr(finetune, "mean_score", lambda _: next(scores))
+        monkeypatch.setattr(finetune.Finetuning, "score", lambda self, evaluation: -evaluation["step"])
     single = run_task("mrpc", "single", per_device_train_batch_size=8, max_train_samples=41, num_train_epochs=1, **best)
     arguments = ["--model_name_or_path", tasks / "conv", "--output_dir", tmp_path / "two", "--dataset_path", tasks]
     arguments += ["--task_name", "mrpc", "--per_device_train_batch_size", 4, "--max_train_samples", 41]
@@ -307,7 +322,7 @@ def test_trainer_follows_the_same_path(run_task, tasks, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tasks / "conv", num_labels=2)
     # the new classifier is drawn after the program has seeded; take the very one
-    finetune.set_seed(0)
+    set_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tasks / "conv", num_labels=2)
     arguments = TrainingArguments(
         tmp_path / "trainer",

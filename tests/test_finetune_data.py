@@ -106,7 +106,7 @@ class TestBatches:
             for steps in epochs:
                 assert sorted(np.concatenate(steps)) == list(range(45)) and len(steps[-1]) == 5
             assert (np.concatenate(epochs[0]) != np.concatenate(epochs[1])).any()
-            spreads.append(np.mean([np.ptp(each.data.train.lengths[rows]) for rows in epochs[0]]))
+            spreads.append(np.mean([np.ptp(each.task_data.train.lengths[rows]) for rows in epochs[0]]))
         assert spreads[0] < spreads[1] / 2
 
 
@@ -189,7 +189,7 @@ def test_labels_in_another_order(run_task, tasks, tmp_path):
         ({"lora_dropout": 0.1}, "--lora_dropout: adapters need --use_peft"),
         ({"lora_target_modules": "all-linear"}, "--lora_target_modules: adapters need --use_peft"),
         ({"pad_token": "<none>"}, "--pad_token <none> is no token"),
-        ({"learning_rate": 1e30, "max_grad_norm": 0}, "the loss is .* try a lower --learning_rate"),
+        ({"learning_rate": 1e30, "max_grad_norm": 0}, "loss .* try a lower --learning_rate"),
         ({"validation_fraction": 1}, "must be below 1"),
     ],
 )

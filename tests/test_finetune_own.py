@@ -38,8 +38,8 @@ def test_rare_classes_are_found(model, tmp_path):
     check = write_csv(tmp_path / "check.csv", tickets(200, 1, mixed=0.2))
     options = {"validation_file": check, "num_train_epochs": 5, "pooling": "mean", "learning_rate": 5e-3}
     plain = results(tune(model, train, tmp_path / "plain", **options))
-    assert plain["metrics"]["validation"]["accuracy"] == pytest.approx(0.85, abs=0.02)
-    assert plain["details"]["validation"]["per_class"]["outage"]["recall"] == 0
+    assert plain["metrics"]["validation"]["accuracy"] == pytest.approx(0.85, abs=0.05)
+    assert plain["details"]["validation"]["per_class"]["outage"]["recall"] <= 0.2
     folder = tune(model, train, tmp_path / "out", class_weights="balanced", **options)
     run = results(folder)
     details, scored = run["details"]["validation"], run["metrics"]["validation"]

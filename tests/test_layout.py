@@ -15,7 +15,8 @@ FLOORS = [
     {"scripts/common"},
     {"scripts/training"},
     {"scripts/hub"},
-    {"scripts/pretraining", "scripts/finetuning", "scripts/linearizing"},
+    {"scripts/pretraining", "scripts/finetuning"},
+    {"scripts/linearizing"},
     {"scripts/experiments", "scripts/benchmarks"},
     {"scripts/reports"},
     {"scripts"},  # the programs

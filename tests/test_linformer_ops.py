@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from ordnung.modeling.ops import causal_linformer
+from ordnung.modeling.ops import causal_linformer_blocks
 from ordnung.modeling.ops.causal_linformer import CausalLinformer, causal_linformer_naive
+from ordnung.modeling.ops.causal_linformer_state import advance, empty_state
+from ordnung.modeling.ops.layout import take
 from ordnung.modeling.ops.linformer import LEARNED, project_naive, project_rows, slot_bias, weight_sums
 
 KINDS = ("linear", "mean_pool", "max_pool", "conv", "adaptive_mean_pool")
@@ -63,25 +65,26 @@ def test_weight_sums_are_the_projection_of_ones(kind):
 PARTS = [(1, 1), (2, 1), (2, 2)]  # key and value, heads: shared or not
 
 
-def operator(kind, parts, block_size=4, blocks_back=1):
-    return CausalLinformer(kind, make_weight(kind, *parts), k, n, block_size, blocks_back)
+def operator(kind, parts, block_size=4, blocks_back=1, sinks=0):
+    return CausalLinformer(kind, make_weight(kind, *parts), k, n, block_size, blocks_back, sinks)
 
 
 def reference(op, query, key, value):
     blocks = torch.arange(-(-query.shape[1] // op.C))
-    table = op.weights(blocks).permute(1, 2, 0, 3, 4).flatten(2, 3).to(query.dtype)  # (*P, positions, k)
+    table = op._replace(S=0).weights(blocks).permute(1, 2, 0, 3, 4).flatten(2, 3).to(query.dtype)  # (*P, positions, k)
     table = table.expand(2, query.shape[2], -1, -1)
-    return torch.stack([causal_linformer_naive(*row, table, op.C, op.W) for row in zip(query, key, value)])
+    return torch.stack([causal_linformer_naive(*row, table, op.C, op.W, op.S) for row in zip(query, key, value)])
 
 
 @pytest.fixture(params=[2048, 16], ids=["one-slab", "slabs"])
 def slab_tokens(request, monkeypatch):
     elements = request.param * 2 * 3  # heads and their width, in what follows
-    monkeypatch.setattr(causal_linformer, "SLAB_ELEMENTS", dict.fromkeys(causal_linformer.SLAB_ELEMENTS, elements))
+    elements = dict.fromkeys(causal_linformer_blocks.SLAB_ELEMENTS, elements)
+    monkeypatch.setattr(causal_linformer_blocks, "SLAB_ELEMENTS", elements)
 
 
 @pytest.mark.parametrize("N", [1, 7, 12, 41])  # 41 is beyond the table of 24 positions
-@pytest.mark.parametrize("blocks", [(4, 1), (3, 0), (2, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("blocks", [(4, 1), (3, 0), (2, 2), (8, 1), (4, 1, 2), (4, 0, 7), (2, 1, 30)], ids=str)
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 @pytest.mark.parametrize("kind", ["linear", "mean_pool", "conv"])
 def test_causal_forward_and_gradients_equal_the_formula(kind, parts, blocks, N, slab_tokens):
@@ -89,7 +92,7 @@ def test_causal_forward_and_gradients_equal_the_formula(kind, parts, blocks, N, 
     inputs = [random(2, N, 2, 3) for _ in range(3)]
     got, expected = op.forward(*inputs)[0], reference(op, *inputs)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    older = N > (op.W + 1) * op.C  # a query sees slots
+    older = (-(-N // op.C) - 1 - op.W) * op.C > op.S  # a query sees slots
     inputs += [op.weight] if op.weight is not None and older else []
     seed = torch.randn_like(expected)
     for a, b in zip(torch.autograd.grad(got, inputs, seed), torch.autograd.grad(expected, inputs, seed), strict=True):
@@ -111,18 +114,18 @@ def test_without_slots_only_the_window_is_seen():
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4, 7, 8, 13, 30])
 @pytest.mark.parametrize("parts", PARTS, ids=str)
-@pytest.mark.parametrize("kind", ["linear", "mean_pool", "conv"])
+@pytest.mark.parametrize("kind, sinks", [("linear", 0), ("linear", 5), ("mean_pool", 0), ("conv", 0), ("conv", 9)])
 @torch.no_grad()
-def test_steps_equal_the_formula(kind, parts, first, slab_tokens):
+def test_steps_equal_the_formula(kind, sinks, parts, first, slab_tokens):
     """A prefill of rows of different lengths, then single tokens, then all splits of the rest."""
-    op, N = operator(kind, parts), 41
+    op, N = operator(kind, parts, sinks=sinks), 41
     query, key, value = (random(3, N, 2, 3) for _ in range(3))
     expected = reference(op, query, key, value)
 
     def part(lengths, size):
         """The next `size` tokens of each row, which has had `lengths`; beyond its last one garbage."""
         index = (lengths[:, None] + torch.arange(size)).clamp(max=N - 1)
-        return [causal_linformer.take(x, index) for x in (query, key, value)]
+        return [take(x, index) for x in (query, key, value)]
 
     def check(state, lengths, size, real):
         output, _, state = op.step(*part(lengths, size), state, real)
@@ -157,13 +160,26 @@ def test_the_future_changes_nothing_at_all(kind, slab_tokens):
         assert torch.equal(op.forward(*inputs)[0][:, :t], op.forward(*other)[0][:, :t])
 
 
+@pytest.mark.parametrize("sinks", [0, 3, 10])
+@pytest.mark.parametrize("tokens", [4, 12])
+@torch.no_grad()
+def test_parts_equal_the_whole(tokens, sinks):
+    op = operator("linear", (2, 2), sinks=sinks)
+    inputs = [random(2, 41, 2, 3) for _ in range(3)]
+    carry, outputs = op.before_first(inputs[1]), []
+    for parts in zip(*(x.split(tokens, dim=1) for x in inputs)):
+        output, _, carry = op.forward_part(*parts, carry)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, 1), reference(op, *inputs), rtol=0, atol=1e-12)
+
+
 @torch.no_grad()
 def test_state_does_not_drift_in_bfloat16():
     op = CausalLinformer("mean_pool", None, 4, 4096, 16, 1)
     key, value = (torch.randn(1, 2048, 1, 8).bfloat16() for _ in range(2))
-    state = op.empty_state(key)
+    state = empty_state(op, key)
     for t in range(2048):
-        state = op.advance(key[:, t : t + 1], value[:, t : t + 1], state)
+        state = advance(op, key[:, t : t + 1], value[:, t : t + 1], state)
     expected = key[0, :2032, 0].double().sum(0)  # the last block is in the window
     assert state.mass.sum() == 2032
     assert (state.k_sums[0, :, 0].double().sum(0) - expected).norm() < 0.01 * expected.norm()

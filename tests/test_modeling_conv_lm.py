@@ -3,12 +3,14 @@ import logging
 import pytest
 import torch
 import torch._dynamo.testing
-from family_tester import MODERN, PAD, VOCAB, FamilyTester
-from transformers import AutoModelForCausalLM, DynamicCache
+from family_tester import MODERN, PAD, VOCAB, FamilyTester, masked_batch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from ordnung import ConvLMConfig
+from ordnung.modeling.mixers.rows import Rows
 from ordnung.modeling.ops.causal_conv import causal_conv_naive
+from ordnung.modeling.ops.centred_conv import centred_conv_naive
 
 
 class TestConvLM(FamilyTester):
@@ -31,10 +33,134 @@ class TestConvLM(FamilyTester):
     mixing_exponent = 1
     state_grows = False
 
+    def mixed(self, mixer, weights, hidden_states, rows):
+        """The gates are left out of the weights."""
+        if mixer.config.kernel_sharing == "channel":
+            pytest.skip("the weights are means over the channels of a head: test_plot_mixing.py has them")
+        mixed = super().mixed(mixer, weights, hidden_states, rows)
+        gated = hasattr(mixer, "gate_proj")
+        return mixed * mixer.gate_proj(hidden_states).chunk(2, dim=-1)[1] if gated else mixed
 
-def build(**overrides):
+    def values(self, mixer, hidden_states, rows):
+        values, gated = super().values(mixer, hidden_states, rows), hasattr(mixer, "gate_proj")
+        return values * mixer.gate_proj(hidden_states).chunk(2, dim=-1)[0] if gated else values
+
+
+# What of the family's tests says something about a bidirectional model.
+ENCODER_TESTS = (
+    "config_survives_saving",
+    "pieces_of_long_inputs_equal_the_whole",
+    "padded_rows_equal_rows_alone",
+    "garbage_under_the_mask_changes_nothing",
+    "gradient_checkpointing_changes_no_gradient",
+    "every_parameter_learns",
+    "bfloat16_stays_near_float32",
+    "graph_captures_whole_forward",
+    "traced_graph_takes_padding_and_other_shapes",
+    "onnx_takes_padding_and_other_shapes",
+    "packed_documents_equal_documents_alone",
+    "packed_documents_with_padding",
+    "counted_flops_are_as_predicted",
+)
+
+
+class TestConvLMEncoder:
+    model_type = "conv_lm"
+    variants = {
+        "default": {"kernel_size": 5},
+        "dilated-gated": {"kernel_size": [3, 5, 3], "dilation": [1, 2, 4], "gate": "input_output"},
+        "hybrid": {
+            "kernel_size": [5, 4, 3],  # the second layer has none
+            "layer_types": ["conv", "full_attention", "conv"],
+            "position_embedding_type": "rope",
+        },
+        "channel-unnormalised": {"kernel_size": 7, "kernel_sharing": "channel", "kernel_normalization": "none"},
+        "one-tap": {"kernel_size": 1, "kernel_normalization": "none"},
+        "learned-post": {"kernel_size": 21, "position_embedding_type": "learned", "norm_position": "post"},
+        "conv1d": {"kernel_size": 5, "conv_implementation": "conv1d"},
+        "toeplitz": {"kernel_size": 5, "conv_implementation": "toeplitz"},
+        "fft": {"kernel_size": 5, "conv_implementation": "fft"},
+        "modern": {**MODERN, "kernel_size": 5, "layer_types": ["conv", "full_attention", "conv"]},
+    }
+    single_precision = ()
+    exports_to_onnx = True
+    base_arguments = {**FamilyTester.base_arguments, "is_decoder": False}
+    config, assert_equal, count = FamilyTester.config, FamilyTester.assert_equal, staticmethod(FamilyTester.count)
+    mixing_flops = staticmethod(FamilyTester.mixing_flops)
+
+    def model(self, variant="default", head="AutoModelForMaskedLM", **more):
+        return FamilyTester.model(self, variant, head, **more)
+
+    for name in ENCODER_TESTS:
+        locals()[f"test_{name}"] = getattr(FamilyTester, f"test_{name}")
+
+    def test_exports_with_dynamic_length(self, variant):
+        model, ids = self.model(variant), torch.randint(1, VOCAB, (3, 40))
+        shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}}
+        with torch.no_grad():
+            program = torch.export.export(model, (ids[:, :24].clone(),), dynamic_shapes=shapes, strict=False)
+        for tokens in (5, 40):
+            expected = model(ids[:, :tokens]).logits
+            self.assert_equal(program.module()(ids[:, :tokens]).logits, expected, variant)
+
+    def test_tokens_see_both_sides(self):
+        model = self.model(kernel_size=[3, 5, 3], dilation=[1, 2, 4])
+        assert model.config.receptive_field == 1 + 2 * (1 + 4 + 4)
+        ids = torch.randint(1, VOCAB - 1, (1, 41))
+        base = model(ids).logits[0, 20]
+        for distance, seen in ((9, True), (10, False)):
+            for place in (20 - distance, 20 + distance):
+                other = ids.clone()
+                other[0, place] += 1
+                assert torch.equal(model(other).logits[0, 20], base) is not seen
+
+    @pytest.mark.parametrize("kernel_sharing", ["head", "channel"])
+    def test_mixing_weights_are_those_of_the_mixer(self, kernel_sharing):
+        model = self.model(kernel_size=7, dilation=2, kernel_sharing=kernel_sharing)
+        mixer = model.model.layers[0].mixer
+        if kernel_sharing == "channel":  # the weights are means over the channels of a head
+            with torch.no_grad():
+                mixer.kernel_logits.copy_(mixer.kernel_logits[::8].repeat_interleave(8, 0))
+        x = torch.randn(3, 19, 32, dtype=torch.float64)
+        for rows in (None, Rows.of_mask(masked_batch()[1])):
+            values = mixer.v_proj(x).unflatten(-1, (4, 8))
+            mixed = torch.einsum("bhnm,bmhd->bnhd", mixer.mixing_weights(x, rows=rows), values).flatten(2)
+            real = torch.ones(3, 19, dtype=torch.bool) if rows is None else rows.real
+            self.assert_equal(mixer(x, rows=rows)[0][real], mixer.out_proj(mixed)[real])
+
+
+def build(auto=AutoModelForCausalLM, **overrides):
     config = ConvLMConfig(**{**FamilyTester.base_arguments, **overrides})
-    return AutoModelForCausalLM.from_config(config).eval().double()
+    return auto.from_config(config).eval().double()
+
+
+@pytest.mark.parametrize("gate", ["none", "input_output"])
+@pytest.mark.parametrize("kernel_sharing", ["head", "channel"])
+def test_centred_mixer_equals_the_formula(gate, kernel_sharing):
+    fields = {"kernel_size": 7, "dilation": 2, "gate": gate, "kernel_sharing": kernel_sharing}
+    mixer = build(AutoModelForMaskedLM, is_decoder=False, **fields).model.layers[1].mixer
+    with torch.no_grad():
+        mixer.kernel_logits.normal_()
+    x = torch.randn(2, 40, 32, dtype=torch.float64)
+    v, after = mixer.v_proj(x), 1.0
+    if gate == "input_output":
+        before, after = mixer.gate_proj(x).chunk(2, dim=-1)
+        v = before * v
+    kernel = torch.exp(mixer.kernel_logits) / torch.exp(mixer.kernel_logits).sum(1, keepdim=True)
+    expected = mixer.out_proj(after * centred_conv_naive(v, kernel, dilation=2))
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_centred_kernels_start_as_means_around_the_token():
+    kernel = build(AutoModelForMaskedLM, is_decoder=False, kernel_size=9).model.layers[0].mixer.kernel()
+    torch.testing.assert_close(kernel, kernel.flip(1))
+    past = kernel[:, 4:]
+    assert (past[:, :-1] > past[:, 1:]).all() and ((past * torch.arange(5)).sum(1).diff() > 0).all()
+
+
+def test_kernel_size_follows_the_direction():
+    assert ConvLMConfig().kernel_size == 64 and ConvLMConfig(is_decoder=False).kernel_size == 63
+    assert ConvLMConfig(is_decoder=False, num_hidden_layers=2).layer_types == ["centred_conv"] * 2
 
 
 @pytest.mark.parametrize("gate", ["none", "input_output"])
@@ -157,7 +283,12 @@ def test_compiled_decoding_does_not_recompile():
         ({"kernel_sharing": "layer"}, "kernel_sharing"),
         ({"gate": "swish"}, "gate"),
         ({"conv_implementation": "unfold"}, "conv_implementation"),
-        ({"is_decoder": False}, "ConvLM is causal"),
+        (
+            {"is_decoder": False, "kernel_size": 8},
+            r"`kernel_size` \(8\) must be odd in a bidirectional .* set 7 or 9, or is_decoder=True",
+        ),
+        ({"is_decoder": False, "kernel_size": [3, 3, 4]}, r"`kernel_size` \(\[3, 3, 4\]\) must be odd"),
+        ({"is_decoder": False, "layer_types": ["causal_conv"] * 3}, r"conv_lm takes \['centred_conv'"),
     ],
 )
 def test_wrong_convolution_is_refused_in_words(overrides, message):

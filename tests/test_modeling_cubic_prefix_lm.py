@@ -12,11 +12,13 @@ from transformers import (
 )
 
 from ordnung import CubicPrefixLMConfig, SoftmaxLMConfig
+from ordnung.modeling.cubic_prefix_passes import Passes
 from ordnung.modeling.ops.prefix_attention import prefix_states_naive
 
 
 class TestCubicPrefixLM(FamilyTester):
     encodes = {"predict_from": False}
+    mixes_each_token_once = False
     exports_to_onnx = False
     model_type = "cubic_prefix_lm"
     variants = {
@@ -161,7 +163,7 @@ def test_attention_grows_as_claimed(layers, exponent):
 
     def linear(n):
         """Of the layers that act on every token of every pass, and of those that act once a token."""
-        [(_, groups)] = model.model.plan(torch.arange(1, n + 1)[None], torch.ones(1, n, dtype=torch.bool))
+        [(_, groups)] = Passes(model.model).plan(torch.arange(1, n + 1)[None], torch.ones(1, n, dtype=torch.bool))
         rows = sum(len(group.rows) * group.stop for group in groups)
         mlp, projection = 4 * 8 * 8, 2 * 8 * 8
         passes = (projection + mlp) * rows + (layers - 2) * (4 * projection + mlp) * rows

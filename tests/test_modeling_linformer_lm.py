@@ -15,8 +15,8 @@ from transformers.models.auto import modeling_auto
 
 import ordnung
 from ordnung import LinformerLMConfig, SoftmaxLMConfig
-from ordnung.modeling.ops import causal_linformer, chunks
-from ordnung.modeling.ops.causal_linformer import CausalState
+from ordnung.modeling.ops import causal_linformer_blocks, chunks
+from ordnung.modeling.ops.causal_linformer_state import CausalState
 from ordnung.modeling.ops.linformer import LEARNED, linformer_naive
 from ordnung.modeling.registration import heads_of
 
@@ -76,10 +76,32 @@ class TestCausalLinformerLM(FamilyTester):
             "attn_implementation": "eager",
         },
         "modern": {**MODERN, "projected_size": 8, "projection_sharing": "none", "local_block_size": 4},
+        "sinks": {
+            "projected_size": 8,
+            "local_block_size": 4,
+            "num_global_tokens": 6,  # more than a block
+            "position_embedding_type": "rope",
+        },
+        "sinks-without-slots": {
+            "projected_size": 0,
+            "local_block_size": 2,
+            "local_blocks_back": 0,
+            "num_global_tokens": 3,
+            "projection_sharing": "key_value",
+        },
     }
     counted_variant = "eager"  # torch does not count its fused CPU kernel
     mixing_exponent = 1
     state_grows = False
+
+    def test_weights_times_values_are_what_is_projected(self, variant):
+        """Slots hold sums over many tokens, and no token has a value: the weights of each token share out one."""
+        for ids, real, inputs in self.mixing_batches():
+            for mixer, hidden_states, kwargs, *_ in self.mixer_calls(variant, ids, **inputs):
+                shares = mixer.mixing_weights(hidden_states, **kwargs).transpose(1, 2)[real]  # (tokens, H, keys)
+                assert shares.min() >= 0 and shares.shape[-1] > 1
+                torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:2]))
+
     single_precision = ("eager",)
 
 
@@ -299,15 +321,17 @@ def test_slabs_of_training_give_the_same_gradients(dropout, monkeypatch):
 
     if not dropout:  # which other slabs draw otherwise
         whole = gradients(model)
-    monkeypatch.setattr(causal_linformer, "SLAB_ELEMENTS", dict.fromkeys(causal_linformer.SLAB_ELEMENTS, 16 * 32))
+    elements = dict.fromkeys(causal_linformer_blocks.SLAB_ELEMENTS, 16 * 32)
+    monkeypatch.setattr(causal_linformer_blocks, "SLAB_ELEMENTS", elements)
     recomputed = gradients(model)
     if not dropout:
         assert_equal(recomputed, whole)
         torch._dynamo.reset()
         assert_equal(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), whole)
-    monkeypatch.setattr(causal_linformer, "checkpoint", lambda f, *args, **_: calls.append(f.__name__) or f(*args))
+    count = lambda f, *args, **_: calls.append(f.__name__) or f(*args)  # noqa: E731
+    monkeypatch.setattr(causal_linformer_blocks, "checkpoint", count)
     assert_equal(recomputed, gradients(model))
-    assert calls.count("slabs") == 2 and calls.count("next_slab") == 2 * 8  # two layers; 60 tokens, 8 of each row
+    assert calls.count("attend_slabs") == 2 and calls.count("attend_next_slab") == 2 * 8  # two layers; 60 tokens
 
 
 def test_attention_weights_are_those_of_window_and_slots():
@@ -318,6 +342,25 @@ def test_attention_weights_are_those_of_window_and_slots():
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 19))
         assert (weights[1, :, 0, :-8] > 0).sum() == 4 and not weights[1, :, 0, -8:].any()  # the first token sees itself
         assert weights[1, :, 11, -8:].all()
+
+
+def test_sinks_are_attended_by_every_later_token():
+    fields = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = build(AutoModelForCausalLM, num_global_tokens=3, **fields)
+    ids, mask = masked_batch()
+    for weights in model(ids, attention_mask=mask, output_attentions=True).attentions:
+        assert weights.shape == (3, 4, 19, 8 + 3 + 8)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 19))
+        row = weights[1]  # of 12 tokens from the left
+        assert not row[:, :8, 8:].any()  # the window has all
+        assert (row[:, 8:12, 8:11] > 0).all() and (row[:, 8:12, 11:].sum(-1) > 0).all()
+    # what the model computes with blocks that all fit is softmax attention, whatever the sinks are
+    model = build(AutoModelForCausalLM, num_global_tokens=16, projected_size=0, local_blocks_back=1)
+    assert model.config.receptive_field is None
+    exact = build(AutoModelForCausalLM, local_block_size=32, projected_size=0)
+    exact.load_state_dict(model.state_dict())
+    ids = torch.randint(1, VOCAB, (2, 24))  # 16 sinks and the last 8 or fewer tokens: everything
+    torch.testing.assert_close(model(ids).logits, exact(ids).logits, rtol=0, atol=1e-12)
 
 
 def test_rows_of_a_batch_have_their_own_counts():
@@ -406,6 +449,8 @@ def test_compiled_decoding_does_not_recompile():
         ({"is_decoder": True, "local_block_size": 24}, r"\(64\) must be a multiple of `local_block_size` \(24\)"),
         ({"local_block_size": 0}, r"`local_block_size` \(0\) must be at least 1"),
         ({"is_decoder": True, "projection_type": "max_pool"}, "'max_pool' cannot be causal"),
+        ({"is_decoder": True, "num_global_tokens": -1}, r"`num_global_tokens` \(-1\) must be 0"),
+        ({"num_global_tokens": 4}, r"`num_global_tokens` \(4\) is of causal models.*set it to 0, or is_decoder=True"),
         ({"layer_types": ["causal_linformer_attention"] * 2}, "linformer_lm takes .'linformer_attention'"),
     ],
 )

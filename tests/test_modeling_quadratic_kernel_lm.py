@@ -16,8 +16,6 @@ from ordnung.modeling.mixers.rows import Rows
 from ordnung.modeling.ops.causal_conv import causal_conv_naive
 from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel_naive
 
-pytest.skip("QuadraticKernelLM is not registered yet", allow_module_level=True)
-
 CSQ = {"qk_norm": False, "decay_gate": False, "short_conv_kernel": 0, "centering": "prefix"}
 
 
@@ -35,6 +33,15 @@ class TestQuadraticKernelLM(FamilyTester):
             "chunk_size": 8,
             "position_embedding_type": "learned",
             "norm_position": "post",
+        },
+        "grouped": {
+            "head_dim": 4,
+            "v_head_dim": 6,
+            "num_key_value_heads": 2,
+            "attention_bias": False,
+            "centering": "prefix",
+            "sliding_window": 5,
+            "chunk_size": 4,
         },
         "hybrid": {
             "head_dim": 4,
@@ -63,10 +70,12 @@ def naive_mixer(mixer, x, cos, sin):
     joined = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
     if config.short_conv_kernel:
         joined = causal_conv_naive(joined[None], mixer.conv_kernel)[0]
-    sizes = [d] * (2 * heads) + [mixer.value_dim] * heads
+    groups = config.num_key_value_heads
+    sizes = [d] * (heads + groups) + [mixer.value_dim] * groups
     parts, outputs, all_weights = joined.split(sizes, -1), [], []
     for h in range(heads):
-        query, key, value = parts[h], parts[heads + h], parts[2 * heads + h]
+        g = heads + h * groups // heads
+        query, key, value = parts[h], parts[g], parts[g + groups]
         if config.qk_norm:
             query = rms_norm(query, (d,), mixer.q_norm.weight, config.layer_norm_eps)
             key = rms_norm(key, (d,), mixer.k_norm.weight, config.layer_norm_eps)
@@ -77,7 +86,7 @@ def naive_mixer(mixer, x, cos, sin):
             query, key = query - mean @ query, key - mean @ key
         query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=0)
         local = apply_rotary_pos_emb(*local, cos, sin, unsqueeze_dim=0)
-        decay = logsigmoid(mixer.decay_proj(x)[:, h]) if config.decay_gate else None
+        decay = logsigmoid(mixer.decay_proj(x)[:, h] + mixer.decay_bias[h]) if config.decay_gate else None
         kernel = Kernel(mixer.alpha[h], mixer.beta[h]) if config.kernel == "shifted" else mixer.kernel()
         weights = quadratic_kernel_naive(query[0], key[0], value, kernel, decay)[1]
         if config.sliding_window:
@@ -96,6 +105,7 @@ FORMS = {
     "exclusive": {"centering": "exclusive", "short_conv_kernel": 2},
     "taylor": {"kernel": "taylor", "sliding_window": 6},
     "square": {"kernel": "square", "short_conv_kernel": 1, "centering": "prefix", "sliding_window": 3},
+    "grouped": {"num_key_value_heads": 2, "v_head_dim": 6, "centering": "prefix", "sliding_window": 3},
 }
 
 
@@ -153,7 +163,7 @@ def test_csq_preset_reproduces_the_papers_mechanism():
 def test_gates_start_as_memories_of_different_length():
     config = QuadraticKernelLMConfig(**{**FamilyTester.base_arguments, "max_position_embeddings": 1024})
     mixer = AutoModelForCausalLM.from_config(config).model.layers[0].mixer
-    tau = -1 / logsigmoid(mixer.decay_proj.bias)
+    tau = -1 / logsigmoid(mixer.decay_bias)
     torch.testing.assert_close(tau, torch.tensor([16.0, 64.0, 256.0, 1024.0]), rtol=1e-3, atol=0)
     assert (mixer.conv_kernel[:, 0] - 1).abs().max() < 0.2 and mixer.conv_kernel[:, 1:].abs().max() < 0.2
     assert mixer.alpha.eq(0.5).all() and mixer.beta.eq(1).all()
@@ -339,7 +349,7 @@ def test_conversion_keeps_queries_and_keys_of_the_sources_size():
     assert model.config.head_dim == 6
     weight = source.transformer.h[1].attn.c_attn.weight.T
     assert torch.equal(model.model.layers[1].mixer.k_proj.weight, weight[24:48])
-    own = {"alpha", "beta", "conv_kernel", "decay_proj.weight", "decay_proj.bias", "q_norm.weight", "k_norm.weight"}
+    own = {"alpha", "beta", "conv_kernel", "decay_proj.weight", "decay_bias", "q_norm.weight", "k_norm.weight"}
     assert {name.split("mixer.")[1] for name in report.new} == own and report.left_out == []
     model, report = ordnung.convert(source, "quadratic_kernel_lm", head_dim=4, output_report=True)
     projections = {f"{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias")}

@@ -31,6 +31,7 @@ CASES = {
         "sparse_attention_lm",
         {"is_decoder": False, "sliding_window": 3, "num_global_tokens": 2, "global_projections": "separate"},
     ),
+    "quadratic": ("quadratic_kernel_lm", {"centering": "prefix", "sliding_window": 4, "v_head_dim": 12}),
     "linformer": ("linformer_lm", {"projected_size": 8}),
     "linformer-own": ("linformer_lm", {"projected_size": 8, "projection_sharing": "none"}),
     "linformer-first": (
@@ -62,6 +63,9 @@ def test_grouped_keys_equal_repeated_ones(case):
     for name, value in state.items():
         if any(part in name for part in ("k_proj", "v_proj", "k_global_proj", "v_global_proj")):
             state[name] = value.unflatten(0, (2, 12)).repeat_interleave(2, 0).flatten(0, 1)
+        elif name.endswith("conv_kernel"):  # queries, then keys and values
+            rest = value[48:].unflatten(0, (2, 2, 12)).repeat_interleave(2, 1).flatten(0, 2)
+            state[name] = torch.cat([value[:48], rest])
         elif name.endswith("mixer.projection.weight") and value.shape[1] == 2:
             state[name] = value.repeat_interleave(2, 1)
     whole.load_state_dict(state)
@@ -89,12 +93,15 @@ def test_rms_norm_is_the_formula_and_torchs():
 @pytest.mark.parametrize("bias", [True, False, "qkv"])
 def test_biases_are_where_they_are_asked_for(bias):
     for model_type in FAMILIES:
-        fields = {**OLD[model_type][0], "mlp_bias": False, "mlp_type": "gated"}
+        fields = {**old_fields(model_type), "mlp_bias": False, "mlp_type": "gated"}
         model = build(model_type, is_decoder=True, attention_bias=bias, **fields)
         mixer, mlp = model.model.layers[0].mixer, model.model.layers[0].mlp
         for name, module in mixer.named_children():
             if name.endswith("_proj"):
-                assert (module.bias is not None) == (bias is True or (bias == "qkv" and name != "out_proj")), name
+                # a gate always has a bias, a decay's level is a parameter of its own
+                always = {"gate_proj": True, "decay_proj": False}
+                asked = always.get(name, bias is True or (bias == "qkv" and name != "out_proj"))
+                assert (module.bias is not None) == asked, name
         assert all(module.bias is None for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
 
@@ -107,7 +114,7 @@ def test_new_weights_of_rms_norms_are_ones():
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_modern_checkpoint_loads_as_a_stand_alone_folder(model_type, tmp_path):
-    model = build(model_type, is_decoder=True, **MODERN, **OLD[model_type][0]).float()
+    model = build(model_type, is_decoder=True, **MODERN, **old_fields(model_type)).float()
     ordnung.save_standalone(model, tmp_path)
     loaded = modeling_auto.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     ids = torch.randint(1, VOCAB, (2, 9))
@@ -153,6 +160,11 @@ OLD = {
         [3.6434902228947585, -1.3415410704465345, -2.1778774405449015, 3.7208383469671533],
     ),
 }
+
+
+def old_fields(model_type):
+    """Config fields of the family in `OLD`; none for one that is younger."""
+    return OLD.get(model_type, ({},))[0]
 
 
 def old_logits(model_type, fields):

@@ -157,6 +157,7 @@ SIZES = {
     "conv_lm": {"kernel_size": 4},
     "linformer_lm": {"projected_size": 8, "local_block_size": 4, "is_decoder": True},
     "cubic_prefix_lm": {},
+    "quadratic_kernel_lm": {"chunk_size": 4},
     "softmax_lm": {"position_embedding_type": "learned"},
     "sparse_attention_lm": {"sliding_window": 4},
 }
@@ -175,7 +176,7 @@ def adapter(request, run_task, tasks, tmp_path, monkeypatch):
     else:
         shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, **TINY}
         special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape, **special, **SIZES[name]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape, **special, **SIZES.get(name, {})))
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB" if kind == "in shards" else "1GB")
     tokenizer.save_pretrained(tmp_path / "source")
     if kind == "in shards":

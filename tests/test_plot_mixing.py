@@ -28,6 +28,7 @@ MODELS = {
         "sparse_attention_lm",
         {"is_decoder": False, "sliding_window": 3, "num_random_blocks": 1, "random_block_size": 2},
     ),
+    "quadratic": ("quadratic_kernel_lm", {"short_conv_kernel": 0, "sliding_window": 4, "centering": "prefix"}),
 }
 SLOTS = {
     "linformer": ("linformer_lm", {"is_decoder": False, "projected_size": 4}),

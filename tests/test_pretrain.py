@@ -27,6 +27,7 @@ from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.pretraining.model import build_run_config
 from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.pretraining.run import Pretraining
+from ordnung.scripts.training.loop import Loop
 from ordnung.scripts.training.optimization import parameter_groups
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2"
@@ -465,14 +466,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_at_a_checkpoint(run, tmp_path, monkeypatch, number):
     whole = run("whole")
-    step = Pretraining.train_step
+    step = Loop.take_step
 
-    def step_with_signal(self, signals):
+    def step_with_signal(self):
         if self.step == 2:
             signal.raise_signal(number)
-        return step(self, signals)
+        step(self)
 
-    monkeypatch.setattr(Pretraining, "train_step", step_with_signal)
+    monkeypatch.setattr(Loop, "take_step", step_with_signal)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(AssertionError, match=f"{128 + number} == 0"):
         run()
@@ -504,9 +505,9 @@ def test_the_command_that_is_told_after_a_stop_goes_on(data, tokenizer, tmp_path
 import signal, sys
 from ordnung.scripts import pretrain
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.pretraining.run import Pretraining
-step = Pretraining.train_step
-Pretraining.train_step = lambda self, signals: (self.step == 2 and signal.raise_signal(2)) or step(self, signals)
+from ordnung.scripts.training.loop import Loop
+step = Loop.take_step
+Loop.take_step = lambda self: (self.step == 2 and signal.raise_signal(2)) or step(self)
 sys.argv[0] = "ordnung"
 run_script(lambda: pretrain.main(sys.argv[2:]))
 """
@@ -547,12 +548,12 @@ pretrain.main(sys.argv[1:])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
-    loss = Pretraining._loss
+    loss = Pretraining.loss
 
-    def broken(self, batch):
-        return loss(self, batch) * (math.nan if self.step == 5 and self.model.training else 1)
+    def broken(self, model, batch):
+        return loss(self, model, batch) * (math.nan if self.loop.step == 5 and model.training else 1)
 
-    monkeypatch.setattr(Pretraining, "_loss", broken)
+    monkeypatch.setattr(Pretraining, "loss", broken)
     with pytest.raises(ScriptError, match="loss nan.*at step 6.*last good checkpoint is .*checkpoint-4"):
         run()
     assert not (tmp_path / "out" / "results.json").exists()

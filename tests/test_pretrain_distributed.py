@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from launching import SCRIPTS, launch, launch_sharded
 from transformers import AutoModelForCausalLM
 
+from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts import pretrain
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
@@ -24,21 +25,22 @@ from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.pretraining.run import Pretraining
 from ordnung.scripts.pretraining.options import PretrainOptions
 run = Pretraining(parse_options(PretrainOptions))
-check_sharded(run)
+check_sharded(run.loop)
 end(run.train())
 """
 
 
-# model type -> config fields
+# model type -> config fields, of families that need some
 MODELS = {
     "conv_lm": "kernel_size=8",
     "linformer_lm": "is_decoder=true,projected_size=4,local_block_size=8",
     "cubic_prefix_lm": "prefix_group_tokens=64",
     "sparse_attention_lm": "sliding_window=8,global_stride=8,num_random_blocks=1,random_block_size=8",
+    "quadratic_kernel_lm": "chunk_size=16",
 }
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "softmax_lm"])
 def options(request, tmp_path_factory):
     """Options of one run with 8 blocks a step, whatever the number of processes; documents are of many lengths."""
     folder = tmp_path_factory.mktemp("data")
@@ -48,7 +50,8 @@ def options(request, tmp_path_factory):
     corpus.train_tokenizer(texts, 300, masked=False).save_pretrained(folder / "tokenizer")
     run = {
         "model_type": request.param,
-        "config_overrides": f"hidden_size=16,num_hidden_layers=2,num_attention_heads=2,{MODELS[request.param]}",
+        "config_overrides": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,"
+        + MODELS.get(request.param, "is_decoder=true"),
         "train_file": folder / "documents.jsonl",
         "tokenizer_name": folder / "tokenizer",
         "respect_document_boundaries": True,

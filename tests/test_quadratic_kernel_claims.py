@@ -15,8 +15,6 @@ from ordnung.configuration.configuration_quadratic_kernel_lm import QuadraticKer
 from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel_naive
 from ordnung.modeling.ops.symmetric_square import num_features
 
-pytest.skip("QuadraticKernelLM is not registered yet", allow_module_level=True)
-
 SQUARE, SHIFTED, TAYLOR = Kernel(1.0, 0.0), Kernel(0.5, 1.0), Kernel(2**-0.5, 2**-0.5, 0.5)
 
 

@@ -56,7 +56,7 @@ STANDARD_FILES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "configuration_conv_lm.py", "configuration_backbone.py", "modeling_conv_lm.py",
     "backbone.py", "heads.py", "mixer.py", "attention.py", "rows.py", "state.py", "norms.py", "projections.py",
-    "pooling.py", "causal_conv.py", "chunks.py",
+    "pooling.py", "causal_conv.py", "centred_conv.py", "chunks.py",
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ SOFTMAX = {"model_type": "softmax_lm", "position_embedding_type": "rope"}
 LINFORMER = {"model_type": "linformer_lm", "projected_size": 8, "is_decoder": True}
 ENCODER = {"model_type": "softmax_lm", "position_embedding_type": "learned", "is_decoder": False}
 SPARSE = {"model_type": "sparse_attention_lm", "sliding_window": 4, "num_global_tokens": 2, "global_stride": 3}
+QUADRATIC = {"model_type": "quadratic_kernel_lm", "sliding_window": 4, "centering": "prefix"}
 CUBIC = {"model_type": "cubic_prefix_lm", "prefix_stride": 2}
 
 # name -> (Auto class, config fields, arguments of save_standalone)
@@ -62,6 +63,7 @@ CASES = {
         {**SPARSE, "is_decoder": False, "global_projections": "separate"},
         {},
     ),
+    **{f"quadratic-{head}": (head, QUADRATIC, {}) for head in ("AutoModel", "AutoModelForCausalLM")},
     "tied": ("AutoModelForCausalLM", {**CONV, "tie_word_embeddings": True}, {}),
     "untied": ("AutoModelForCausalLM", {**CONV, "tie_word_embeddings": False, "lm_head_bias": True}, {}),
     "bfloat16": ("AutoModelForCausalLM", {**CONV, "dtype": torch.bfloat16}, {}),
@@ -72,6 +74,10 @@ CASES = {
         {},
     ),
 }
+
+# a family that is not among them, as it comes
+NAMED = {fields["model_type"] for _, fields, _ in CASES.values()}
+CASES |= {name: ("AutoModelForCausalLM", {"model_type": name}, {}) for name in FAMILIES if name not in NAMED}
 
 # Runs where ordnung cannot be imported: loads every folder, saves it again, loads that, and reports.
 STRANGER = """
@@ -300,7 +306,7 @@ def test_imports_are_rewritten_through_the_whole_closure(flatten):
     assert {path.name for path in flat.iterdir()} == {"main.py", "b.py", "c.py"}
     rewritten = main.replace("\nfrom toy.b import (", "\nfrom .b import (").replace("from toy.a.c", "from .c")
     comment, _, source = (flat / "main.py").read_text().partition("\n")
-    assert comment.startswith("# toy.a.main, Apache-2.0")
+    assert comment.startswith("# toy.a.main, written as a flat file")
     assert source == rewritten
 
 

@@ -107,6 +107,9 @@ class Mixer(nn.Module):
     def init_weights(self, std: float) -> None:
         """Initialise the parameters that belong to this module itself."""
 
+    def init_converted(self) -> None:
+        """Set what is new so that weights which `convert` has copied have an effect; called without gradients."""
+
     def flops(self, seq_len: int) -> int:
         """FLOPs of a forward pass over one sequence, two per multiply-add."""
         raise NotImplementedError(f"{type(self).__name__} must implement `flops`.")

@@ -124,7 +124,7 @@ def quadratic_kernel(
     g = None
     if log_decay is not None:  # (X, N); exp(-100) is nothing beside the token's own weight, and differences stay finite
         g = log_decay.to(dtype).clamp(min=-100).transpose(1, 2).flatten(0, 1)
-    if lengths is not None and return_state:
+    if lengths is not None:  # also without a state to return: what stands at padding is then the same
         padding = (torch.arange(N, device=q.device) >= lengths[:, None]).repeat_interleave(H, dim=0)  # (X, N)
         k = k.masked_fill(padding[:, None], 0)
         g = None if g is None else g.masked_fill(padding, 0)

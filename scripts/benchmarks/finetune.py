@@ -1,6 +1,5 @@
 """The fine-tuning loop against a bare accelerate loop around the same model."""
 
-import logging
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.run import Finetuning, prepare_task
 from ordnung.scripts.finetuning.tasks import choose_tasks
 from ordnung.scripts.training.accelerator import make_accelerator
-from ordnung.scripts.training.signals import StopSignals
 
 
 def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: list[np.ndarray]):
@@ -54,7 +52,6 @@ def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: l
 def run(bench) -> int:
     """Time both loops by bench_finetune.py's options and write the results; returns the exit status."""
     (task,) = choose_tasks([bench.task_name])
-    logging.basicConfig(format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         names = ("model_name_or_path", "dataset_path", "max_length", "per_device_train_batch_size", "use_cpu")
         shared = {name: getattr(bench, name) for name in names}
@@ -65,14 +62,11 @@ def run(bench) -> int:
         finetuning = Finetuning(accelerator, options, data, tokenizer, 0, Path(folder) / "run")
         bare = bare_loop(accelerator, options, data, tokenizer, [finetuning.rows(step) for step in range(bench.steps)])
 
+        finetuning.max_steps, finetuning.eval_steps, finetuning.save_steps = bench.steps, None, None
+
         def ours():
-            finetuning.step = 0
-            finetuning.model.train()
-            with StopSignals(False) as signals:
-                for _ in range(bench.steps):
-                    finetuning.train_step()
-                    if finetuning.step % options.logging_steps == 0:
-                        finetuning.log_window(signals)
+            finetuning.loop.step = 0
+            finetuning.loop.run()
 
         device = accelerator.device.type
         loops = {name: partial(timed, loop, device=device) for name, loop in (("ours", ours), ("bare", bare))}

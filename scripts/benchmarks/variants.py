@@ -25,6 +25,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+import ordnung
 from ordnung import (
     ConvLMConfig,
     ConvLMForCausalLM,
@@ -33,10 +34,13 @@ from ordnung import (
     LinformerLMConfig,
     LinformerLMForCausalLM,
     LinformerLMModel,
+    QuadraticKernelLMConfig,
+    QuadraticKernelLMForCausalLM,
     SoftmaxLMConfig,
     SoftmaxLMForCausalLM,
     SoftmaxLMModel,
 )
+from ordnung.modeling.registration import REGISTERED
 
 PROJECTED_SIZE = 128  # rows k of every LinformerLM
 FEED_FORWARD_CHUNK = 512  # tokens, where the feed-forward is computed in parts
@@ -128,6 +132,15 @@ def cubic_flops(config: CubicPrefixLMConfig, new: int, past: int, logits: int) -
     if past:  # the first layer's projections and sums over the past are there; new query, and scores of the new key
         flops += 4 * width * tokens + 2 * width * past - 4 * width * tokens**2 - 6 * width**2 * past
     return flops
+
+
+def quadratic_flops(config: QuadraticKernelLMConfig, new: int, past: int, logits: int) -> int:
+    """The model's own; a single token after others reads the state and adds to it, at whatever place of a chunk."""
+    with torch.device("meta"):
+        flops = QuadraticKernelLMForCausalLM(config).flops(new)
+    if past:
+        flops += 4 * config.num_hidden_layers * config.state_size(config.head_dim)
+    return flops - 2 * (new - logits) * config.hidden_size * config.vocab_size
 
 
 @dataclass(frozen=True)
@@ -240,6 +253,13 @@ def _ours(config_class: type[PreTrainedConfig], **own) -> Callable[[Shape], PreT
     return config
 
 
+def _default(model_type: str) -> Variant:
+    """A family as it comes: run where it is named."""
+    prefix = REGISTERED[model_type].prefix
+    config, model = (getattr(ordnung, prefix + part) for part in ("Config", "ForCausalLM"))
+    return Variant(f"{prefix}, default configuration", model, _ours(config, is_decoder=True), by_default=False)
+
+
 VARIANTS: dict[str, Variant] = {
     "conv_lm": Variant("ConvLM, default configuration", ConvLMForCausalLM, _ours(ConvLMConfig)),
     "softmax_lm": Variant(
@@ -262,6 +282,13 @@ VARIANTS: dict[str, Variant] = {
         cubic_flops,
         attn_implementation="sdpa",
         by_default=False,
+    ),
+    "quadratic_kernel_lm": Variant(
+        "QuadraticKernelLM, default configuration: queries and keys of 16",
+        QuadraticKernelLMForCausalLM,
+        _ours(QuadraticKernelLMConfig),
+        quadratic_flops,
+        attn_implementation="sdpa",
     ),
     "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa", static_form=True),
     "gpt2_sdpa_gelu": Variant(
@@ -311,6 +338,8 @@ VARIANTS: dict[str, Variant] = {
         )
     },
 }
+for model_type in [name for name in REGISTERED if name not in VARIANTS]:  # of which nothing is said here
+    VARIANTS[model_type] = _default(model_type)
 CAUSAL = [name for name, variant in VARIANTS.items() if not variant.encoder]
 STATIC = "_static"  # ends the names of what decodes in a static cache
 

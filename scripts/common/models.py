@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ordnung.modeling.registration import FAMILIES
+from ordnung.modeling.registration import REGISTERED
 from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.files import read_json
 
@@ -34,7 +34,7 @@ def build_config(
     if model_type is not None and model_type not in CONFIG_MAPPING:
         raise ScriptError(
             f"unknown model_type {model_type!r}{closest(model_type, CONFIG_MAPPING.keys())}; "
-            f"ordnung's own are {', '.join(FAMILIES)}, and any type of transformers works too"
+            f"ordnung's own are {', '.join(REGISTERED)}, and any type of transformers works too"
         )
     try:
         if model_type is not None:

@@ -94,6 +94,11 @@ def required(help: str, **kwargs) -> Any:
     return option(dataclasses.MISSING, help, **kwargs)
 
 
+def other_default(base: type, name: str, default: Any) -> Any:
+    """A field of a dataclass of options as it is in `base`, with a default of its own."""
+    return option(default, **base.__dataclass_fields__[name].metadata)
+
+
 _BOUNDS = {
     "least": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -159,15 +164,19 @@ class _Parser(HfArgumentParser):
         super().__init__(options_type, formatter_class=_Help, allow_abbrev=False, **kwargs)
         self._optionals.title = "other"
         # what is trained on what comes first, whichever class says so, and what all programs have comes last
-        first = ["model", "models", "data"]
+        first = ["model", "models", "data", "adapters", "output", "optimisation"]
         self._action_groups.sort(key=lambda group: first.index(group.title) if group.title in first else len(first))
         self._action_groups.sort(key=lambda group: group is self._optionals)
 
     def _add_dataclass_arguments(self, dtype: type):
         hints, fields = typing.get_type_hints(dtype), {field.name: field for field in dataclasses.fields(dtype)}
         group, groups = self, {}
+        # an option that a base class has too stands where it has it
+        place = {name: kind for kind in dtype.__mro__ for name in vars(kind).get("__annotations__", {})}
         for kind in dtype.__mro__:
-            for name in [name for name in vars(kind).get("__annotations__", {}) if name in fields]:
+            for name in [
+                name for name in vars(kind).get("__annotations__", {}) if place[name] is kind and name in fields
+            ]:
                 field = copy.copy(fields.pop(name))
                 title = field.metadata.get("section")
                 if title is not None:

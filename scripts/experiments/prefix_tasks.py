@@ -1,6 +1,5 @@
 """Tasks that a pass over the whole prefix can express and causal attention may not."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.experiments.options import TaskOptions
-from ordnung.scripts.experiments.task_training import fit, train_all, write_results
+from ordnung.scripts.experiments.task_training import Drawn, fit, train_all, write_results
 from ordnung.scripts.experiments.variants import variant_configs
 
 # Sequences to measure on are drawn with this seed, those to train on with the run's.
@@ -153,18 +152,16 @@ def train_and_measure(options: TaskOptions, config: PreTrainedConfig, seed: int,
         return result
     spaced = np.geomspace(max(1, options.max_steps / options.evaluations), steps, options.evaluations)
     due = {*np.round(spaced).astype(int).tolist(), options.max_steps, steps}
-    random, curve, measuring, start = np.random.default_rng(seed), [], 0.0, time.perf_counter()
-
-    def measure(step: int, model: PreTrainedModel) -> None:
-        nonlocal measuring
-        if step in due:
-            before = time.perf_counter()
-            curve.append({"step": step, "seconds": before - start - measuring, **accuracy(options, model)})
-            measuring += time.perf_counter() - before
-
-    own = options.of_variant(path.stem.rpartition("-seed")[0])
-    model, losses = fit(own, config, seed, lambda step: draw(options, options.batch_size, random), measure, steps)
-    result = {"parameters": model.num_parameters(), "curve": curve, "last_losses": float(np.mean(losses[-100:]))}
+    random = np.random.default_rng(seed)
+    job = Drawn(
+        config,
+        steps,
+        draw=lambda step: draw(options, options.batch_size, random),
+        measure=lambda model: accuracy(options, model),
+        measured=due,
+    )
+    loop, curve = fit(options.of_variant(path.stem.rpartition("-seed")[0]), seed, job), job.curve
+    result = {"parameters": loop.parameters, "curve": curve, "last_losses": float(np.mean(job.losses[-100:]))}
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
     last = curve[-1]

@@ -1,6 +1,5 @@
 """Multi-query associative recall: what variants can look up, and from how far."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from transformers import PreTrainedConfig
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.experiments.options import RecallOptions
-from ordnung.scripts.experiments.task_training import fit, train_all, write_results
+from ordnung.scripts.experiments.task_training import Drawn, fit, train_all, write_results
 from ordnung.scripts.experiments.variants import variant_configs
 
 # Sequences to measure on are drawn with this seed and the number of pairs, those to train on with the run's seed.
@@ -64,12 +63,12 @@ def train(options: RecallOptions, config: PreTrainedConfig, seed: int) -> tuple[
         num_pairs = options.num_pairs[step % len(options.num_pairs)]  # in turn, for a loss curve without their noise
         return sample(options, options.batch_size, num_pairs, random)[:2]
 
-    start = time.perf_counter()
-    model, losses = fit(options, config, seed, draw)
-    tenths = np.array_split(losses, min(10, len(losses)))
-    return model, {
-        "parameters": model.num_parameters(),
-        "seconds": time.perf_counter() - start,
+    job = Drawn(config, options.max_steps, draw)
+    loop = fit(options, seed, job)
+    tenths = np.array_split(job.losses, min(10, len(job.losses)))
+    return loop.model, {
+        "parameters": loop.parameters,
+        "seconds": loop.seconds,
         "loss_curve": [float(tenth.mean()) for tenth in tenths],
     }
 

@@ -1,69 +1,95 @@
 """Training on sequences that are drawn as they are needed: what the programs on synthetic tasks share."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, get_scheduler, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json, write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.experiments.options import TrainingOptions
-from ordnung.scripts.training.optimization import parameter_groups
+from ordnung.scripts.training.accelerator import make_accelerator
+from ordnung.scripts.training.loop import Job, Loop, Step
+from ordnung.scripts.training.options import LoopOptions
 from ordnung.scripts.training.runs import claim_output_dir
 
 
-def fit(
-    options: TrainingOptions,
-    config: PreTrainedConfig,
-    seed: int,
-    draw: Callable[[int], tuple[np.ndarray, np.ndarray]],
-    after_step: Callable[[int, PreTrainedModel], None] | None = None,
-    steps: int | None = None,
-) -> tuple[PreTrainedModel, list[float]]:
-    """Train a new model.
+class Drawn(Job):
+    """A new model on sequences that are drawn step by step; `fit` trains it.
 
     Args:
         draw: takes the number of the step and gives tokens (batch, N) and labels of the same shape: at a token what is
             to be answered there, -100 where nothing is.
-        after_step: called with the number of steps taken and the model.
-        steps: in place of `max_steps`.
+        measure: gives results by name, `answers` among them, of the model after each number of steps in `measured`.
+    """
+
+    loop: Loop
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_steps: int,
+        draw: Callable[[int], tuple[np.ndarray, np.ndarray]],
+        measure: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
+        measured: Collection[int] = (),
+    ):
+        self.config, self.max_steps, self.about = config, max_steps, f"{max_steps:,} steps"
+        self.draw, self.measure, self.measured = draw, measure, measured
+        self.losses: list[float] = []  # of every step
+        self.curve: list[dict[str, Any]] = []  # step, seconds of training until then, results
+
+    def build_model(self, folder: None) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(self.config)
+
+    def batches(self, step: int) -> Step:
+        tokens, labels = map(torch.from_numpy, self.draw(step))
+        # labels lie at the token itself, so they are not shifted as those of a language model are
+        return Step([({"input_ids": tokens, "labels": labels, "shift_labels": labels}, 1.0)], tokens.numel())
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**batch, use_cache=False).loss
+
+    def logged(self, step: int, values: dict[str, float]):
+        self.losses.append(values["loss"])
+
+    def due(self, step: int) -> bool:
+        return step in self.measured
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, Any]:
+        self.curve.append({"step": self.loop.step, "seconds": self.loop.seconds, **self.measure(model)})
+        return self.curve[-1]
+
+    def score(self, evaluation: dict[str, Any]) -> float:
+        return evaluation["answers"]
+
+
+def fit(options: TrainingOptions, seed: int, job: Drawn) -> Loop:
+    """Train a job's model on the CPU.
 
     Returns:
-        the model and the loss of every step.
+        the loop, with the model and the seconds.
     Raises:
         ScriptError: the loss is not finite.
+        KeyboardInterrupt: a signal; the runs before this one are kept.
     """
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.95)
+    training = LoopOptions(
+        output_dir=options.output_dir,
+        use_cpu=True,
+        optim="adamw_torch",  # what the published runs were trained with
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup_steps,
+        lr_scheduler_type="constant_with_warmup",
+        logging_steps=1,
     )
-    scheduler = get_scheduler("constant_with_warmup", optimizer, options.warmup_steps)
-    losses = []
-    for step in range(steps or options.max_steps):
-        tokens, labels = map(torch.from_numpy, draw(step))
-        model.train()
-        # labels lie at the token itself, so they are not shifted as those of a language model are
-        loss = model(tokens, labels=labels, shift_labels=labels, use_cache=False).loss
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ScriptError(
-                f"loss {losses[-1]} at step {step + 1}; try a lower --learning_rate or more --warmup_steps"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if after_step is not None:
-            after_step(step + 1, model)
-    return model, losses
+    job.loop = Loop(make_accelerator(training), training, job, None, seed)
+    if job.loop.run():
+        raise KeyboardInterrupt
+    return job.loop
 
 
 def train_all(

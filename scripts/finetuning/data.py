@@ -354,8 +354,14 @@ class Batches:
     names: set[str]  # what the model's forward takes
     multiple: int = 1  # lengths are rounded up to it
 
-    def __call__(self, examples: Examples, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest); labels."""
+    def __call__(self, examples: Examples, rows: np.ndarray, packed: bool = False) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest); labels.
+
+        Args:
+            packed: all rows side by side in one, (1, tokens), with `position_ids` that start again in place of a mask.
+        """
+        if packed:
+            return self._packed(examples, rows)
         lengths = examples.lengths[rows]
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
         places = np.arange(longest) - (longest - lengths[:, None]) * (self.tokenizer.padding_side == "left")
@@ -376,5 +382,17 @@ class Batches:
             ends = examples.labels[rows].astype(np.int64) + before[:, None]
             batch |= {"start_positions": ends[:, 0], "end_positions": ends[:, 1]}
         elif examples.labels is not None:
+            batch["labels"] = examples.labels[rows].astype(np.float32 if self.numeric else np.int64)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _packed(self, examples: Examples, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        places = [np.arange(examples.starts[row], examples.starts[row + 1]) for row in rows]
+        flat, positions = np.concatenate(places), np.concatenate([np.arange(len(place)) for place in places])
+        batch = {"input_ids": examples.ids[flat][None].astype(np.int64), "position_ids": positions[None]}
+        if "token_type_ids" in self.names and "token_type_ids" in self.tokenizer.model_input_names:
+            batch["token_type_ids"] = examples.types[flat][None].astype(np.int64)
+        if examples.word_labels is not None:
+            batch["labels"] = examples.word_labels[flat][None].astype(np.int64)
+        else:
             batch["labels"] = examples.labels[rows].astype(np.float32 if self.numeric else np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

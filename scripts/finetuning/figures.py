@@ -73,7 +73,9 @@ def plot_curves(folder: Path, title: str):
     if scored:
         steps = [line["step"] for line in scored]
         losses.plot(steps, [line["eval_loss"] for line in scored], "o-", color="C3", markersize=3, label="held out")
-        for name in [name for name in scored[0] if name.startswith("eval_") and name != "eval_loss"]:
+        for name in [
+            name for name in scored[0] if name.startswith("eval_") and name not in ("eval_loss", "eval_seconds")
+        ]:
             values = [line[name] for line in scored]
             panels[1][0].plot(steps, values, "o-", markersize=3, label=name.removeprefix("eval_").replace("_", " "))
         panels[1][0].set(ylabel="score, held out")

@@ -1,19 +1,19 @@
 """The options of finetune.py."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, required
+from ordnung.scripts.common.options import MergeKeyValues, option, other_default, required
 from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
-from ordnung.scripts.training.options import Schedule
+from ordnung.scripts.training.options import LoopOptions, Schedule
 from ordnung.scripts.training.runs import check_seeds
 
 
 @dataclass(kw_only=True)
-class FinetuneOptions(HubOptions):
-    """Every option, in the order of --help. Names follow transformers' TrainingArguments where it has one."""
+class FinetuneOptions(LoopOptions, HubOptions):
+    """The loop's options and these."""
 
     model_name_or_path: str = required("Checkpoint to fine-tune: folder or Hub name.", section="model")
     tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: model_name_or_path.")
@@ -22,13 +22,9 @@ class FinetuneOptions(HubOptions):
         None, "Config fields to change: hidden_dropout=0.1,classifier_dropout=0.2.", action=MergeKeyValues
     )
     ignore_mismatched_sizes: bool = option(False, "Start a new classifier where the checkpoint's has other labels.")
-    trust_remote_code: bool = option(False, "Run code that comes with a checkpoint or tokenizer.")
     pooling: Literal["first", "last", "mean"] | None = option(
         None, "What an ordnung classifier reads; default: the last token of causal, the first of bidirectional models."
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    mixed_precision: Literal["no", "bf16"] | None = option(None, "Default: what `accelerate launch` says, else no.")
-    use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     task_name: list[str] | None = option(
         None, f"One or more of {', '.join(TASKS)}; all: GLUE's. Or give data of your own.", section="data"
@@ -90,43 +86,48 @@ class FinetuneOptions(HubOptions):
 
     output_dir: str = required("Folder for results.json, results.md and a folder for each run.", section="output")
 
-    per_device_train_batch_size: int = option(32, "Examples in a batch, per process.", least=1, section="optimisation")
+    per_device_train_batch_size: int = other_default(LoopOptions, "per_device_train_batch_size", 32)
     per_device_eval_batch_size: int = option(64, "Examples in an evaluation batch, per process.", least=1)
-    gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", least=1)
-    num_train_epochs: float = option(3.0, "Passes over the data, if max_steps is not given.", above=0)
-    max_steps: int | None = option(None, "Optimizer steps.", least=1)
-    group_by_length: bool = option(False, "Batches of examples of about the same length: less padding.")
+    num_train_epochs: float = other_default(LoopOptions, "num_train_epochs", 3.0)
+    learning_rate: float = other_default(LoopOptions, "learning_rate", 5e-5)
+    weight_decay: float = other_default(LoopOptions, "weight_decay", 0.01)
+    adam_beta2: float = other_default(LoopOptions, "adam_beta2", 0.999)
+    lr_scheduler_type: Schedule = other_default(LoopOptions, "lr_scheduler_type", "linear")
+    warmup_steps: float = other_default(LoopOptions, "warmup_steps", 0.06)
+    group_by_length: bool = option(
+        False, "Batches of examples of about the same length: less padding.", section="optimisation"
+    )
+    packing: bool = option(
+        False, "Examples of a batch side by side in one row, without padding; ordnung's models only."
+    )
     class_weights: Literal["balanced"] | None = option(
         None, "balanced: labels count in the loss as if each were as frequent as the others."
     )
-    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.", least=0)
-    weight_decay: float = option(
-        0.01, "Not for biases, norms, other 1-D parameters and what the model exempts.", least=0
-    )
-    adam_beta1: float = option(0.9, "AdamW's beta 1.")
-    adam_beta2: float = option(0.999, "AdamW's beta 2.")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: no clipping.", least=0)
-    lr_scheduler_type: Schedule = option("linear", "Shape of the decay after the warm-up.")
-    warmup_steps: float = option(0.06, "Steps of linear warm-up; below 1: share of all steps.", least=0)
     seeds: list[int] = option(
         [0], "A run with each: the new classifier, data order and dropout. Scores are mean ± deviation."
     )
 
-    logging_steps: int = option(
-        20, "Steps between two lines of metrics.jsonl.", least=1, section="logging, evaluation, checkpoints"
-    )
+    logging_steps: int = other_default(LoopOptions, "logging_steps", 20)
     eval_steps: int | None = option(None, "Steps between evaluations and checkpoints; default: each epoch.", least=1)
-    load_best_model_at_end: bool = option(False, "Keep the best evaluated model in place of the last one.")
+    load_best_model_at_end: bool = option(
+        False, "Keep the best evaluated model in place of the last one.", section="logging, evaluation, checkpoints"
+    )
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a better one; keeps the best model.", least=1
     )
-    report_to: list[str] | None = option(None, "Trackers: trackio, tensorboard, wandb, ...")
+
+    # Tasks and seeds may be added to a folder of runs; the others do not change a run's outcome.
+    not_recorded = ("output_dir", "seeds", "task_name", "report_to", "run_name", "preprocessing_num_workers")
+    not_recorded += NOT_RECORDED
 
     def __post_init__(self):
-        check_bounds(self)
+        super().__post_init__()
         if bool(self.task_name) + bool(self.train_file) + bool(self.dataset_name and not self.task_name) != 1:
             raise ScriptError("give one of --task_name, --train_file and, for data of your own, --dataset_name")
+        if self.packing and self.task == "qa":
+            raise ScriptError(
+                "--packing: an answer's place is told by row, so that --task qa needs a row for each window"
+            )
         for name in OWN_DATA:
             if self.task_name and getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ScriptError(f"--{name} is for data of your own: leave out --task_name, or it")
@@ -140,11 +141,5 @@ class FinetuneOptions(HubOptions):
         self.config_overrides = self.config_overrides or {}
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
 
-    def record(self) -> dict[str, Any]:
-        """What a run's outcome depends on, as plain values."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_RECORDED}
-
 
 OWN_DATA = ("train_file", "validation_file", "test_file", "text_column", "label_column", "task", "problem_type")
-# Tasks and seeds may be added to a folder of runs; the others do not change a run's outcome.
-_NOT_RECORDED = ("output_dir", "seeds", "task_name", "report_to", "preprocessing_num_workers", *NOT_RECORDED)

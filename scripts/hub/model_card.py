@@ -7,6 +7,7 @@ A results file is the JSON that a training script leaves beside its model. Of it
 - `datasets`: Hub names of the data trained on; `data`: where it comes from, in words;
 - `base_model`: Hub name of the model that was fine-tuned;
 - `tokens`, `steps`, `seconds`, `seed`, `num_processes`, `mixed_precision`: the run;
+- `sections`: further sections of the card, title to Markdown;
 - `machine`: what `machine.machine_info` says.
 """
 
@@ -20,7 +21,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ordnung.modeling.mixers.mixer import MIXERS
-from ordnung.modeling.registration import AUTO_CLASSES
+from ordnung.modeling.registration import AUTO_CLASSES, is_registered
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.tables import markdown_table, spread
 
@@ -75,7 +76,7 @@ class Subject:
 
     @property
     def remote_code(self) -> bool:
-        return self.model is None or type(self.model).__module__.startswith("ordnung.")
+        return self.model is None or is_registered(type(self.model))
 
 
 def head_of(class_name: str) -> str:
@@ -161,8 +162,8 @@ def make_card(subject: Subject) -> ModelCard:
         eval_results=measured or None,
     )
     sections = [f"# {subject.name}", _introduction(subject)]
-    for title, make in SECTIONS.items():
-        text = make(subject)
+    made = {title: make(subject) for title, make in SECTIONS.items()}
+    for title, text in (made | subject.results.get("sections", {})).items():
         if text:
             sections.append(f"## {title}\n\n{text}")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")

@@ -1,17 +1,17 @@
 """The options of pretrain.py."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, required
+from ordnung.scripts.common.options import MergeKeyValues, option, required
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
-from ordnung.scripts.training.options import Schedule
+from ordnung.scripts.training.options import LoopOptions
 
 
 @dataclass(kw_only=True)
-class PretrainOptions(HubOptions):
-    """Every option, in the order of --help. Names follow transformers' TrainingArguments where it has one."""
+class PretrainOptions(LoopOptions, HubOptions):
+    """The loop's options and these."""
 
     model_type: str | None = option(None, "A new model of this type, e.g. conv_lm or softmax_lm.", section="model")
     config_name: str | None = option(None, "A new model with this config: JSON file, folder or Hub name.")
@@ -21,11 +21,6 @@ class PretrainOptions(HubOptions):
     )
     objective: Literal["causal", "masked"] = option("causal", "Predict the next token, or masked tokens.")
     mlm_probability: float = option(0.15, "Share of tokens that the masked objective hides.", least=0, below=1)
-    trust_remote_code: bool = option(False, "Run code that comes with a checkpoint or tokenizer.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    torch_compile: bool = option(False, "Compile the model with torch.compile.")
-    mixed_precision: Literal["no", "bf16"] | None = option(None, "Default: what `accelerate launch` says, else no.")
-    use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     train_file: list[str] | None = option(
         None, "Files, folders or glob patterns: .txt (a document each), .jsonl, .parquet, .csv or .tsv.", section="data"
@@ -54,35 +49,24 @@ class PretrainOptions(HubOptions):
     )
 
     output_dir: str = required("Folder for checkpoints, the model, metrics.jsonl and results.json.", section="output")
-    overwrite_output_dir: bool = option(False, "Delete what an earlier run left in output_dir and start again.")
+    overwrite_output_dir: bool = option(
+        False, "Delete what an earlier run left in output_dir and start again.", section="output"
+    )
 
-    per_device_train_batch_size: int = option(8, "Blocks in a batch, per process.", least=1, section="optimisation")
-    per_device_eval_batch_size: int | None = option(None, "Default: per_device_train_batch_size.", least=1)
-    gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", least=1)
-    num_train_epochs: float = option(1.0, "Passes over the data, if max_steps is not given.", above=0)
     max_steps: int | None = option(None, "Optimizer steps; needed with streaming.", least=1)
-    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", least=0)
-    weight_decay: float = option(
-        0.1, "Not for biases, norms, other 1-D parameters and what the model exempts.", least=0
-    )
-    adam_beta1: float = option(0.9, "AdamW's beta 1.")
-    adam_beta2: float = option(0.95, "AdamW's beta 2.")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: no clipping.", least=0)
-    lr_scheduler_type: Schedule = option("cosine", "Shape of the decay after the warm-up.")
-    lr_scheduler_kwargs: str | None = option(None, "Its further settings, e.g. min_lr_rate=0.1.", action=MergeKeyValues)
-    warmup_steps: int = option(0, "Steps of linear warm-up.", least=0)
-    seed: int = option(0, "Seed of initial weights, data order, masking and dropout.", least=0)
+    seed: int = option(0, "Seed of initial weights, data order, masking and dropout.", least=0, section="optimisation")
 
-    logging_steps: int = option(
-        10, "Steps between two lines of metrics.jsonl.", least=1, section="logging, evaluation, checkpoints"
+    save_steps: int = option(
+        500,
+        "Steps between checkpoints; one more follows the last step.",
+        least=1,
+        section="logging, evaluation, checkpoints",
     )
-    eval_steps: int = option(100, "Steps between evaluations; one more follows the last step.", least=1)
-    save_steps: int = option(500, "Steps between checkpoints; one more follows the last step.", least=1)
     save_total_limit: int | None = option(2, "Checkpoints to keep beside the best; the oldest go first.", least=1)
     resume_from_checkpoint: str | None = option(None, "Checkpoint folder, or auto: the newest in output_dir.")
-    report_to: list[str] | None = option(None, "Trackers: trackio, tensorboard, wandb, ...")
-    run_name: str | None = option(None, "The run's name in the trackers; default: output_dir's name.")
+
+    # How a run began is not part of what it is: repeated from the file, these would delete or continue the first run.
+    not_recorded = ("overwrite_output_dir", "resume_from_checkpoint", *NOT_RECORDED)
 
     def __post_init__(self):
         if sum(value is not None for value in (self.model_type, self.config_name, self.model_name_or_path)) != 1:
@@ -100,15 +84,5 @@ class PretrainOptions(HubOptions):
             raise ScriptError("give --tokenizer_name, or --train_tokenizer_vocab_size to train one on the data")
         if self.streaming and self.max_steps is None:
             raise ScriptError("--streaming needs --max_steps: the length of a stream is not known")
-        check_bounds(self)
+        super().__post_init__()
         self.config_overrides = self.config_overrides or {}
-        self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {}
-        self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
-
-    def record(self) -> dict[str, Any]:
-        """The options as plain values that make the same run again when given as a --config file."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_RECORDED}
-
-
-# How a run began is not part of what it is: repeated from the file, these would delete or continue the first run.
-_NOT_RECORDED = ("overwrite_output_dir", "resume_from_checkpoint", *NOT_RECORDED)

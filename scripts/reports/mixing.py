@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 import ordnung
 from ordnung.modeling.convert import SOURCES
+from ordnung.modeling.registration import is_registered
 from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
@@ -42,7 +43,7 @@ def load(name: str):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ScriptError(f"cannot load a model and its tokenizer from {name}: {error}") from None
-    if not type(model).__module__.startswith("ordnung."):
+    if not is_registered(type(model)):
         raise ScriptError(
             f"{name} is of the architecture {model_type!r}: draw one of ordnung's or {', '.join(SOURCES)}"
         )

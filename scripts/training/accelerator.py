@@ -1,20 +1,21 @@
 """The accelerator of a training process."""
 
+import logging
 import os
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from transformers.utils import logging as transformers_logging
 
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.training.options import LoopOptions
 
 
-def make_accelerator(options, compiled: bool = False) -> Accelerator:
-    """The accelerator of this process.
+def make_accelerator(options: LoopOptions) -> Accelerator:
+    """The accelerator of this process, of which only the main one says how it gets on.
 
-    Args:
-        options: `PretrainOptions` or others with report_to, use_cpu, mixed_precision and output_dir.
-        compiled: compile the model with torch.compile.
     Raises:
         ScriptError: a tracker that is unknown or not installed; FSDP on a machine without an accelerator device.
     """
@@ -28,7 +29,7 @@ def make_accelerator(options, compiled: bool = False) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=options.mixed_precision,
-        dynamo_backend="inductor" if compiled else None,
+        dynamo_backend="inductor" if options.torch_compile else None,
         log_with=options.report_to,
         project_dir=options.output_dir,
     )
@@ -37,4 +38,14 @@ def make_accelerator(options, compiled: bool = False) -> Accelerator:
         raise ScriptError(f"--report_to {missing.pop()}: its package is not installed; pip install it")
     if cpu and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ScriptError("FSDP needs an accelerator device; on the CPU use configs/accelerate_cpu.yaml")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ordnung").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
     return accelerator
+
+
+def summed(accelerator: Accelerator, values: torch.Tensor) -> list[float]:
+    """A vector's numbers, each summed over processes."""
+    return (values if accelerator.num_processes == 1 else accelerator.reduce(values.double(), "sum")).tolist()

@@ -71,19 +71,12 @@ def checkpoint_fault(folder: str | Path) -> str | None:
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is whole; warns of each that is not. None if the folder holds no checkpoint.
-
-    Raises:
-        ScriptError: there are checkpoints, and all are damaged.
-    """
-    folders = checkpoint_folders(output_dir)
-    for folder in reversed(folders):
+    """The newest checkpoint that is whole, if there is one; warns of each that is not."""
+    for folder in reversed(checkpoint_folders(output_dir)):
         fault = checkpoint_fault(folder)
         if fault is None:
             return folder
         logger.warning(f"skipping checkpoint {folder}: {fault}")
-    if folders:
-        raise ScriptError(f"every checkpoint in {output_dir} is damaged; --overwrite_output_dir starts again")
     return None
 
 
@@ -120,6 +113,8 @@ def find_checkpoint(output_dir: str | Path, resume_from: str | None, overwrite: 
         found = newest_checkpoint(output_dir)
         if found is not None:
             return found
+        if checkpoint_folders(output_dir):
+            raise ScriptError(f"every checkpoint in {output_dir} is damaged; --overwrite_output_dir starts again")
         if "run.yaml" in contents:
             logger.warning(f"{output_dir} holds a run that left no checkpoint yet: starting at step 0")
             return None
@@ -214,7 +209,8 @@ class CheckpointWriter:
     def _write_model(self, model, weights, folder: Path):
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         unwrapped.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     def _gather(self, value):
         gathered = [None] * self.accelerator.num_processes

@@ -6,6 +6,7 @@ import torch
 from transformers import get_scheduler
 
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.training.options import LoopOptions
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -26,24 +27,27 @@ def recompute_activations(model: torch.nn.Module):
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-def make_optimizer(model: torch.nn.Module, options, device: torch.device) -> torch.optim.AdamW:
-    """AdamW as the options of pretraining or fine-tuning set it."""
+def make_optimizer(model: torch.nn.Module, options: LoopOptions, device: torch.device) -> torch.optim.AdamW:
+    """AdamW as the options set it."""
+    # where the device has no fused one, and for plain AdamW, torch chooses as it does
+    fused = options.optim == "adamw_torch_fused" and device.type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW(
         parameter_groups(model, options.weight_decay),
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
-        fused=device.type == "cuda" or None,
+        fused=fused or None,
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, options, warmup_steps: int, max_steps: int, **kwargs):
-    """The learning rate's schedule; `kwargs` are those of `get_scheduler`.
+def make_scheduler(optimizer: torch.optim.Optimizer, options: LoopOptions, warmup_steps: int, max_steps: int):
+    """The learning rate's schedule.
 
     Raises:
         ScriptError: a schedule that needs other settings, or does not take those given.
     """
+    kind, settings = options.lr_scheduler_type, options.lr_scheduler_kwargs
     try:
-        return get_scheduler(options.lr_scheduler_type, optimizer, warmup_steps, max_steps, **kwargs)
+        return get_scheduler(kind, optimizer, warmup_steps, max_steps, scheduler_specific_kwargs=settings)
     except (TypeError, ValueError) as error:
-        raise ScriptError(f"--lr_scheduler_type {options.lr_scheduler_type}: {error}") from error
+        raise ScriptError(f"--lr_scheduler_type {kind}: {error}") from error

@@ -1,6 +1,9 @@
-"""What the options of several training programs share."""
+"""The options that all training programs share."""
 
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, required
 
 # The schedules of transformers' SchedulerType that need no further program. Not that class itself: it imports torch,
 # which --help does without.
@@ -16,3 +19,57 @@ Schedule = Literal[
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 ]
+
+
+@dataclass(kw_only=True)
+class LoopOptions:
+    """What the loop is told. A program derives its options from these, with other defaults by `other_default`.
+
+    Names follow transformers' TrainingArguments where it has one.
+    """
+
+    trust_remote_code: bool = option(False, "Run code that comes with a checkpoint or tokenizer.", section="model")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    torch_compile: bool = option(False, "Compile the model with torch.compile.")
+    mixed_precision: Literal["no", "bf16"] | None = option(None, "Default: what `accelerate launch` says, else no.")
+    use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
+
+    output_dir: str = required("Folder for what the program writes.", section="output")
+
+    per_device_train_batch_size: int = option(8, "Rows in a batch, per process.", least=1, section="optimisation")
+    per_device_eval_batch_size: int | None = option(None, "Default: per_device_train_batch_size.", least=1)
+    gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", least=1)
+    num_train_epochs: float = option(1.0, "Passes over the data, if max_steps is not given.", above=0)
+    max_steps: int | None = option(None, "Optimizer steps.", least=1)
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = option(
+        "adamw_torch_fused", "AdamW in one pass over the parameters, or operation by operation: the last bits differ."
+    )
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", least=0)
+    weight_decay: float = option(
+        0.1, "Not for biases, norms, other 1-D parameters and what the model exempts.", least=0
+    )
+    adam_beta1: float = option(0.9, "AdamW's beta 1.")
+    adam_beta2: float = option(0.95, "AdamW's beta 2.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: no clipping.", least=0)
+    lr_scheduler_type: Schedule = option("cosine", "Shape of the decay after the warm-up.")
+    lr_scheduler_kwargs: str | None = option(None, "Its further settings, e.g. min_lr_rate=0.1.", action=MergeKeyValues)
+    warmup_steps: float = option(0, "Steps of linear warm-up; below 1: share of all steps.", least=0)
+
+    logging_steps: int = option(
+        10, "Steps between two lines of metrics.jsonl.", least=1, section="logging, evaluation, checkpoints"
+    )
+    eval_steps: int | None = option(100, "Steps between evaluations; one more follows the last step.", least=1)
+    report_to: list[str] | None = option(None, "Trackers: trackio, tensorboard, wandb, ...")
+    run_name: str | None = option(None, "The run's name in the trackers; default: output_dir's name.")
+
+    not_recorded = ()  # options that do not change a run's outcome
+
+    def __post_init__(self):
+        check_bounds(self)
+        self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {}
+        self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    def record(self) -> dict[str, Any]:
+        """What a run's outcome depends on, as plain values that make it again when given as a --config file."""
+        return {name: value for name, value in asdict(self).items() if name not in self.not_recorded}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ordnung.modeling.registration import FAMILIES, HEADS, heads_of
+from ordnung.modeling.registration import HEADS, REGISTERED, heads_of, import_plugins
 
 # what the skip reason of an excluded test starts with
 EXCLUDED = "excluded: "
@@ -53,7 +53,7 @@ class Row:
     @property
     def classes(self) -> dict[str, str]:
         """Class name ending -> class name."""
-        prefix = FAMILIES[self.model_type][0]
+        prefix = REGISTERED[self.model_type].prefix
         return {head: prefix + head for head in self.heads}
 
 
@@ -81,6 +81,16 @@ ROWS = {
         "conv_lm",
         config={**MODERN, "kernel_size": 4, "layer_types": ["causal_conv", "full_attention"]},
         excluded=STATE_LAYERS,
+    ),
+    "conv_lm-bidirectional": Row(
+        "conv_lm",
+        heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
+        config={"is_decoder": False, "kernel_size": 5},
+        flags={"has_attentions": False},
+        excluded={
+            "test_model_rope_scaling_from_config_*": "A stack of convolutions has no rotary embedding to scale; these "
+            "tests go by the config field `rope_parameters`, which stacks with attention layers use."
+        },
     ),
     "cubic_prefix_lm": Row(
         "cubic_prefix_lm",
@@ -167,6 +177,18 @@ ROWS = {
             "row leaves their tokens, after the output was made: no gradient comes to that copy."
         },
     ),
+    "quadratic_kernel_lm": Row(
+        "quadratic_kernel_lm",
+        config={"head_dim": 4, "chunk_size": 4, "centering": "prefix", "sliding_window": 3},
+        flags={"has_attentions": False},
+        excluded=STATE_LAYERS,
+    ),
+    "quadratic_kernel_lm-modern": Row(
+        "quadratic_kernel_lm",
+        config={**MODERN, "chunk_size": 4},
+        flags={"has_attentions": False},
+        excluded=STATE_LAYERS,
+    ),
     "softmax_lm": Row("softmax_lm"),
     "softmax_lm-modern": Row("softmax_lm", config=MODERN),
     "softmax_lm-bidirectional": Row(
@@ -177,7 +199,27 @@ ROWS = {
 }
 
 
-def untested() -> list[str]:
+def default_rows(model_type: str) -> dict[str, Row]:
+    """What tests a family that has no rows of its own: each form of it as it comes."""
+    rows = {
+        model_type: Row(model_type, config={"is_decoder": True}, flags={"has_attentions": False}, excluded=STATE_LAYERS)
+    }
+    if REGISTERED[model_type].heads:  # those of encoders
+        rows[f"{model_type}-bidirectional"] = Row(
+            model_type,
+            heads=("Model", *REGISTERED[model_type].heads, *CLASSIFIERS),
+            config={"is_decoder": False},
+            flags={"has_attentions": False},
+        )
+    return rows
+
+
+def untested(rows: dict[str, Row]) -> list[str]:
     """Names of the registered classes that no row tests."""
-    tested = {name for row in ROWS.values() for name in row.classes.values()}
-    return sorted({name for family in FAMILIES for name in heads_of(family).values()} - tested)
+    tested = {name for row in rows.values() for name in row.classes.values()}
+    return sorted({name for family in REGISTERED for name in heads_of(family).values()} - tested)
+
+
+import_plugins()
+for family in [name for name in REGISTERED if name not in {row.model_type for row in ROWS.values()}]:
+    ROWS |= default_rows(family)

@@ -1,0 +1,114 @@
+"""The text of a linearization: rows of tokens to train and to measure on."""
+
+import datasets
+import numpy as np
+import torch
+
+from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.linearizing.options import LinearizeOptions
+from ordnung.scripts.pretraining import data as pretraining
+from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, PlacedBlocks, ShuffledBlocks
+
+# Documents of an encoder are tokenized in groups of so many.
+GROUP = 1000
+
+
+class Batches(BatchMaker):
+    """Turns blocks into what teacher and student take: `BatchMaker` with the texts of encoders left whole, or masked.
+
+    Batches have labels; for a causal model those are its tokens.
+    """
+
+    def __init__(self, options: LinearizeOptions, tokenizer, encoder: bool, separate: bool):
+        masked = encoder and options.mlm_probability > 0
+        share = options.mlm_probability if masked else 0
+        super().__init__("masked" if masked else "causal", tokenizer, separate, share, options.seed)
+
+
+def real_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, N), True for tokens that are no padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
+
+
+def documents_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, N), the number of each token's document in the batch; -1 at padding."""
+    real = real_tokens(batch)
+    begins = torch.zeros_like(real)
+    begins[:, 0] = True
+    if "position_ids" in batch:
+        begins |= batch["position_ids"] == 0
+    number = (begins & real).flatten().long().cumsum(0).view_as(begins) - 1
+    return number.masked_fill(~real, -1)
+
+
+def encoder_blocks(documents, tokenizer, block_size: int, several: bool) -> PlacedBlocks:
+    """Blocks of an encoder's documents: each with its special tokens, cut off at `block_size`.
+
+    Raises:
+        ScriptError: no text.
+    """
+    rows, texts = [], []
+
+    def encode():
+        rows.extend(
+            np.array(ids, dtype=np.int32)
+            for ids in tokenizer(texts, truncation=True, max_length=block_size, verbose=False)["input_ids"]
+        )
+        texts.clear()
+
+    for text in corpus.texts(documents):
+        texts.append(text)
+        if len(texts) == GROUP:
+            encode()
+    if texts:
+        encode()
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ScriptError("the text holds no document of two tokens or more; give more text")
+    return PlacedBlocks(rows, np.array([len(row) for row in rows]), block_size, True, several)
+
+
+def load_blocks(
+    options: LinearizeOptions, tokenizer, encoder: bool, several: bool
+) -> tuple[ShuffledBlocks, np.ndarray, np.ndarray]:
+    """The training blocks, and the held-out ones (n, block_size) with their lengths (n,).
+
+    Args:
+        several: a block may hold several documents, where they are kept apart.
+    Raises:
+        ScriptError: as `pretraining.data`; a text of less than a block.
+    """
+    train, held_out = pretraining.load_documents(options)
+    if held_out is None:
+        raise ScriptError("there is no held-out text: give --validation_file or --validation_fraction")
+    if not encoder:
+        several = several and options.respect_document_boundaries
+        blocks = pretraining.training_blocks(options, train, tokenizer, several)
+        rest = pretraining.held_out_blocks(options, held_out, tokenizer, several)
+        return blocks, rest.blocks, rest.lengths
+    placed = encoder_blocks(train, tokenizer, options.block_size, several)
+    rest = encoder_blocks(held_out, tokenizer, options.block_size, several)
+    some = np.arange(len(rest))[: options.max_eval_blocks]
+    return ShuffledBlocks(placed, placed.lengths, options.seed), rest[some], rest.lengths[some]
+
+
+def load_pairs(path: str) -> datasets.Dataset:
+    """Pairs of texts: columns sentence1, sentence2 and label.
+
+    Raises:
+        ScriptError: no such file, or other columns.
+    """
+    files = corpus.find_files([path], "similarity_file")
+    kind, settings = corpus.file_reader(files, "similarity_file")
+    if kind == "text":
+        raise ScriptError(f"--similarity_file {path}: give .parquet, .jsonl, .csv or .tsv, with columns")
+    pairs = datasets.load_dataset(kind, data_files={"train": files}, **settings)["train"]
+    missing = {"sentence1", "sentence2", "label"} - set(pairs.column_names)
+    if missing:
+        raise ScriptError(f"--similarity_file {path} has no column {min(missing)!r}, only {pairs.column_names}")
+    return pairs
+
+
+__all__ = ["IGNORED", "Batches", "documents_of", "encoder_blocks", "load_blocks", "load_pairs", "real_tokens"]

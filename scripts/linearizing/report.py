@@ -1,0 +1,241 @@
+"""What a linearization leaves behind: results, a picture, a card, and the table it prints."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ordnung.scripts.common.files import write_text
+from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.hub.model_card import Subject, head_of, make_card
+from ordnung.scripts.linearizing import measure
+
+RESULTS, PICTURE, CARD = "linearize_results.json", "linearize.png", "README.md"
+FROM = (0, 256, 512, 1024)  # positions from which losses are told
+PROMPT, WRITTEN = 24, 48  # tokens of held-out text that a decoder goes on from, and that it writes
+
+
+def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
+    """Everything that was measured; `run` is the finished `Linearization`."""
+    options, pair, before = run.options, run.pair, run.before
+    student, teacher = pair.student, pair.teacher
+    made = {
+        "model_type": student.config.model_type,
+        "base_model": None if Path(options.source).exists() else options.source,
+        "source": Path(options.source).name,
+        "gguf_file": options.gguf_file,
+        "teacher_fingerprint": pair.fingerprint,
+        "encoder": pair.encoder,
+        "config_overrides": options.config_overrides,
+        "layer_types": student.config.layer_types,
+        "keep_attention": options.keep_attention,
+        "replaced_alone": before.get("replaced_alone"),
+        "data": options.train_file or [options.dataset_name, options.dataset_config_name],
+        "held_out": {"data": options.validation_file or "a part of it", "tokens": run.held_out_tokens},
+        "block_size": options.block_size,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
+        "stages": {
+            name: {"steps": getattr(options, f"{name}_steps"), "seconds": run.seconds.get(name, 0.0)}
+            for name in ("transfer", "distill")
+        },
+        "tokens": run.tokens,
+        "seconds": sum(run.seconds.values()),
+        "seed": options.seed,
+        "num_processes": run.accelerator.num_processes,
+        "mixed_precision": run.accelerator.mixed_precision,
+        "converted": {"floor": before["floor"], "student": before["student"]},
+        "teacher": after.get("teacher"),
+        "student": after["student"],
+        "floor": after["floor"],
+        "layers": {"converted": before["layers"], "student": layers},
+        "curve": run.curve,
+        "state_bytes": {"student": measure.state_bytes(student), "teacher": measure.state_bytes(teacher)},
+        "options": options.record(),
+        "machine": machine_info(),
+    }
+    if not pair.encoder:
+        made["decoding"] = measure.decode_times(pair, run.held_out_text, options.decode_lengths)
+        made["text"] = _written(run)
+    made["recovered"] = {str(start): share(made, start) for start in FROM}
+    made["eval_results"] = _eval_results(made)
+    made["sections"] = {"Linearized": text(made)}
+    return made
+
+
+def _written(run) -> dict[str, str]:
+    ids = torch.from_numpy(run.held_out_text[None, :PROMPT].astype(np.int64)).to(run.pair.student.device)
+    written = {"prompt": run.tokenizer.decode(ids[0])}
+    for name, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=WRITTEN, do_sample=False)
+        written[name] = run.tokenizer.decode(made[0, ids.shape[1] :])
+    return written
+
+
+def share(results: dict[str, Any], start: int = 0) -> float | None:
+    """The part of what conversion lost that training won back, on tokens from a position on; None if not known.
+
+    For an encoder that of the way from no mixing to the teacher in telling similar texts.
+    """
+    if results["encoder"]:
+        if start or "similarity" not in results["student"]:
+            return None
+        floor, teacher = results["converted"]["floor"]["similarity"], results["teacher"]["similarity"]
+        return (results["student"]["similarity"] - floor) / (teacher - floor)
+    lost, left = (
+        _difference(found, results["teacher"], start) for found in (results["converted"]["student"], results["student"])
+    )
+    return None if not lost else 1 - left / lost
+
+
+def _difference(ours: dict, theirs: dict, start: int) -> float | None:
+    ours, theirs = measure.loss_from(ours, start), measure.loss_from(theirs, start)
+    return None if ours is None else ours - theirs
+
+
+def _eval_results(made: dict[str, Any]) -> list[dict]:
+    shared = {"dataset_type": "text", "dataset_name": "held-out text", "dataset_split": "held-out text"}
+    if made["encoder"]:
+        task, values = "feature-extraction", {"relative error of states": made["student"]["loss"]}
+    else:
+        student = made["student"]
+        task, values = "text-generation", {"loss": student["loss"], "top-token agreement": student["agreement"]}
+    return [
+        {**shared, "task_type": task, "metric_type": name.replace(" ", "_"), "metric_name": name, "metric_value": value}
+        for name, value in values.items()
+    ]
+
+
+def text(made: dict[str, Any]) -> str:
+    """What was made of what, and what was lost where, as Markdown."""
+    kept = [i for i, kind in enumerate(made["layer_types"]) if kind == "full_attention"]
+    head = (
+        f"A {made['model_type']} made of `{made['source']}` by replacing the attention of "
+        f"{len(made['layer_types']) - len(kept)} of {len(made['layer_types'])} layers"
+        + (f" (full attention stays in {', '.join(map(str, kept))})" if kept else "")
+        + f" and training on {made['tokens']:,} tokens ({made['seconds']:,.0f} s)."
+    )
+    rows = {
+        "teacher": made["teacher"],
+        "student": made["student"],
+        "as converted": made["converted"]["student"],
+        "converted, no mixing in replaced layers (floor)": made["converted"]["floor"],
+        "student, no mixing in replaced layers": made["floor"],
+    }
+    if made["encoder"]:
+        table = _encoder_table(rows)
+    else:
+        table = _decoder_table(rows)
+    parts = [head, table]
+    ratio = share(made)
+    if ratio is not None and made["encoder"]:
+        parts.append(f"Of the way from no mixing to the teacher the student has come {100 * ratio:.0f} %.")
+    elif ratio is not None:
+        parts.append(f"Of what conversion lost, training won back {100 * ratio:.0f} %.")
+    worst = sorted(made["layers"]["student"], key=lambda layer: -layer["relative_error"])
+    parts.append(
+        "Layer by layer, on the teacher's inputs: the new mixers' error over the variance of the attention's output, "
+        "and cosine.\n\n" + _layer_table(made)
+    )
+    parts.append(f"Most is lost in layer {worst[0]['layer']}.")
+    if not made["encoder"]:
+        parts.append(_cost_tables(made))
+    return "\n\n".join(parts)
+
+
+def _decoder_table(rows: dict[str, dict]) -> str:
+    starts = [start for start in FROM if measure.loss_from(rows["student"], start) is not None]
+    header = [
+        "nats per token, by position",
+        "all",
+        *(f"from {start}" for start in starts[1:]),
+        "top token as teacher's",
+    ]
+    body = []
+    for name, found in rows.items():
+        losses = [f"{measure.loss_from(found, start):.3f}" for start in starts]
+        body.append([name, *losses, f"{100 * found['agreement']:.1f} %" if "agreement" in found else ""])
+    return markdown_table(header, body)
+
+
+def _encoder_table(rows: dict[str, dict]) -> str:
+    header = ["last states", "error over the teacher's variance", "cosine of mean states", "similarity (Spearman)"]
+    body = []
+    for name, found in rows.items():
+        cells = [f"{found[key]:.4f}" if found and key in found else "" for key in ("loss", "cosine", "similarity")]
+        body.append([name, *cells])
+    return markdown_table(header, body)
+
+
+def _layer_table(made: dict[str, Any]) -> str:
+    body = [
+        [str(ours["layer"]), f"{first['relative_error']:.3f}", f"{first['cosine']:.3f}"]
+        + [f"{ours['relative_error']:.3f}", f"{ours['cosine']:.3f}"]
+        for first, ours in zip(made["layers"]["converted"], made["layers"]["student"])
+    ]
+    return markdown_table(["layer", "error as converted", "cosine", "error of the student", "cosine"], body)
+
+
+def _cost_tables(made: dict[str, Any]) -> str:
+    states = made["state_bytes"]
+    body = [
+        [f"{int(length):,}", *(f"{states[name][length] / 2**20:,.2f}" for name in ("student", "teacher"))]
+        for length in states["student"]
+        if length in states["teacher"]
+    ]
+    tables = [markdown_table(["tokens", "state of the student, MiB", "of the teacher"], body)]
+    lengths = list(dict.fromkeys(row["tokens"] for row in made["decoding"]))
+    times = {(row["model"], row["tokens"]): 1000 * row["token_seconds"] for row in made["decoding"]}
+    body = [[f"{n:,}", *(f"{times[name, n]:,.1f}" for name in DECODERS)] for n in lengths]
+    if body:
+        header = ["tokens before", "student, ms a token", "teacher", "teacher, static cache"]
+        tables.append(markdown_table(header, body))
+    return "\n\n".join(tables)
+
+
+DECODERS = ("student", "teacher", "teacher_static_cache")
+
+
+def draw(made: dict[str, Any], image: str | Path):
+    """Draw loss against position, and against tokens trained."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    if made["encoder"]:
+        found = made["layers"]
+        for name, color in (("converted", "C1"), ("student", "C0")):
+            layers = [layer["layer"] for layer in found[name]]
+            left.plot(layers, [layer["relative_error"] for layer in found[name]], f"{color}o-", label=name)
+        left.set(xlabel="layer", ylabel="error of the mixer's output over its variance")
+    else:
+        lines = {"teacher": made["teacher"], "student": made["student"], "as converted": made["converted"]["student"]}
+        for name, found in lines.items():
+            buckets = found["loss_by_position"]
+            middles = [np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets]
+            left.plot(middles, [bucket["loss"] for bucket in buckets], marker="o", label=name)
+        left.set(xlabel="position in the text (tokens)", ylabel="loss (nats per token)", xscale="log")
+    for stage, color in (("transfer", "C2"), ("distill", "C0")):
+        points = [point for point in made["curve"] if point["stage"] == stage]
+        if points:
+            tokens = [point["tokens"] for point in points]
+            right.plot(tokens, [point["loss"] for point in points], f"{color}o-", label=stage)
+    if not made["encoder"]:
+        right.axhline(made["teacher"]["loss"], color="0.5", linestyle="--", label="teacher")
+    right.set(xlabel="tokens trained on", ylabel="held-out loss")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(image, dpi=130)
+    plt.close(figure)
+
+
+def write_card(made: dict[str, Any], student, folder: Path):
+    """A README.md for the folder: the card that sharing would write, for a checkpoint that is not shared yet."""
+    name = folder.resolve().name
+    subject = Subject(name, head_of(type(student).__name__), model=student, results=made, has_run_file=True)
+    write_text(folder / CARD, str(make_card(subject)))

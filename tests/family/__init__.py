@@ -1,0 +1,1 @@
+"""The tests that every family passes, by theme; `family_tester.FamilyTester` has them all."""
