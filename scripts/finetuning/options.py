@@ -1,10 +1,10 @@
-"""The options of finetune.py."""
+"""The options of finetune.py and predict.py."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.options import MergeKeyValues, option, other_default, required
+from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, other_default, required
 from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
 from ordnung.scripts.training.options import LoopOptions, Schedule
@@ -143,3 +143,35 @@ class FinetuneOptions(LoopOptions, HubOptions):
 
 
 OWN_DATA = ("train_file", "validation_file", "test_file", "text_column", "label_column", "task", "problem_type")
+
+
+@dataclass(kw_only=True)
+class PredictOptions:
+    """The options of predict.py."""
+
+    model_name_or_path: str = required("Fine-tuned checkpoint: folder or Hub name.", section="model")
+    tokenizer_name: str | None = option(None, "Default: model_name_or_path.")
+    pad_token: str | None = option(None, "Token to pad with, for a tokenizer that names none.")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Of the weights.")
+    use_cpu: bool = option(False, "Stay on the CPU even where there is an accelerator.")
+    file: list[str] = required("CSV, TSV, JSON lines or Parquet of one kind.", section="data")
+    text_column: list[str] | None = option(None, "Column of the text, or the two of a pair; guessed where it is plain.")
+    max_length: int | None = option(None, "Tokens of a text; default: as in training.", least=4)
+    truncation: Literal["head", "tail", "head_tail"] = option("head", "What is kept of a longer text, as in training.")
+    per_device_eval_batch_size: int = option(64, "Rows in a batch.", least=1)
+    output: str = required("File to write: .csv, .tsv or .jsonl.", section="output")
+    top_k: int = option(1, "So many classes, the likeliest first; at most so many labels, if above 1.", least=1)
+    threshold: float | None = option(
+        None,
+        "Probability from which on a label is predicted; default: 0.5 of several labels, 0 of classes.",
+        least=0,
+        most=1,
+    )
+    no_answer: bool = option(False, "Questions may have no answer in their context.")
+    overwrite: bool = option(False, "Replace an output that is there already.")
+
+    def __post_init__(self):
+        check_bounds(self)
+        if not self.output.endswith((".csv", ".tsv", ".jsonl")):
+            raise ScriptError(f"--output {self.output}: name a file that ends in .csv, .tsv or .jsonl")

@@ -5,12 +5,13 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from scipy.special import expit, softmax
@@ -227,6 +228,17 @@ def pieces(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
         yield piece
 
 
+def label(rows: datasets.IterableDataset, predictor: Predictor, writer: Writer, stop: Callable[[], Any] = bool):
+    """Predict and write the rows that were not written yet, until `stop` says so after a piece."""
+    size = predictor.options.per_device_eval_batch_size * BATCHES_PER_PIECE
+    with tqdm(initial=writer.rows, unit="row", desc="predicting") as bar:
+        for piece in pieces(rows.skip(writer.rows) if writer.rows else rows, size):
+            writer.write(predictor(piece))
+            bar.update(len(piece))
+            if stop():
+                return
+
+
 def run(options) -> int:
     """Predict by predict.py's options; returns the exit status: 0, or 128 + the number of the signal that stopped it.
 
@@ -252,14 +264,11 @@ def run(options) -> int:
         [path.name, path.stat().st_mtime_ns] for path in sorted(Path(options.model_name_or_path).glob("*.safetensors"))
     ]
     writer = Writer(options.output, {**asdict(options), "overwrite": None, "files": files, "weights": weights})
-    size = options.per_device_eval_batch_size * BATCHES_PER_PIECE
-    with StopSignals(False) as signals, tqdm(initial=writer.rows, unit="row", desc="predicting") as bar:
-        for piece in pieces(rows.skip(writer.rows) if writer.rows else rows, size):
-            writer.write(predictor(piece))
-            bar.update(len(piece))
-            if signals.received:
-                logger.warning(f"told to stop after row {writer.rows:,}; {how_to_go_on(False)}")
-                return 128 + signals.received
+    with StopSignals(False) as signals:
+        label(rows, predictor, writer, lambda: signals.received)
+        if signals.received:
+            logger.warning(f"told to stop after row {writer.rows:,}; {how_to_go_on(False)}")
+            return 128 + signals.received
     if not writer.rows:
         raise ScriptError(f"--file {', '.join(options.file)}: there is no row")
     writer.close()
