@@ -15,6 +15,7 @@ from ordnung.scripts.common.errors import ScriptError, closest, run_script
 GROUPS = {
     "train": {"pretrain": "pretrain", "finetune": "finetune", "convert": "convert", "linearize": "linearize"},
     "use": {
+        "predict": "predict",
         "generate": "generate",
         "evaluate": "evaluate_lm",
         "plot-loss": "plot_loss",

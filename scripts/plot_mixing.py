@@ -2,10 +2,12 @@
 
     ordnung plot-mixing --model_name_or_path out/demo --text "Call me Ishmael." --output_dir out/mixing
 
-`mixing.png` shows the weights of every head of every layer: softmax weights, a convolution's Toeplitz matrix, weights
-of slots. `spectrum.png` shows the share of the sum of singular values that the first ones hold, as figure 1 of the
-Linformer paper (Wang et al. 2020, arXiv 2006.04768), `spectrum.json` the figures at one rank. BERT, RoBERTa and GPT-2
-checkpoints are drawn as the softmax models that they are.
+`mixing.png` (of further texts `mixing_2.png`, ...) shows the weights of every head of every layer: softmax weights, a
+convolution's Toeplitz matrix, weights of slots; of a fine-tuned classifier also what it says of the text. `kernels.png`
+shows a convolution's weights by lag, as their matrices look alike. `spectrum.png` shows the share of the sum of
+singular values that the first ones hold, as figure 1 of the Linformer paper (Wang et al. 2020, arXiv 2006.04768),
+`spectrum.json` the figures at one rank. BERT, RoBERTa and GPT-2 checkpoints are drawn as the softmax models that they
+are.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from ordnung.scripts.common.options import check_bounds, option, parse_options, 
 @dataclass(kw_only=True)
 class MixingOptions:
     model_name_or_path: str = required("Checkpoint: folder or Hub name.", section="model")
-    text: str | None = option(None, "The text.", section="data")
+    text: list[str] | None = option(None, "The text, or several: a picture of each.", section="data")
     text_file: str | None = option(None, "Or a file with the text.")
     max_length: int = option(512, "Tokens of it to use.", least=1)
     rank: int | None = option(None, "Rank of the figures; default: a quarter of the tokens.", least=1)

@@ -35,6 +35,7 @@ class PushOptions:
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
     options = parse_options(PushOptions, argv, __doc__)
+    from ordnung.scripts.common.models import best_run
     from ordnung.scripts.hub import sharing
 
     logging.basicConfig(format="%(message)s")
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         language=options.language,
         token=options.token,
     )
-    checkpoint = Path(options.model_name_or_path)
+    checkpoint = Path(best_run(options.model_name_or_path))
     if options.dry_run:
         target = sharing.with_namespace(target, "your-name")
         sharing.show(sharing.write_folder(checkpoint, target, options.results), target)

@@ -256,6 +256,22 @@ def test_accumulation_changes_nothing(run_task):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("model", ["conv", "softmax"])
+def test_packed_rows_change_nothing(run_task, tasks, model):
+    options = {"model_name_or_path": tasks / model, "max_steps": 3, "gradient_accumulation_steps": 2}
+    packed = run_task("mrpc", "packed", packing=True, **options) / "mrpc/seed-0"
+    padded = run_task("mrpc", "padded", **options) / "mrpc/seed-0"
+    assert metrics(packed) == pytest.approx(metrics(padded), rel=1e-4)
+    a, b = weights(packed), weights(padded)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_packing_is_for_our_models(run_task, bert):
+    with pytest.raises(ScriptError, match="--packing: bert does not keep the examples of a row apart"):
+        run_task("rte", model_name_or_path=bert, ignore_mismatched_sizes=True, packing=True)
+
+
 # Fine-tunes where the model is sharded. Each evaluation seems worse than those before, so that the first is the best.
 SHARDED = """
 from ordnung.scripts import finetune as program
@@ -341,7 +357,14 @@ def test_the_benchmark_runs(tasks, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = ["--model_name_or_path", tasks / "conv", "--dataset_path", tasks, "--task_name", "rte", "--steps", 2]
     argv += ["--rounds", 2, "--per_device_train_batch_size", 8, "--output_file", tmp_path / "bench.json", "--use_cpu"]
+    argv += ["--recipes", "group_by_length", "packing", "bf16", "--predict_rows", 20]
     assert bench_finetune.main(list(map(str, argv))) == 0
     measured = json.loads((tmp_path / "bench.json").read_text())
     assert len(measured["ratios"]) == 2 and min(measured["ratios"]) > 0
     assert min(measured["examples_per_second"].values()) > 0
+    assert {name: len(recipe["each"]) for name, recipe in measured["recipes"].items()} == {
+        "group_by_length": 2,
+        "packing": 2,
+        "bf16": 2,
+    }
+    assert measured["predict"]["rows"] == 20 and len(measured["predict"]["ratios"]) == 2

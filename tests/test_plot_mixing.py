@@ -2,11 +2,13 @@
 
 import json
 
+import datasets
+import own_data
 import pytest
 import torch
 import transformers
 from family_tester import VOCAB, FamilyTester, masked_batch
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel, set_seed
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, pipeline, set_seed
 
 import ordnung  # noqa: F401
 from ordnung.scripts import plot_mixing
@@ -128,9 +130,43 @@ def test_program_draws_and_writes_figures(name, layers, heads, checkpoint, tmp_p
     assert all(len(row["heads"]) == heads and 0 < row["least"] <= row["mean"] <= 1 for row in figures["layers"])
     if name == "hybrid":
         assert [row["layer_type"] for row in figures["layers"]] == ["causal_conv", "full_attention", "causal_conv"]
-    for image in ("mixing.png", "spectrum.png"):
+    assert (tmp_path / "out" / "kernels.png").exists() == (name == "hybrid")
+    for image in ("mixing.png", "spectrum.png", *(["kernels.png"] if name == "hybrid" else [])):
         assert (tmp_path / "out" / image).read_bytes()[:4] == b"\x89PNG"
     assert "at rank 2 of 8 tokens" in capsys.readouterr().out
+
+
+def test_kernels_are_the_mixers_weights_by_lag():
+    model = make("conv_lm", **HYBRID)
+    with torch.no_grad():
+        for number in (0, 2):
+            model.layers[number].mixer.kernel_logits.normal_()
+    found = mixing.kernels(model)
+    assert list(found) == ["0: causal_conv", "2: causal_conv"]
+    weights = mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))[2]  # (H, 9, 9)
+    torch.testing.assert_close(found["2: causal_conv"].flip(1), weights[:, 8, 4:], check_dtype=False)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_classifier_is_drawn_on_given_texts(adapted, tmp_path, monkeypatch, capsys):
+    """By the folder of its runs; an adapter with what it learned."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    train = own_data.write_csv(tmp_path / "tickets.csv", own_data.tickets(60, 0))
+    model = own_data.write_model(tmp_path / "model")
+    folder = own_data.tune(model, train, tmp_path / "out", max_steps=3, use_peft=adapted)
+    titles, draw = [], mixing.draw_weights
+    monkeypatch.setattr(mixing, "draw_weights", lambda *given: titles.append(given[3]) or draw(*given))
+    texts = ["my invoice is paid", "hello we on today"]
+    words = ["--model_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "drawn"), "--text", *texts]
+    assert plot_mixing.main(words) == 0
+    said = pipeline("text-classification", model=str(folder), device="cpu")(texts)
+    assert titles == [f"{folder}: {text} → {each['label']} {each['score']:.2f}" for text, each in zip(texts, said)]
+    assert (tmp_path / "drawn/mixing_2.png").read_bytes()[:4] == b"\x89PNG"
+    if not adapted:
+        base = AutoModel.from_pretrained(folder, attn_implementation="eager")
+        ids = AutoTokenizer.from_pretrained(folder)(texts[0], return_tensors="pt")["input_ids"]
+        drawn = mixing.mixing_weights(mixing.load(str(folder))[0], ids)
+        torch.testing.assert_close(drawn, mixing.mixing_weights(base, ids))
 
 
 def test_program_refuses_in_words(checkpoint, tmp_path, tokenizer):

@@ -1,23 +1,29 @@
 """The fine-tuning loop against a bare accelerate loop around the same model."""
 
+import csv
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
 from ordnung.scripts.benchmarks.measure import in_turns, timed
+from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
-from ordnung.scripts.finetuning.data import prepare_tokenizer
+from ordnung.scripts.common.rows import load_rows
+from ordnung.scripts.finetuning.data import load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.model import build_model
-from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.options import FinetuneOptions, PredictOptions
+from ordnung.scripts.finetuning.predicting import Predictor, Writer, label, pieces
 from ordnung.scripts.finetuning.run import Finetuning, prepare_task
-from ordnung.scripts.finetuning.tasks import choose_tasks
+from ordnung.scripts.finetuning.tasks import Task, choose_tasks
 from ordnung.scripts.training.accelerator import make_accelerator
 
 
@@ -49,41 +55,127 @@ def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: l
     return take
 
 
+RECIPES = {
+    "group_by_length": {"group_by_length": True},
+    "packing": {"packing": True},
+    "bf16": {"mixed_precision": "bf16"},
+    "torch_compile": {"torch_compile": True},
+}
+
+
+class Recipe:
+    """The fine-tuning loop by some options, ready to take `steps` steps again and again."""
+
+    def __init__(self, task: Task, options: FinetuneOptions, folder: Path, steps: int):
+        AcceleratorState._reset_state()  # each has a precision and a compiler of its own
+        self.options, self.accelerator = options, make_accelerator(options)
+        self.tokenizer = prepare_tokenizer(options)
+        self.data = prepare_task(task, options, self.tokenizer)
+        self.job = Finetuning(self.accelerator, options, self.data, self.tokenizer, 0, folder)
+        self.job.max_steps, self.job.eval_steps, self.job.save_steps = steps, None, None
+        self.rows = [self.job.rows(step) for step in range(steps)]
+
+    def __call__(self):
+        self.job.loop.step = 0
+        self.job.loop.run()
+
+
+def predicting_loops(recipe: Recipe, task: Task, rows: int, folder: Path) -> dict[str, Callable]:
+    """`ordnung predict` and a plain loop, which write the labels of the same rows."""
+    texts = load_splits(task, recipe.options)["train"].select_columns(list(task.columns))
+    file = folder / "rows.csv"
+    texts.select(range(min(rows, len(texts)))).to_csv(str(file))
+    options = PredictOptions(
+        model_name_or_path=recipe.options.model_name_or_path,
+        file=[str(file)],
+        output=str(folder / "ours.csv"),
+        max_length=recipe.data.max_length,
+        use_cpu=recipe.options.use_cpu,
+    )
+    model, tokenizer = recipe.accelerator.unwrap_model(recipe.job.loop.model), recipe.tokenizer
+    predictor = Predictor(options, model, tokenizer, task.head, task.columns)
+
+    def ours():
+        model.eval()
+        writer = Writer(options.output, {})
+        label(load_rows([str(file)], "file", streaming=True), predictor, writer)
+        writer.close()
+
+    @torch.no_grad()
+    def bare():
+        model.eval()
+        with (
+            open(file, encoding="utf-8", newline="") as source,
+            open(folder / "bare.csv", "w", encoding="utf-8") as out,
+        ):
+            reader = csv.DictReader(source)
+            writer = csv.DictWriter(out, [*task.columns, "label", "probability"])
+            writer.writeheader()
+            for batch in pieces(reader, options.per_device_eval_batch_size):
+                columns = ([row[name] for row in batch] for name in task.columns)
+                shape = {"padding": True, "truncation": True, "max_length": recipe.data.max_length}
+                inputs = tokenizer(*columns, **shape, return_tensors="pt", return_token_type_ids=False)
+                inputs = {name: value.to(recipe.accelerator.device) for name, value in inputs.items()}
+                shares = model(**inputs, **recipe.job.constants).logits.float().softmax(-1).cpu()
+                for row, (share, number) in zip(batch, zip(*shares.max(-1))):
+                    writer.writerow({**row, "label": model.config.id2label[int(number)], "probability": float(share)})
+
+    return {"predict": ours, "bare_predict": bare}
+
+
 def run(bench) -> int:
-    """Time both loops by bench_finetune.py's options and write the results; returns the exit status."""
+    """Time the loops by bench_finetune.py's options and write the results; returns the exit status."""
     (task,) = choose_tasks([bench.task_name])
+    unknown = next((name for name in bench.recipes or [] if name not in RECIPES), None)
+    if unknown:
+        raise ScriptError(f"--recipes {unknown}: there are {', '.join(RECIPES)}{closest(unknown, RECIPES)}")
     with tempfile.TemporaryDirectory() as folder:
         names = ("model_name_or_path", "dataset_path", "max_length", "per_device_train_batch_size", "use_cpu")
         shared = {name: getattr(bench, name) for name in names}
-        options = FinetuneOptions(output_dir=folder, task_name=[task.name], max_steps=10**6, **shared)
-        accelerator = make_accelerator(options)
-        tokenizer = prepare_tokenizer(options)
-        data = prepare_task(task, options, tokenizer)
-        finetuning = Finetuning(accelerator, options, data, tokenizer, 0, Path(folder) / "run")
-        bare = bare_loop(accelerator, options, data, tokenizer, [finetuning.rows(step) for step in range(bench.steps)])
-
-        finetuning.max_steps, finetuning.eval_steps, finetuning.save_steps = bench.steps, None, None
-
-        def ours():
-            finetuning.loop.step = 0
-            finetuning.loop.run()
-
-        device = accelerator.device.type
-        loops = {name: partial(timed, loop, device=device) for name, loop in (("ours", ours), ("bare", bare))}
+        recipes = {}
+        for name in ("ours", *(bench.recipes or [])):
+            options = FinetuneOptions(
+                output_dir=folder, task_name=[task.name], max_steps=10**6, **shared, **RECIPES.get(name, {})
+            )
+            recipes[name] = Recipe(task, options, Path(folder) / name, bench.steps)
+            if name == "ours":
+                plain = recipes[name]
+                bare = bare_loop(plain.accelerator, options, plain.data, plain.tokenizer, plain.rows)
+        training = {**recipes, "bare": bare}
+        predicting = predicting_loops(plain, task, bench.predict_rows, Path(folder)) if bench.predict_rows else {}
+        device = plain.accelerator.device.type
+        loops = {name: partial(timed, loop, device=device) for name, loop in {**training, **predicting}.items()}
         seconds = in_turns(loops, bench.rounds)
-    ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare"])]
-    examples = sum(len(finetuning.rows(step)) for step in range(bench.steps))
+        predicted = min(bench.predict_rows, len(plain.data.train))
+    examples = {name: sum(map(len, recipe.rows)) for name, recipe in recipes.items()}
+    examples |= {"bare": examples["ours"], "predict": predicted, "bare_predict": predicted}
+
+    def ratios(name: str, other: str) -> list[float]:
+        """Time of an example by one loop over that by another, by round."""
+        scale = examples[other] / examples[name]
+        return [scale * a / b for a, b in zip(seconds[name], seconds[other])]
+
+    of_bare, others = ratios("ours", "bare"), bench.recipes or []
     results = {
         "model": bench.model_name_or_path,
         "task": task.name,
-        "ratio": median(ratios),
-        "ratios": ratios,
-        "examples_per_second": {name: examples / median(times) for name, times in seconds.items()},
+        "ratio": median(of_bare),
+        "ratios": of_bare,
+        "examples_per_second": {name: examples[name] / median(times) for name, times in seconds.items()},
         "steps": bench.steps,
+        "rows_a_step": bench.per_device_train_batch_size,
+        "recipes": {name: {"of_ours": median(each := ratios(name, "ours")), "each": each} for name in others},
         "machine": machine_info(),
     }
+    lines = [("ours", "bare", of_bare)] + [(name, "ours", ratios(name, "ours")) for name in others]
+    if predicting:
+        results["predict"] = {"ratio": median(each := ratios("predict", "bare_predict")), "ratios": each}
+        results["predict"]["rows"] = predicted
+        lines.append(("predict", "bare_predict", each))
+    for name, other, each in lines:
+        print(f"time of {name} / {other}: {median(each):.3f} ({min(each):.3f} to {max(each):.3f})")
     speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in results["examples_per_second"].items())
-    print(f"time of ours / bare: {results['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); examples/s: {speeds}")
+    print(f"examples/s: {speeds}")
     if bench.output_file:
         write_json(bench.output_file, results)
     return 0

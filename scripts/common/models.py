@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ordnung.modeling.registration import REGISTERED
 from ordnung.scripts.common.errors import ScriptError, closest
+from ordnung.scripts.common.files import read_json
 
 
 def build_config(
@@ -96,3 +97,22 @@ def check_folder(name):
         raise ScriptError(f"{name} is a file: give the checkpoint's folder")
     elif len(path.parts) > 2 or name.startswith((".", "~")) or (len(path.parts) == 2 and path.parent.is_dir()):
         raise ScriptError(f"no such checkpoint folder: {name}")
+
+
+def best_run(name: str) -> str:
+    """The folder of the best run in a folder of fine-tuning runs on one task; any other name as it is.
+
+    Raises:
+        ScriptError: runs on several tasks.
+    """
+    path = Path(name) / "results.json"
+    if not path.is_file() or (Path(name) / "config.json").is_file():
+        return name
+    tasks = read_json(path).get("tasks", {})
+    if len(tasks) > 1:
+        runs = ", ".join(str(Path(name) / task["runs"][0]) for task in tasks.values())
+        raise ScriptError(f"{name} holds runs on {', '.join(tasks)}: name one of {runs}")
+    for task in tasks.values():
+        values = task["score"]["values"]
+        return str(Path(name) / task["runs"][values.index(max(values))])
+    return name

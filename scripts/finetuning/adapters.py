@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ordnung.scripts.common.files import write_json
@@ -41,11 +41,10 @@ def write_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         for path in Path(name).glob("*.py"):  # code that the config refers to
             shutil.copy(path, base)
     else:
-        copied = AutoModelForSequenceClassification.from_pretrained(
+        copied = type(model).from_pretrained(
             name,
             config=copy.deepcopy(model.config),
             dtype=torch.float32,
-            trust_remote_code=options.trust_remote_code,
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
         )
         copied.save_pretrained(base)

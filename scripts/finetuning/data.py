@@ -8,8 +8,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
-from tokenizers import processors
+from tokenizers import Encoding, processors
 from transformers import PreTrainedTokenizerBase
 
 from ordnung.scripts.common import corpus
@@ -29,6 +30,8 @@ def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Data
         ScriptError: data that cannot be read, no such split or column, an empty split, a label out of range, no text.
     """
     needed = ("train", *task.evaluation)
+    if task.splits:
+        return _sample(dict(task.splits), options)
     if options.dataset_path:
         source, found = _load_folder(Path(options.dataset_path), task)
     else:
@@ -53,6 +56,11 @@ def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Data
         _check(data, f"{source} ({split})", task, labelled)
         used = [*task.columns, "idx", *(["label"] if labelled else [])]
         splits[split] = data.select_columns([name for name in used if name in data.column_names])
+    return _sample(splits, options)
+
+
+def _sample(splits: dict[str, datasets.Dataset], options: FinetuneOptions) -> dict[str, datasets.Dataset]:
+    """The splits with so many training rows as are wanted."""
     if options.max_train_samples is not None:
         # at random, as IMDB's rows come sorted by label; the same whatever the seed of a run
         order = np.random.default_rng(0).permutation(len(splits["train"]))
@@ -117,11 +125,8 @@ def _check(data: datasets.Dataset, source: str, task: Task, labelled: bool):
             raise ScriptError(f"{source}, row {row}: label {label!r} is none of {meaning}{cure}")
 
 
-def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer, fit for classification: it pads, and it closes and separates texts.
-
-    A tokenizer that adds no special token at all, as those of causal models do, would join the texts of a pair without
-    a trace. It gets a template with its end-of-text token around and between the texts, which it is saved with.
+def load_fast_tokenizer(options) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, if it can cut and pad.
 
     Raises:
         ScriptError: no tokenizer, none of the fast kind, no token to pad with.
@@ -140,6 +145,19 @@ def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
             f"the tokenizer {name} has no pad token, which batches need: name one of its tokens by --pad_token"
             + (f" '{end}'" if end else "")
         )
+    return tokenizer
+
+
+def prepare_tokenizer(options: FinetuneOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer, fit for classification: it pads, and it closes and separates texts.
+
+    A tokenizer that adds no special token at all, as those of causal models do, would join the texts of a pair without
+    a trace. It gets a template with its end-of-text token around and between the texts, which it is saved with.
+
+    Raises:
+        ScriptError: as `load_fast_tokenizer`.
+    """
+    tokenizer = load_fast_tokenizer(options)
     if tokenizer.num_special_tokens_to_add(pair=True) == 0:
         end = tokenizer.convert_ids_to_tokens(corpus.end_of_document(tokenizer))
         template = processors.TemplateProcessing(
@@ -185,32 +203,58 @@ class Encoder:
     truncation: str
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        encoded = self.tokenizer(*(list(rows[column]) for column in self.columns), verbose=False)
-        ids, types, cut = [], [], []
-        for encoding in encoded.encodings:
-            tokens, kinds = encoding.ids, encoding.type_ids
+        return self.cut(self.tokenizer(*(list(rows[column]) for column in self.columns), verbose=False).encodings)[0]
+
+    def cut(self, encodings: list[Encoding]) -> tuple[dict[str, list], list[np.ndarray | None]]:
+        """The rows, and of each the positions that are kept, or None for all."""
+        ids, types, cut, places = [], [], [], []
+        for encoding in encodings:
+            tokens, kinds, kept = encoding.ids, encoding.type_ids, None
             cut.append(len(tokens) > self.max_length)
             if cut[-1]:
                 segments = np.array([-1 if segment is None else segment for segment in encoding.sequence_ids])
                 kept = kept_positions(segments, self.max_length, self.truncation)
                 tokens, kinds = np.array(tokens)[kept], np.array(kinds)[kept]
+            places.append(kept)
             ids.append(np.asarray(tokens, dtype=np.int32))
             types.append(np.asarray(kinds, dtype=np.int8))
-        return {"input_ids": ids, "token_type_ids": types, "cut": cut}
+        return {"input_ids": ids, "token_type_ids": types, "cut": cut}, places
 
 
-def encode(data: datasets.Dataset, encoder: Encoder, workers: int | None) -> "Examples":
-    """Tokenize a split, in parallel where it is large; `datasets` keeps the outcome for the next run."""
+def encode(
+    data: datasets.Dataset, encoder: Encoder, workers: int | None, gold: bool = False, windows: bool = False
+) -> "Examples":
+    """Tokenize a split, in parallel where it is large; `datasets` keeps the outcome for the next run.
+
+    Args:
+        gold: labels are scored as they were before they were tokenized.
+        windows: the encoder makes several examples of a row.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or min(cores, len(data) // ROWS_PER_WORKER)
     encoded = data.map(
         encoder,
         batched=True,
         num_proc=workers if workers > 1 else None,
-        remove_columns=list(encoder.columns),
+        remove_columns=data.column_names if windows else list(encoder.columns),
         desc="tokenizing",
     )
-    return Examples.of(encoded)
+    examples = Examples.of(encoded)
+    if gold:
+        examples.gold, examples.rows = data["label"][:], np.arange(len(examples))
+    if windows:
+        numbers = {number: row for row, number in enumerate(data["idx"])}
+        examples.contexts = data[encoder.columns[1]][:]
+        examples.rows = np.array([numbers[number] for number in examples.numbers.tolist()])
+    return examples
+
+
+FLAT = ("word_labels", "places")  # columns with a list a row, of which one array is made
+
+
+def _labels(column: pa.ChunkedArray) -> np.ndarray:
+    lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    return np.array(column.to_pylist(), dtype=np.float32) if lists else column.to_numpy()
 
 
 @dataclass
@@ -220,9 +264,12 @@ class Examples:
     Args:
         ids, types: token ids and token type ids of all rows, one after the other.
         starts: (n + 1,) where each row begins.
-        labels: (n,) label numbers or similarities; None for a test split.
+        labels: (n,) label numbers or similarities, or (n, labels) 0 and 1; None for a test split.
         numbers: (n,) the rows' own numbers, which predictions are submitted under.
         cut: how many rows were longer than the model takes.
+        word_labels: of each token the label of the word that it begins, or -100; None where rows are labelled.
+        places: by token, where in the row's text it lies: see the encoders of `structured`.
+        gold, contexts: labels and contexts of the rows before they were tokenized, and `rows` (n,) the one of each.
     """
 
     ids: np.ndarray
@@ -231,19 +278,43 @@ class Examples:
     labels: np.ndarray | None
     numbers: np.ndarray
     cut: int
+    word_labels: np.ndarray | None = None
+    places: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    gold: list | None = None
+    contexts: list[str] | None = None
 
     @classmethod
     def of(cls, encoded: datasets.Dataset) -> "Examples":
         table = encoded.with_format("arrow")[:]
         rows = table["input_ids"].combine_chunks()
         types = table["token_type_ids"].combine_chunks()
+        flat = {name: table[name].combine_chunks().flatten().to_numpy() for name in FLAT if name in table.column_names}
+        if "word_labels" in flat:
+            table = table.drop_columns("label")
         return cls(
             ids=rows.flatten().to_numpy(),
             types=types.flatten().to_numpy(),
             starts=np.concatenate([[0], np.cumsum(rows.value_lengths().to_numpy())]),
-            labels=table["label"].to_numpy() if "label" in table.column_names else None,
+            labels=_labels(table["label"]) if "label" in table.column_names else None,
             numbers=table["idx"].to_numpy() if "idx" in table.column_names else np.arange(len(rows)),
             cut=int(np.sum(table["cut"].to_numpy())),
+            **flat,
+        )
+
+    @classmethod
+    def of_lists(cls, encoded: dict[str, list]) -> "Examples":
+        """Of what an `Encoder` gives for rows without labels."""
+        ids = encoded["input_ids"]
+        return cls(
+            ids=np.concatenate(ids),
+            types=np.concatenate(encoded["token_type_ids"]),
+            starts=np.concatenate([[0], np.cumsum([len(row) for row in ids])]),
+            labels=None,
+            numbers=np.arange(len(ids)),
+            cut=sum(encoded["cut"]),
+            places=np.concatenate(encoded["places"]) if "places" in encoded else None,
+            rows=np.array(encoded["idx"]) if "idx" in encoded else None,
         )
 
     def __len__(self) -> int:
@@ -256,7 +327,7 @@ class Examples:
     def digest(self) -> str:
         """Of all that is learned from them or told of them."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.types, self.starts, self.labels, self.numbers):
+        for array in (self.ids, self.types, self.starts, self.labels, self.numbers, self.word_labels):
             digest.update(b"" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -265,7 +336,13 @@ class Examples:
         places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
         flat = np.concatenate(places)
         starts = np.concatenate([[0], np.cumsum(self.lengths[rows])])
-        return Examples(self.ids[flat], self.types[flat], starts, self.labels[rows], self.numbers[rows], self.cut)
+        part = Examples(self.ids[flat], self.types[flat], starts, None, self.numbers[rows], self.cut)
+        part.labels = None if self.labels is None else self.labels[rows]
+        part.word_labels = None if self.word_labels is None else self.word_labels[flat]
+        if self.places is not None:
+            part.places = self.places.reshape(len(self.ids), -1)[flat].ravel()
+        part.rows, part.gold, part.contexts = None if self.rows is None else self.rows[rows], self.gold, self.contexts
+        return part
 
 
 @dataclass
@@ -273,12 +350,18 @@ class Batches:
     """Pads rows to the longest of them and makes them tensors."""
 
     tokenizer: PreTrainedTokenizerBase
-    regression: bool
+    numeric: bool  # labels are quantities, or 0 and 1 for each label
     names: set[str]  # what the model's forward takes
     multiple: int = 1  # lengths are rounded up to it
 
-    def __call__(self, examples: Examples, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest); labels."""
+    def __call__(self, examples: Examples, rows: np.ndarray, packed: bool = False) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask, token_type_ids if model and tokenizer have them, all (rows, longest); labels.
+
+        Args:
+            packed: all rows side by side in one, (1, tokens), with `position_ids` that start again in place of a mask.
+        """
+        if packed:
+            return self._packed(examples, rows)
         lengths = examples.lengths[rows]
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
         places = np.arange(longest) - (longest - lengths[:, None]) * (self.tokenizer.padding_side == "left")
@@ -291,6 +374,25 @@ class Batches:
         if "token_type_ids" in self.names and "token_type_ids" in self.tokenizer.model_input_names:
             batch["token_type_ids"] = np.full(real.shape, self.tokenizer.pad_token_type_id, dtype=np.int64)
             batch["token_type_ids"][real] = examples.types[flat]
-        if examples.labels is not None:
-            batch["labels"] = examples.labels[rows].astype(np.float32 if self.regression else np.int64)
+        if examples.word_labels is not None:
+            batch["labels"] = np.full(real.shape, -100, dtype=np.int64)
+            batch["labels"][real] = examples.word_labels[flat]
+        elif examples.places is not None and examples.labels is not None:  # first and last token of an answer
+            before = (longest - lengths) * (self.tokenizer.padding_side == "left")
+            ends = examples.labels[rows].astype(np.int64) + before[:, None]
+            batch |= {"start_positions": ends[:, 0], "end_positions": ends[:, 1]}
+        elif examples.labels is not None:
+            batch["labels"] = examples.labels[rows].astype(np.float32 if self.numeric else np.int64)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _packed(self, examples: Examples, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        places = [np.arange(examples.starts[row], examples.starts[row + 1]) for row in rows]
+        flat, positions = np.concatenate(places), np.concatenate([np.arange(len(place)) for place in places])
+        batch = {"input_ids": examples.ids[flat][None].astype(np.int64), "position_ids": positions[None]}
+        if "token_type_ids" in self.names and "token_type_ids" in self.tokenizer.model_input_names:
+            batch["token_type_ids"] = examples.types[flat][None].astype(np.int64)
+        if examples.word_labels is not None:
+            batch["labels"] = examples.word_labels[flat][None].astype(np.int64)
+        else:
+            batch["labels"] = examples.labels[rows].astype(np.float32 if self.numeric else np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -6,14 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ordnung.modeling.registration import AUTO_CLASSES
 from ordnung.scripts.common import limits, models
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import sha256
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
+from ordnung.scripts.hub.model_card import PIPELINE_TAGS
+from ordnung.scripts.hub.sharing import PEFT_HEADS
 from ordnung.scripts.training.optimization import recompute_activations
 
 logger = logging.getLogger("ordnung.finetune")
@@ -25,16 +29,19 @@ def build_config(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     Raises:
         ScriptError: as `models.build_config`; a checkpoint with a classifier of another size; too small a vocabulary.
     """
+    pooling = {"classifier_pooling": options.pooling} if options.pooling else {}
     config = models.build_config(
         None,
         options.model_name_or_path,
-        options.config_overrides,
+        options.config_overrides | pooling,
         {"pad_token_id": tokenizer.pad_token_id},
         trust_remote_code=options.trust_remote_code,
     )
     limits.check_vocabulary(tokenizer, config)
-    labels = list(task.labels) or ["similarity"]
-    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if task.problem_type == "question_answering":
+        return config
+    labels = list(task.labels) or [task.value]
+    classifier = any(name.endswith(task.head) for name in config.architectures or [])
     if classifier and config.num_labels != len(labels) and not options.ignore_mismatched_sizes:
         raise ScriptError(
             f"{options.model_name_or_path} has a classifier of {config.num_labels} labels "
@@ -43,8 +50,13 @@ def build_config(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
         )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    config.problem_type = "regression" if task.regression else "single_label_classification"
+    config.problem_type = None if task.problem_type == "token_classification" else task.problem_type
     return config
+
+
+def auto_class(head: str):
+    """transformers' Auto class for a head."""
+    return getattr(transformers, AUTO_CLASSES[head])
 
 
 def source(name: str, config: PreTrainedConfig) -> dict[str, str | None]:
@@ -65,30 +77,36 @@ def source(name: str, config: PreTrainedConfig) -> dict[str, str | None]:
     }
 
 
-def empty_model(options: FinetuneOptions, config: PreTrainedConfig) -> torch.nn.Module:
+def empty_model(
+    options: FinetuneOptions, config: PreTrainedConfig, head: str = "ForSequenceClassification"
+) -> torch.nn.Module:
     """The model without its weights, on the meta device: what a config does not tell can be asked of it.
 
     Raises:
         ScriptError: there is no such classifier.
     """
-    with torch.device("meta"), _explained(config, options.model_name_or_path):
-        return AutoModelForSequenceClassification.from_config(
-            copy.deepcopy(config), trust_remote_code=options.trust_remote_code
-        )
+    with torch.device("meta"), _explained(config, options.model_name_or_path, head):
+        return auto_class(head).from_config(copy.deepcopy(config), trust_remote_code=options.trust_remote_code)
 
 
 @contextmanager
-def _explained(config: PreTrainedConfig, source: str | Path):
+def _explained(config: PreTrainedConfig, source: str | Path, head: str):
     """Turns the errors of making a model into ScriptErrors."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         if "for this kind of AutoModel" in str(error):
-            raise ScriptError(f"{config.model_type} has no model for sequence classification") from error
+            kind = PIPELINE_TAGS[head].replace("text-", "sequence-").replace("-", " ")
+            raise ScriptError(f"{config.model_type} has no model for {kind}") from error
         raise ScriptError(f"the model cannot be made from {source}: {error}") from error
 
 
-def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path | None = None) -> torch.nn.Module:
+def build_model(
+    options: FinetuneOptions,
+    config: PreTrainedConfig,
+    folder: Path | None = None,
+    head: str = "ForSequenceClassification",
+) -> torch.nn.Module:
     """The model in float32, as it was saved to `folder`, or with a new classifier (and new adapters).
 
     Raises:
@@ -96,8 +114,8 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
             adapters cannot train.
     """
     source = options.model_name_or_path if folder is None or options.use_peft else folder
-    with _explained(config, source):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+    with _explained(config, source, head):
+        model, info = auto_class(head).from_pretrained(
             source,
             config=copy.deepcopy(config),
             dtype=torch.float32,
@@ -116,7 +134,7 @@ def build_model(options: FinetuneOptions, config: PreTrainedConfig, folder: Path
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     modules = new_modules(model, new)
     try:
-        return get_peft_model(model, lora_config(options, modules))
+        return get_peft_model(model, lora_config(options, modules, head))
     except ValueError as error:
         raise ScriptError(
             f"--lora_target_modules for {config.model_type}: {error}; name its linear layers, or all-linear"
@@ -132,7 +150,7 @@ def new_modules(model: torch.nn.Module, keys: list[str]) -> list[str]:
     found = set()
     for key in keys:
         name = key.rpartition(".")[0]
-        if {"classifier", "score"} & set(name.split(".")):
+        if {"classifier", "score", "qa_outputs"} & set(name.split(".")):
             continue
         if any(True for _ in model.get_submodule(name).children()):
             raise ScriptError(
@@ -142,7 +160,7 @@ def new_modules(model: torch.nn.Module, keys: list[str]) -> list[str]:
     return sorted(found)
 
 
-def lora_config(options: FinetuneOptions, new: list[str]) -> LoraConfig:
+def lora_config(options: FinetuneOptions, new: list[str], head: str = "ForSequenceClassification") -> LoraConfig:
     """LoRA on the named modules, or on those that PEFT knows for the model type (see `modeling/registration.py`).
 
     Args:
@@ -150,7 +168,7 @@ def lora_config(options: FinetuneOptions, new: list[str]) -> LoraConfig:
     """
     targets = options.lora_target_modules
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType({head: kind for kind, head in PEFT_HEADS.items()}[head]),
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,

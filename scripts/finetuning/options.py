@@ -1,10 +1,10 @@
-"""The options of finetune.py."""
+"""The options of finetune.py and predict.py."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.options import MergeKeyValues, option, other_default, required
+from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, other_default, required
 from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
 from ordnung.scripts.training.options import LoopOptions, Schedule
@@ -22,12 +22,38 @@ class FinetuneOptions(LoopOptions, HubOptions):
         None, "Config fields to change: hidden_dropout=0.1,classifier_dropout=0.2.", action=MergeKeyValues
     )
     ignore_mismatched_sizes: bool = option(False, "Start a new classifier where the checkpoint's has other labels.")
+    pooling: Literal["first", "last", "mean"] | None = option(
+        None, "What an ordnung classifier reads; default: the last token of causal, the first of bidirectional models."
+    )
 
-    task_name: list[str] = required(f"One or more of {', '.join(TASKS)}; all: GLUE's.", section="data")
-    dataset_name: str | None = option(None, "Data set of the Hub in place of the task's own.")
+    task_name: list[str] | None = option(
+        None, f"One or more of {', '.join(TASKS)}; all: GLUE's. Or give data of your own.", section="data"
+    )
+    dataset_name: str | None = option(None, "Data set of the Hub: your own, or with --task_name in place of its own.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
     dataset_path: str | None = option(
         None, "Local folder with the same columns: <split>.parquet, .json, .jsonl, .csv or .tsv."
     )
+    train_file: list[str] | None = option(
+        None,
+        "Your own labelled data: CSV, TSV, JSON lines or Parquet, or a folder with train, validation, test of these.",
+    )
+    validation_file: list[str] | None = option(None, "What models are scored and compared on; default: training rows.")
+    test_file: list[str] | None = option(None, "What is scored besides, at the end only.")
+    text_column: list[str] | None = option(None, "Column of the text, or the two of a pair; guessed where it is plain.")
+    label_column: list[str] | None = option(
+        None, "Column of the label, or several of 0 and 1 for a multi-label task; guessed where it is plain."
+    )
+    task: Literal["classify", "token", "qa"] = option(
+        "classify",
+        "classify: texts, by classes, several labels each or a number. token: words, by tags (columns of words and of "
+        "tags). qa: answers found in a context (SQuAD's columns).",
+    )
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = option(
+        None, "What the labels are; default: found from them and said."
+    )
+    label_separator: str | None = option(None, "Between the labels of a multi-label text; default: found.")
+    skip_bad_rows: bool = option(False, "Leave out rows that cannot be used, and say how many.")
     max_length: int | None = option(None, "Tokens of an example; default: as many as the model takes.", least=4)
     truncation: Literal["head", "tail", "head_tail"] = option(
         "head",
@@ -37,7 +63,7 @@ class FinetuneOptions(LoopOptions, HubOptions):
     validation_fraction: float | None = option(
         None,
         "Share of the training data that checkpoints are compared on; default: 0 (the validation split) for GLUE, 0.1 "
-        "for IMDB, which has a test split only.",
+        "for IMDB, which has a test split only, and for data of your own without --validation_file.",
         least=0,
         below=1,
     )
@@ -71,6 +97,12 @@ class FinetuneOptions(LoopOptions, HubOptions):
     group_by_length: bool = option(
         False, "Batches of examples of about the same length: less padding.", section="optimisation"
     )
+    packing: bool = option(
+        False, "Examples of a batch side by side in one row, without padding; ordnung's models only."
+    )
+    class_weights: Literal["balanced"] | None = option(
+        None, "balanced: labels count in the loss as if each were as frequent as the others."
+    )
     seeds: list[int] = option(
         [0], "A run with each: the new classifier, data order and dropout. Scores are mean ± deviation."
     )
@@ -90,6 +122,15 @@ class FinetuneOptions(LoopOptions, HubOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if bool(self.task_name) + bool(self.train_file) + bool(self.dataset_name and not self.task_name) != 1:
+            raise ScriptError("give one of --task_name, --train_file and, for data of your own, --dataset_name")
+        if self.packing and self.task == "qa":
+            raise ScriptError(
+                "--packing: an answer's place is told by row, so that --task qa needs a row for each window"
+            )
+        for name in OWN_DATA:
+            if self.task_name and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ScriptError(f"--{name} is for data of your own: leave out --task_name, or it")
         if self.dataset_name and self.dataset_path:
             raise ScriptError("give --dataset_name or --dataset_path, not both")
         adapters = ("merge_adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
@@ -99,3 +140,38 @@ class FinetuneOptions(LoopOptions, HubOptions):
         check_seeds(self.seeds)
         self.config_overrides = self.config_overrides or {}
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
+
+
+OWN_DATA = ("train_file", "validation_file", "test_file", "text_column", "label_column", "task", "problem_type")
+
+
+@dataclass(kw_only=True)
+class PredictOptions:
+    """The options of predict.py."""
+
+    model_name_or_path: str = required("Fine-tuned checkpoint: folder or Hub name.", section="model")
+    tokenizer_name: str | None = option(None, "Default: model_name_or_path.")
+    pad_token: str | None = option(None, "Token to pad with, for a tokenizer that names none.")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Of the weights.")
+    use_cpu: bool = option(False, "Stay on the CPU even where there is an accelerator.")
+    file: list[str] = required("CSV, TSV, JSON lines or Parquet of one kind.", section="data")
+    text_column: list[str] | None = option(None, "Column of the text, or the two of a pair; guessed where it is plain.")
+    max_length: int | None = option(None, "Tokens of a text; default: as in training.", least=4)
+    truncation: Literal["head", "tail", "head_tail"] = option("head", "What is kept of a longer text, as in training.")
+    per_device_eval_batch_size: int = option(64, "Rows in a batch.", least=1)
+    output: str = required("File to write: .csv, .tsv or .jsonl.", section="output")
+    top_k: int = option(1, "So many classes, the likeliest first; at most so many labels, if above 1.", least=1)
+    threshold: float | None = option(
+        None,
+        "Probability from which on a label is predicted; default: 0.5 of several labels, 0 of classes.",
+        least=0,
+        most=1,
+    )
+    no_answer: bool = option(False, "Questions may have no answer in their context.")
+    overwrite: bool = option(False, "Replace an output that is there already.")
+
+    def __post_init__(self):
+        check_bounds(self)
+        if not self.output.endswith((".csv", ".tsv", ".jsonl")):
+            raise ScriptError(f"--output {self.output}: name a file that ends in .csv, .tsv or .jsonl")

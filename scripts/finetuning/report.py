@@ -10,6 +10,7 @@ from ordnung.scripts.common.files import read_json, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.scores import seed_interval
 from ordnung.scripts.finetuning.tasks import GLUE, TASKS, Task
 
 
@@ -42,13 +43,13 @@ def collect(output_dir: Path, seeds: list[int], options: FinetuneOptions) -> dic
     Tasks that lack a run with one of the seeds are left out.
     """
     summaries = {}
-    for task in TASKS:
+    for task in TASKS if options.task_name else [""]:  # a user's own data have the folder to themselves
         folders = [output_dir / task / f"seed-{seed}" for seed in seeds]
         if not all(map(is_finished, folders)):
             continue
         runs = [read_json(folder / "results.json") for folder in folders]
         first = runs[0]
-        summaries[task] = {
+        summary = summaries[task or first["task"]] = {
             "metrics": {
                 split: {name: summarise([run["metrics"][split][name] for run in runs]) for name in scores}
                 for split, scores in first["metrics"].items()
@@ -57,6 +58,18 @@ def collect(output_dir: Path, seeds: list[int], options: FinetuneOptions) -> dic
             **{name: first[name] for name in ("training_rows", "parameters", "trainable_parameters", "truncated")},
             "runs": [folder.relative_to(output_dir).as_posix() for folder in folders],
         }
+        if "details" in first:
+            summary["details"] = first["details"]
+            summary["intervals"] = {
+                split: {
+                    name: seed_interval(values["values"])
+                    if len(runs) > 1
+                    else first["details"][split]["intervals"][name]
+                    for name, values in scores.items()
+                    if name != "loss"
+                }
+                for split, scores in summary["metrics"].items()
+            }
     results = {
         "machine": machine_info(),
         "model": options.model_name_or_path,
@@ -72,7 +85,9 @@ def collect(output_dir: Path, seeds: list[int], options: FinetuneOptions) -> dic
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table of a results dictionary: scores in percent, as GLUE shows them."""
+    """The table of a results dictionary: scores in percent, as GLUE shows them; a user's own data have their own."""
+    if any("details" in result for result in results["tasks"].values()):
+        return "\n\n".join(own_markdown(results, name) for name in results["tasks"])
     body = []
     for task, result in results["tasks"].items():
         for split, scores in result["metrics"].items():
@@ -96,6 +111,36 @@ def markdown(results: dict[str, Any]) -> str:
     if average and len(average["tasks"]) > 1:
         lines.append(f"GLUE average over {len(average['tasks'])} of {len(GLUE)} tasks: {spread(average, 1, 100)}")
     return "\n\n".join(lines)
+
+
+def own_markdown(results: dict[str, Any], name: str) -> str:
+    """The scores of a user's own data: with their intervals, beside a guess that looks at no text, and by class."""
+    result, seeds = results["tasks"][name], results["seeds"]
+    how = (
+        f"mean over seeds {', '.join(map(str, seeds))}, 95 % by Student's t" if len(seeds) > 1 else "95 % by bootstrap"
+    )
+    parts = [f"{results['model']} on {name}, {how}. {described(results['machine'])}"]
+    for split, scores in result["metrics"].items():
+        details, cut = result["details"][split], result["truncated"][split]
+        baseline, intervals = details["baseline"], result["intervals"][split]
+        body = [
+            [metric, f"{values['mean']:.3f}", "{:.3f} to {:.3f}".format(*intervals[metric]), f"{baseline[metric]:.3f}"]
+            for metric, values in scores.items()
+            if metric in intervals
+        ]
+        parts += [
+            f"{split}: {cut['rows']:,} rows, {cut['cut']:,} of them cut to {cut['to']} tokens",
+            markdown_table(["score", "model", "95 %", baseline["what"]], body),
+        ]
+        if details.get("per_class"):
+            names = ("precision", "recall", "f1", "examples")
+            rows = [
+                [label, *(f"{row[name]:.3f}" for name in names[:3]), f"{row['examples']:,}"]
+                for label, row in details["per_class"].items()
+            ]
+            which = f" (seed {seeds[0]})" if len(seeds) > 1 else ""
+            parts.append(markdown_table([f"label{which}", *names], rows))
+    return "\n\n".join(parts)
 
 
 def publish(results: dict[str, Any], output_dir: Path):

@@ -18,8 +18,6 @@ from statistics import fmean
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ordnung.scripts.common import limits
@@ -28,12 +26,16 @@ from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.finetuning.adapters import write_base
-from ordnung.scripts.finetuning.data import Batches, Encoder, Examples, encode, load_splits, prepare_tokenizer
-from ordnung.scripts.finetuning.glue_metric import Glue
+from ordnung.scripts.finetuning.data import Batches, Examples, encode, load_splits, prepare_tokenizer
+from ordnung.scripts.finetuning.figures import plot_curves, write_details
+from ordnung.scripts.finetuning.inference import predict
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model, source
 from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.own import read_task
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
+from ordnung.scripts.finetuning.scores import class_weights, mean_score, score, weighted_loss
 from ordnung.scripts.finetuning.sharing import describe_run, find_targets, push_best
+from ordnung.scripts.finetuning.structured import encoder_of
 from ordnung.scripts.finetuning.tasks import Task, choose_tasks
 from ordnung.scripts.training import checkpointing
 from ordnung.scripts.training.accelerator import make_accelerator
@@ -72,11 +74,14 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     """
     splits = load_splits(task, options)
     config = build_config(task, options, tokenizer)
-    model = empty_model(options, config)
+    model = empty_model(options, config, task.head)
     max_length = options.max_length or model_length(model, tokenizer)
     limits.check_length(model, max_length, "max_length")
-    encoder = Encoder(tokenizer, task.columns, max_length, options.truncation)
-    examples = {name: encode(split, encoder, options.preprocessing_num_workers) for name, split in splits.items()}
+    encoder = encoder_of(task.head)(tokenizer, task.columns, max_length, options.truncation)
+    marks = {"gold": task.head != "ForSequenceClassification", "windows": task.head == "ForQuestionAnswering"}
+    examples = {
+        name: encode(split, encoder, options.preprocessing_num_workers, **marks) for name, split in splits.items()
+    }
     truncated = {name: {"rows": len(split), "cut": split.cut, "to": max_length} for name, split in examples.items()}
     for name, split in examples.items():
         if split.cut:
@@ -86,7 +91,7 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
             )
     train, selection = examples["train"], examples[task.evaluation[0]]
     fraction = task.held_out if options.validation_fraction is None else options.validation_fraction
-    if fraction:
+    if fraction and not task.split_off:
         # the same rows whatever the seed, so that seeds differ in nothing else
         order = np.random.default_rng(0).permutation(len(train))
         count = max(1, int(fraction * len(train)))
@@ -138,12 +143,18 @@ class Finetuning(Job):
         self.loop = Loop(accelerator, options, self, folder, seed, checkpointing.newest_checkpoint(folder))
 
     def build_model(self, folder: Path | None) -> torch.nn.Module:
-        model = build_model(self.options, self.task_data.config, folder)
+        model = build_model(self.options, self.task_data.config, folder, self.task_data.task.head)
         limits.fit_tokenizer(self.tokenizer, bare(model), self.task_data.max_length)
+        if self.options.packing and not hasattr(bare(model).config, "longest_row"):
+            kind = bare(model).config.model_type
+            raise ScriptError(f"--packing: {kind} does not keep the examples of a row apart, only ordnung's models do")
         names = set(inspect.signature(bare(model).forward).parameters)
         self.constants = {"use_cache": False} if "use_cache" in names else {}
         multiple = 1 if self.accelerator.device.type == "cpu" else 8  # accelerators multiply such matrices faster
-        self.make_batch = Batches(self.tokenizer, self.task_data.task.regression, names, multiple)
+        numeric = self.task_data.task.problem_type in ("regression", "multi_label_classification")
+        self.make_batch = Batches(self.tokenizer, numeric, names, multiple)
+        weights = class_weights(self.task_data.task, self.task_data.train) if self.options.class_weights else None
+        self.class_weights = None if weights is None else torch.tensor(weights, device=self.accelerator.device).float()
         return model
 
     def epoch(self, step: int) -> float:
@@ -176,36 +187,28 @@ class Finetuning(Job):
         count = math.ceil(len(rows) / (size * self.accelerator.num_processes))
         # a process without rows of its own still takes part, with no weight
         own = [rows[start : start + size] for start in starts[:count]]
-        batches = [(self.make_batch(train, some if len(some) else rows[:1]), len(some) / len(rows)) for some in own]
+        packed = self.options.packing
+        batches = [
+            (self.make_batch(train, some if len(some) else rows[:1], packed), len(some) / len(rows)) for some in own
+        ]
         return Step(batches, tokens=int(train.lengths[rows].sum()))
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(**batch, **self.constants).loss
+        outputs = model(**batch, **self.constants)
+        if self.class_weights is None:
+            return outputs.loss
+        return weighted_loss(outputs.logits, batch["labels"], self.class_weights)
 
     def predict(self, model: torch.nn.Module, examples: Examples) -> np.ndarray:
-        """(n, labels) scores of every row, in the order of the rows, on every process."""
-        accelerator = self.accelerator
-        order, parts = np.argsort(-examples.lengths, kind="stable"), []
-        stride = self.options.per_device_eval_batch_size * accelerator.num_processes
-        for start in range(0, len(order), stride):
-            rows = order[start : start + stride]
-            share = math.ceil(len(rows) / accelerator.num_processes)
-            # processes' batches must be equal in size: some rows are predicted twice and dropped
-            own = np.resize(rows, share * accelerator.num_processes).reshape(-1, share)[accelerator.process_index]
-            batch = send_to_device(self.make_batch(examples, own), accelerator.device, non_blocking=True)
-            parts.append(accelerator.gather(model(**batch, **self.constants).logits)[: len(rows)])
-        logits = np.empty((len(order), parts[0].shape[1]), dtype=np.float32)
-        logits[order] = torch.cat(parts).float().cpu().numpy()
-        return logits
+        """Scores of every row, in the order of the rows, on every process: see `inference.predict`."""
+        size = self.options.per_device_eval_batch_size
+        return predict(
+            self.accelerator, lambda batch: model(**batch, **self.constants), self.make_batch, examples, size
+        )
 
     def scores(self, model: torch.nn.Module, examples: Examples) -> dict[str, float]:
         """The task's scores and the loss on labelled examples."""
-        logits, regression = torch.from_numpy(self.predict(model, examples)), self.task_data.task.regression
-        labels = torch.from_numpy(examples.labels.astype(np.float32 if regression else np.int64))
-        loss = F.mse_loss(logits[:, 0], labels) if regression else F.cross_entropy(logits, labels)
-        predictions = logits[:, 0] if regression else logits.argmax(-1)
-        metric = Glue(self.task_data.task.name, keep_in_memory=True)
-        return {"loss": float(loss), **metric.compute(predictions=predictions.numpy(), references=labels.numpy())}
+        return score(self.task_data.task, self.predict(model, examples), examples)
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """The scores on the examples that models are compared on."""
@@ -233,15 +236,19 @@ class Finetuning(Job):
         if options.load_best_model_at_end:
             loop.restore_best()
         with loop.evaluating() as model:
-            scores = {
-                # what models were compared on has its scores already
-                name: scores_of(loop.evaluate()) if examples is data.selection else self.scores(model, examples)
-                for name, examples in data.scored.items()
-            }
+            if task.splits:
+                logits = {name: self.predict(model, examples) for name, examples in data.scored.items()}
+                scores = {name: score(task, logits[name], examples) for name, examples in data.scored.items()}
+            else:
+                scores = {
+                    # what models were compared on has its scores already
+                    name: scores_of(loop.evaluate()) if examples is data.selection else self.scores(model, examples)
+                    for name, examples in data.scored.items()
+                }
             for split, examples in data.tests.items():
-                logits = self.predict(model, examples)
+                predicted = self.predict(model, examples)
                 if loop.is_main:
-                    write_submission(task, self.folder / task.tests[split], logits, examples.numbers)
+                    write_submission(task, self.folder / task.tests[split], predicted, examples.numbers)
         model = self.accelerator.unwrap_model(loop.model, keep_torch_compile=False)
         loop.save_model(".")
         if options.use_peft and loop.is_main:
@@ -267,6 +274,9 @@ class Finetuning(Job):
             "truncated": data.truncated,
             "machine": machine_info(),
         }
+        if task.splits:
+            results["details"] = write_details(self.folder, data, logits)
+        plot_curves(self.folder, f"{Path(options.model_name_or_path).name}, {task.name}, seed {self.seed}")
         write_json(self.folder / "results.json", results)
         for folder in [*checkpointing.checkpoint_folders(self.folder), self.folder / "best"]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -276,11 +286,6 @@ def scores_of(evaluation: dict[str, float]) -> dict[str, float]:
     """The task's scores and the loss of an evaluation by the loop."""
     values = {name.removeprefix("eval_"): value for name, value in evaluation.items() if name.startswith("eval_")}
     return {name: value for name, value in values.items() if name != "seconds"}
-
-
-def mean_score(scores: dict[str, float]) -> float:
-    """One number for a split: the mean of its scores, as GLUE averages them; the loss is none of them."""
-    return fmean(value for name, value in scores.items() if name != "loss")
 
 
 def run(options: FinetuneOptions) -> int:
@@ -293,8 +298,9 @@ def run(options: FinetuneOptions) -> int:
     Raises:
         ScriptError: options, data or model do not fit; a run fails.
     """
-    tasks = choose_tasks(options.task_name)
     accelerator, output_dir = make_accelerator(options), Path(options.output_dir)
+    with accelerator.main_process_first():
+        tasks = choose_tasks(options.task_name) if options.task_name else [read_task(options)]
     targets = find_targets(options, tasks) if accelerator.is_main_process else {}
     with accelerator.main_process_first():  # the others then read what the first has cached
         tokenizer = prepare_tokenizer(options)
@@ -312,7 +318,7 @@ def run(options: FinetuneOptions) -> int:
             complete = [
                 seed
                 for seed in options.seeds
-                if all(is_finished(output_dir / task.name / f"seed-{seed}") for task in tasks)
+                if all(is_finished(output_dir / task.folder / f"seed-{seed}") for task in tasks)
             ]
             results = collect(output_dir, complete or options.seeds[:1], options)
             if results["tasks"]:
@@ -337,7 +343,7 @@ def _run_all(
     # seeds outside: after the first round every task has a score
     for seed in options.seeds:
         for data in prepared:
-            folder = output_dir / data.task.name / f"seed-{seed}"
+            folder = output_dir / data.task.folder / f"seed-{seed}"
             if is_finished(folder):
                 logger.info(f"{folder}: finished, kept")
                 continue

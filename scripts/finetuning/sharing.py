@@ -9,6 +9,7 @@ from ordnung.scripts.common.tables import summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
 from ordnung.scripts.hub import sharing
+from ordnung.scripts.hub.model_card import PIPELINE_TAGS
 
 
 def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -17,7 +18,9 @@ def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[st
     Args:
         scores: split -> name -> value.
     """
-    if options.dataset_path:
+    if options.train_file:
+        named, dataset = [], {"dataset_type": "local", "dataset_name": task.name}
+    elif options.dataset_path:
         named = []
         dataset = {"dataset_type": "local", "dataset_name": f"{task.name} ({Path(options.dataset_path).name})"}
     else:
@@ -30,7 +33,7 @@ def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[st
         "base_model": None if Path(options.model_name_or_path).exists() else options.model_name_or_path,
         "eval_results": [
             {
-                "task_type": "text-classification",
+                "task_type": PIPELINE_TAGS[task.head],
                 **dataset,
                 "dataset_split": split,
                 "metric_type": metric,

@@ -1,9 +1,24 @@
-"""The text classification tasks that the fine-tuning programs know: GLUE's nine, and IMDB."""
+"""What is fine-tuned on: the tasks that are known by name, GLUE's nine and IMDB, and what a user's own data make."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ordnung.scripts.common.errors import ScriptError, closest
+
+if TYPE_CHECKING:
+    import datasets
+
+# Problem type -> ending of the class name of the models for it.
+HEADS = {
+    "single_label_classification": "ForSequenceClassification",
+    "multi_label_classification": "ForSequenceClassification",
+    "regression": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
 
 
 @dataclass(frozen=True)
@@ -19,6 +34,11 @@ class Task:
         tests: splits without labels, and the file name under which the GLUE server takes their predictions.
         submits_names: the server wants label names, not numbers.
         held_out: share of the training rows on which checkpoints are compared, where the scored splits are a test set.
+        problem_type: a key of `HEADS`.
+        splits: a user's own data, read and checked: columns, "label" and "idx", as `own.read_task` gives them.
+        split_off: its validation split was split off the training rows.
+        value: what a regression predicts.
+        unanswerable: some training questions have no answer.
     """
 
     name: str
@@ -30,10 +50,24 @@ class Task:
     tests: dict[str, str] = field(default_factory=dict)
     submits_names: bool = False
     held_out: float = 0.0
+    problem_type: str = "single_label_classification"
+    splits: dict[str, datasets.Dataset] | None = None
+    split_off: bool = False
+    value: str = "similarity"
+    unanswerable: bool = False
 
     @property
     def regression(self) -> bool:
-        return not self.labels
+        return self.problem_type == "regression"
+
+    @property
+    def head(self) -> str:
+        return HEADS[self.problem_type]
+
+    @property
+    def folder(self) -> str:
+        """Where its runs lie in the output folder, which a user's own data have to themselves."""
+        return "" if self.splits else self.name
 
 
 def _glue(name: str, columns: str, labels: str, file: str, **kwargs) -> Task:
@@ -48,7 +82,7 @@ GLUE = {
         _glue("cola", "sentence", "unacceptable acceptable", "CoLA"),
         _glue("sst2", "sentence", "negative positive", "SST-2"),
         _glue("mrpc", _PAIR, "not_equivalent equivalent", "MRPC"),
-        _glue("stsb", _PAIR, "", "STS-B"),
+        _glue("stsb", _PAIR, "", "STS-B", problem_type="regression"),
         _glue("qqp", "question1 question2", "not_duplicate duplicate", "QQP"),
         _glue(
             "mnli",

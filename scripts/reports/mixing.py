@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModel, AutoTokenizer, pipeline
 from transformers.modeling_utils import PreTrainedModel
 
 import ordnung
@@ -13,8 +13,10 @@ from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
-from ordnung.scripts.common.models import check_folder
+from ordnung.scripts.common.models import best_run, check_folder
 from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.finetuning.predicting import find_head
+from ordnung.scripts.finetuning.predicting import load as load_labeller
 
 
 def load(name: str, **fields):
@@ -23,15 +25,21 @@ def load(name: str, **fields):
     Args:
         fields: config fields of a checkpoint of another architecture, for its conversion.
 
+    Returns:
+        both, and a function that tells what a classifier says of a text; of another model None.
+
     Raises:
         ScriptError: there is no such checkpoint or no tokenizer in it, or it is of another architecture.
     """
     check_folder(name)
     try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        config, head = find_head(name)
+        model_type, answer = config.model_type, None
         if model_type in SOURCES:
             fields |= {"head": "Model", "output_report": True, "attn_implementation": "eager"}
             model, _ = ordnung.convert(name, "softmax_lm", **fields)
+        elif head is not None:
+            model = load_labeller(name, attn_implementation="eager")[0]
         else:
             model = AutoModel.from_pretrained(name, attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -41,7 +49,24 @@ def load(name: str, **fields):
         raise ScriptError(
             f"{name} is of the architecture {model_type!r}: draw one of ordnung's or {', '.join(SOURCES)}"
         )
-    return model, tokenizer
+    if head is not None and hasattr(model, "model"):
+        if head == "ForSequenceClassification":
+            answer = answers_of(model, tokenizer)
+        model = model.model
+    return model, tokenizer, answer
+
+
+def answers_of(model: PreTrainedModel, tokenizer):
+    """What a classifier says of a text, in words."""
+    several = model.config.problem_type == "multi_label_classification"
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)
+
+    def answer(text: str) -> str:
+        (said,) = classify([text], truncation=True)  # the likeliest first
+        said = [each for each in said if each["score"] >= 0.5] if several else said[:1]
+        return ", ".join(f"{each['label']} {each['score']:.2f}" for each in said) or "no label"
+
+    return answer
 
 
 @torch.no_grad()
@@ -106,7 +131,8 @@ def markdown(results: dict) -> str:
     )
 
 
-def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Path):
+def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Path, title: str | None = None):
+    """Draw (H, N, keys) of each layer: heads side by side, on a scale that shows small weights."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,6 +142,8 @@ def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Pat
     rows, columns = len(weights), max(len(layer) for layer in weights)
     # a tenth of what each key has where all have the same, so that broad heads show beside sharp ones
     faintest = 0.1 / max(layer.shape[-1] for layer in weights)
+    brightest = max(float(layer.abs().max()) for layer in weights)
+    scale = LogNorm(faintest, max(brightest, 2 * faintest))  # to the largest there is, so that all colours are used
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.3 * columns + 1, 1.3 * rows + 0.6), squeeze=False, layout="constrained"
     )
@@ -126,13 +154,53 @@ def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Pat
                 panel.axis("off")
                 continue
             values = layer[j].float().abs().clamp(min=faintest).cpu()
-            shown = panel.imshow(values, norm=LogNorm(faintest, 1), aspect="auto", cmap="viridis")
+            shown = panel.imshow(values, norm=scale, aspect="auto", cmap="viridis")
             if i == 0:
                 panel.set_title(f"head {j}", fontsize=8)
         axes[i][0].set_ylabel(f"{i}: {layer_types[i]}", fontsize=7)
+    figure.suptitle(title, fontsize=9)
     figure.supxlabel("key", fontsize=9)
     figure.supylabel("query", fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.6, label="weight (absolute)")
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+
+
+def kernels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """(H, K) of each layer that convolves: its weights by tap, a head's channels averaged."""
+    heads = model.config.num_attention_heads
+    return {
+        f"{number}: {kind}": layer.mixer.kernel().detach().float().cpu().unflatten(0, (heads, -1)).mean(1)
+        for number, (layer, kind) in enumerate(zip(model.layers, model.config.layer_types))
+        if hasattr(layer.mixer, "kernel")
+    }
+
+
+def draw_kernels(found: dict[str, torch.Tensor], dilations: list[int], image: Path, title: str):
+    """Draw the size of each head's weights against the lag in tokens, both so that small ones are seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(len(found), 4)
+    rows = -(-len(found) // columns)
+    shape = {"figsize": (3.2 * columns + 0.6, 2.5 * rows + 0.6), "squeeze": False, "layout": "constrained"}
+    figure, panels = plt.subplots(rows, columns, sharey=True, **shape)
+    for panel, (name, kernel), dilation in zip(panels.flat, found.items(), dilations):
+        lags = torch.arange(kernel.shape[1]) * dilation
+        for head, weights in enumerate(kernel):
+            panel.plot(lags, weights.abs(), color=plt.get_cmap("viridis")(head / len(kernel)), label=f"head {head}")
+        panel.set_yscale("log")
+        panel.set_title(name, fontsize=8)
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(found) :]:
+        panel.axis("off")
+    if len(kernel) <= 12:
+        panels[0][0].legend(fontsize=6)
+    figure.supxlabel("lag, tokens", fontsize=9)
+    figure.supylabel("weight (absolute)", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(image, dpi=120)
     plt.close(figure)
 
@@ -158,6 +226,7 @@ def draw_spectrum(results: dict, image: Path):
     grid = [[*row["heads"], *[float("nan")] * (width - len(row["heads"]))] for row in rows]
     shown = table.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     table.set(xlabel="head", ylabel="layer", title=f"at rank {rank}", xticks=range(width), yticks=range(len(rows)))
+    figure.suptitle(results["model"], fontsize=9)
     figure.colorbar(shown, ax=table, label=f"share held by {rank} singular values")
     figure.savefig(image, dpi=120)
     plt.close(figure)
@@ -165,30 +234,41 @@ def draw_spectrum(results: dict, image: Path):
 
 def run(options) -> int:
     """Draw, write and print what plot_mixing.py's options ask for; returns the exit status."""
-    model, tokenizer = load(options.model_name_or_path)
-    text = options.text
-    if text is None:
-        text = "".join(read_text(path) for path in find_files([options.text_file], "text_file"))
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=options.max_length)["input_ids"]
-    tokens = ids.shape[1]
-    if tokens < 2:
-        raise ScriptError(f"the text has {tokens} tokens: give a longer one")
-    rank = min(options.rank or max(tokens // 4, 1), tokens)
-    try:
-        weights = mixing_weights(model, ids)
-    except ValueError as error:
-        raise ScriptError(f"{tokens} tokens of the text cannot be used, set --max_length: {error}") from None
-
-    shares = [cumulative_share(layer) for layer in weights]
-    rows = spectrum(shares, model.config.layer_types, rank)
+    name = best_run(options.model_name_or_path)
+    model, tokenizer, answer = load(name)
+    texts = options.text
+    if texts is None:
+        texts = ["".join(read_text(path) for path in find_files([options.text_file], "text_file"))]
     output_dir = Path(options.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    draw_weights(weights, model.config.layer_types, output_dir / "mixing.png")
-    results = {"machine": machine_info(), "model": options.model_name_or_path, "tokens": tokens, "rank": rank}
-    results["layers"] = rows
-    write_json(output_dir / "spectrum.json", results)
-    draw_spectrum(results, output_dir / "spectrum.png")
-    print(markdown(results))
-    for name in ("mixing.png", "spectrum.png", "spectrum.json"):
-        print(output_dir / name)
+    written = []
+    for number, text in enumerate(texts, 1):
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=options.max_length)["input_ids"]
+        tokens = ids.shape[1]
+        if tokens < 2:
+            raise ScriptError(f"the text has {tokens} tokens: give a longer one")
+        rank = min(options.rank or max(tokens // 4, 1), tokens)
+        try:
+            weights = mixing_weights(model, ids)
+        except ValueError as error:
+            raise ScriptError(f"{tokens} tokens of the text cannot be used, set --max_length: {error}") from None
+
+        shares = [cumulative_share(layer) for layer in weights]
+        rows = spectrum(shares, model.config.layer_types, rank)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        ending = "" if number == 1 else f"_{number}"
+        shown = " ".join(text.split())
+        title = f"{name}: {shown[:60]}{'…' if len(shown) > 60 else ''}" + (f" → {answer(text)}" if answer else "")
+        draw_weights(weights, model.config.layer_types, output_dir / f"mixing{ending}.png", title)
+        results = {"machine": machine_info(), "model": name, "tokens": tokens, "rank": rank, "layers": rows}
+        write_json(output_dir / f"spectrum{ending}.json", results)
+        draw_spectrum(results, output_dir / f"spectrum{ending}.png")
+        print(markdown(results))
+        written += [f"mixing{ending}.png", f"spectrum{ending}.png", f"spectrum{ending}.json"]
+    found = kernels(model)
+    if found:
+        mixers = [layer.mixer for layer in model.layers if hasattr(layer.mixer, "kernel")]
+        draw_kernels(found, [mixer.dilation for mixer in mixers], output_dir / "kernels.png", name)
+        written.append("kernels.png")
+    for image in written:
+        print(output_dir / image)
     return 0
