@@ -85,10 +85,10 @@ def model_ranks(options, name: str, text: str) -> dict:
     Raises:
         ScriptError: as `load`; the text is too short.
     """
-    model, tokenizer = load(name)
+    model, tokenizer, _ = load(name)
     longest = max(options.lengths)
     if (model.config.longest_row or longest) < longest:  # the learned positions of a source can be repeated
-        model, _ = load(name, max_position_embeddings=longest + model.config.position_offset)
+        model, *_ = load(name, max_position_embeddings=longest + model.config.position_offset)
     model = model.double()
     if model.config.longest_row is not None:
         longest = max((n for n in options.lengths if n <= model.config.longest_row), default=0)
