@@ -213,8 +213,8 @@ def run(options) -> int:
         for d in options.head_sizes:
             for length in lengths:
                 results[key].append(measure(options, d, length))
+                write_json(output, results)
                 print(f"{key}: head size {d}, {length} tokens", flush=True)
-    write_json(output, results)
     plot(results, output.with_suffix(".png"))
     print(markdown(results))
     return 0
