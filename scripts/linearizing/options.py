@@ -8,20 +8,21 @@ from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.options import MergeKeyValues, option, other_default, required
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
-from ordnung.scripts.training.options import LoopOptions
+from ordnung.scripts.training.options import LoopOptions, TextOptions
 
 # What the loop knows and this program has no use for.
 UNUSED = {
     "max_steps": "the stages' lengths are --transfer_steps and --distill_steps",
     "num_train_epochs": "the stages' lengths are --transfer_steps and --distill_steps",
     "trust_remote_code": "teachers are of architectures that transformers knows",
+    "streaming": "each pass is over the same blocks",
     "torch_compile": "the first stage looks into the teacher's layers, which compiling takes away",
 }
 
 
 @dataclass(kw_only=True)
-class LinearizeOptions(LoopOptions, HubOptions):
-    """The loop's options and these; names are those of pretrain.py, finetune.py and convert.py where they have them."""
+class LinearizeOptions(LoopOptions, TextOptions, HubOptions):
+    """The loop's options, those of its text, and these, named as in finetune.py and convert.py where they have them."""
 
     source: str = required("The teacher: a checkpoint that `convert` reads, folder or Hub name.", section="model")
     gguf_file: str | None = option(None, "GGUF file of the teacher to read instead of its own weights.")
@@ -33,22 +34,11 @@ class LinearizeOptions(LoopOptions, HubOptions):
         None, "Keep full attention in so many layers: those that lose most when replaced alone.", least=0
     )
 
-    train_file: list[str] | None = option(
-        None, "Files, folders or glob patterns: .txt (a document each), .jsonl, .parquet, .csv or .tsv.", section="data"
-    )
-    train_weights: list[float] | None = option(
-        None, "How often documents are drawn from each entry of train_file; default: each document once.", above=0
-    )
-    validation_file: list[str] | None = option(None, "Held-out files, as train_file.")
-    dataset_name: str | None = option(None, "A data set of the Hub, or a folder `datasets` can load.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
-    text_column: str = option("text", "Column that holds a document's text.")
     validation_fraction: float = option(
         0.05, "Share held out of the training data if there is no validation data.", above=0, below=1
     )
-    max_eval_blocks: int | None = option(16, "Measure on at most this many blocks.", least=1)
+    max_eval_blocks: int | None = other_default(TextOptions, "max_eval_blocks", 16)
     tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: the teacher's.")
-    block_size: int = option(512, "Tokens in a row.", least=2)
     respect_document_boundaries: bool = option(
         False, "No token sees another document. An encoder's rows are always so, each document with special tokens."
     )
@@ -98,7 +88,6 @@ class LinearizeOptions(LoopOptions, HubOptions):
     )
     decode_lengths: list[int] = option([512, 2048], "Tokens before those whose time is measured.", least=1)
 
-    streaming = False  # of pretraining's options, whose text is read in the same way
     not_recorded = ("output_dir", "report_to", "run_name", "teacher_outputs", "decode_lengths", "similarity_file")
     not_recorded += ("logging_steps", *NOT_RECORDED)
 
@@ -110,13 +99,7 @@ class LinearizeOptions(LoopOptions, HubOptions):
         if self.model_type not in FAMILIES:
             hint = closest(self.model_type, FAMILIES)
             raise ScriptError(f"--model_type {self.model_type!r} is none of {', '.join(FAMILIES)}{hint}")
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ScriptError("give one of --train_file and --dataset_name")
-        if self.train_weights is not None and len(self.train_weights) != len(self.train_file or []):
-            raise ScriptError(
-                f"--train_weights has {len(self.train_weights)} numbers and --train_file {len(self.train_file or [])} "
-                "entries: give a weight for each"
-            )
+        self.check_text()
         self.config_overrides = self.config_overrides or {}
         if self.keep_attention is not None and "layer_types" in self.config_overrides:
             raise ScriptError(
