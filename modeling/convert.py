@@ -591,6 +591,11 @@ def _target(model, table, source_head, model_type, head, overrides) -> tuple[str
         size = source.num_attention_heads * _head_size(source) // fields["num_attention_heads"]
         sizes = (name for name in ("head_dim", "v_head_dim") if hasattr(config_class, name))
         fields |= {name: overrides.get(name, size) for name in sizes}
+    if fields.get("tie_word_embeddings") and not source.tie_word_embeddings and source_head in LM_HEADS:
+        raise ValueError(
+            "`tie_word_embeddings` (True) would put one matrix in the place of two, as the source's head has weights "
+            "of its own: leave it out"
+        )
     if head is None:
         head = source_head
         if head in LM_HEADS:

@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError):
         tokenizer = None
         print(f"  note: no tokenizer in {options.source}: put one into {options.output_dir}")
+    if tokenizer is not None:
+        limits.check_vocabulary(tokenizer, model.config, "put the source's own tokenizer beside it")
     if options.plain:
         model.save_pretrained(options.output_dir)
         if tokenizer is not None:

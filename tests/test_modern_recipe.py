@@ -13,20 +13,8 @@ def test_recipe_trains_a_modern_model(model_type, tmp_path):
     sizes = "hidden_size=48,num_hidden_layers=2,intermediate_size=64" + MORE[model_type]
     text = tmp_path / "text.txt"
     text.write_text("the whale and the ship, a captain and the white sea. " * 200)
-    short = [
-        "--train_file",
-        str(text),
-        "--max_steps",
-        "4",
-        "--eval_steps",
-        "4",
-        "--save_steps",
-        "4",
-        "--warmup_steps",
-        "1",
-        "--block_size",
-        "32",
-    ]
+    data = ["--train_file", str(text)]
+    short = ["--max_steps", "4", "--eval_steps", "4", "--save_steps", "4", "--warmup_steps", "1", "--block_size", "32"]
     small = ["--train_tokenizer_vocab_size", "300", "--validation_fraction", "0.1", "--use_cpu"]
     arguments = ["--config", "modern.yaml", "--model_type", model_type, "--config_overrides", sizes]
     assert pretrain.main([*arguments, "--output_dir", str(tmp_path / "run"), *short, *small]) == 0

@@ -61,6 +61,7 @@ def tokens_of(model, rows: int = 2, length: int = 19) -> torch.Tensor:
     return torch.randint(3, highest - 1, (rows, length))
 
 
+@torch.no_grad()
 def padded(source, model, reads) -> dict[str, float]:
     """Largest differences of what `reads` gives, at the real tokens of rows padded in every way."""
     differences = {}
@@ -179,16 +180,18 @@ def table(peers: list[dict]) -> str:
 def run(options) -> int:
     """Compare them by the options of peers.py and write the results; returns the exit status."""
     results = {"seed": options.seed, "peers": [], "machine": machine_info()}
+
+    def add(name: str, weights: str, found: dict) -> None:
+        results["peers"].append({"name": name, "weights": weights, "differences": found})
+        if options.output_file:
+            write_json(options.output_file, results)
+
     for architecture in (*ENCODERS, *DECODERS):
         torch.manual_seed(options.seed)
-        found = compare_random(architecture)
-        results["peers"].append({"name": architecture, "weights": "random", "differences": found})
+        add(architecture, "random", compare_random(architecture))
     for source in options.sources or ():
         torch.manual_seed(options.seed)
         architecture, found = compare_checkpoint(source)
-        name = f"{Path(source).name} ({architecture})"
-        results["peers"].append({"name": name, "weights": "of a checkpoint", "differences": found})
-    if options.output_file:
-        write_json(options.output_file, results)
+        add(f"{Path(source).name} ({architecture})", "of a checkpoint", found)
     print(table(results["peers"]))
     return 0
