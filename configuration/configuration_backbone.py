@@ -47,8 +47,7 @@ class BackboneConfig(PreTrainedConfig):
         classifier_dropout: dropout before a classification head, `hidden_dropout` if None.
         classifier_pooling: what a sequence is classified by: "first" or "last" (its first or last real token's state)
             or "mean" (of all). None means the last of a causal and the first of a bidirectional model.
-        initializer_range: standard deviation of the initial weights; projections into the residual stream start
-            smaller by sqrt(2 L).
+        initializer_range: standard deviation of the initial weights of linear layers and embeddings.
         is_decoder: causal (True) or bidirectional (False).
         use_cache: return the generation state by default.
         tie_word_embeddings: share the token embedding with the language-modelling head.
