@@ -35,7 +35,9 @@ from ordnung.scripts.linearizing.data import documents_of, mean_states
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.linearizing.stages import SCALE, Distillation
 from ordnung.scripts.linearizing.teacher import base_of, student_mixes, watched
+from ordnung.scripts.pretraining import perplexity
 from ordnung.scripts.pretraining.losses import position_losses
+from ordnung.scripts.reports import linearized
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.checkpointing import checkpoint_fault
 from ordnung.scripts.training.loop import Loop
@@ -161,7 +163,7 @@ def assert_same(a, b):
 
 
 def test_a_decoder_is_linearized(run, data):
-    out = run(transfer_steps=3, distill_steps=3)
+    out = run(transfer_steps=3, distill_steps=3, long_file=data / "text.txt", long_tokens=700)
     found = results(out)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.config.model_type == "linformer_lm" and len(tokenizer) == 300
@@ -189,6 +191,14 @@ def test_a_decoder_is_linearized(run, data):
         "student", "teacher", "teacher_static_cache"
     }  # fmt: skip
     assert (out / "linearize.png").read_bytes().startswith(b"\x89PNG")
+    # one row of more tokens than a piece: the loss is that of the whole row at once
+    text = perplexity.encode(corpus.load_files([str(data / "text.txt")], "x", "text", False), tokenizer, 700)[0]
+    whole = position_losses(model, text[None], 1)
+    last = found["longer"][-1]
+    assert last["last"] == 699 and last["student_loss"] == pytest.approx(whole[last["first"] - 1 :].mean(), abs=1e-5)
+    assert last["student_state_bytes"] == model.model.cache_bytes(699) < last["teacher_state_bytes"]
+    table = linearized.decoders({"tiny": found})
+    assert f"{found['student']['loss']:.3f}" in table and "tiny, no mixing" in table and "3 of 3" in table
     card = (out / "README.md").read_text()
     assert (
         "`llama`" in card and "(floor)" in card and "Layer by layer" in card and f"{found['tokens']:,} tokens" in card
@@ -280,6 +290,8 @@ def test_an_encoder_is_linearized(run, data):
         wanted = spearmanr(cosines, [pair["label"] for pair in pairs]).statistic
         assert found[name]["similarity"] == pytest.approx(wanted, abs=2e-3)
     assert AutoModel.from_pretrained(out).config.layer_types == found["layer_types"]
+    table = linearized.encoders({"tiny": found})
+    assert f"{found['student']['similarity']:.3f}" in table and "100 %" in table
 
 
 def test_costs_of_an_encoder_see_each_document_alone(arguments, data):

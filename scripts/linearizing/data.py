@@ -8,6 +8,7 @@ from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.pretraining import data as pretraining
+from ordnung.scripts.pretraining import perplexity
 from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, PlacedBlocks, ShuffledBlocks
 
 # Documents of an encoder are tokenized in groups of so many.
@@ -132,6 +133,16 @@ class Text:
         return {name: tensor.to(self.device) for name, tensor in self.make_batch(rows, lengths, first).items()}
 
 
+def load_long_text(options: LinearizeOptions, tokenizer) -> np.ndarray:
+    """The first `long_tokens` tokens of the long text, or all.
+
+    Raises:
+        ScriptError: as `corpus.load_files`.
+    """
+    documents = corpus.load_files(options.long_file, "long_file", options.text_column, streaming=False)
+    return perplexity.encode(documents, tokenizer, options.long_tokens)[0]
+
+
 def load_pairs(path: str) -> datasets.Dataset:
     """Pairs of texts: columns sentence1, sentence2 and label.
 
@@ -149,4 +160,14 @@ def load_pairs(path: str) -> datasets.Dataset:
     return pairs
 
 
-__all__ = ["IGNORED", "Batches", "Text", "documents_of", "load_blocks", "load_pairs", "mean_states", "real_tokens"]
+__all__ = [
+    "IGNORED",
+    "Batches",
+    "Text",
+    "documents_of",
+    "load_blocks",
+    "load_long_text",
+    "load_pairs",
+    "mean_states",
+    "real_tokens",
+]

@@ -27,6 +27,7 @@ from ordnung.scripts.pretraining.losses import position_buckets
 Batch = dict[str, torch.Tensor]
 STATE_LENGTHS = (512, 2048, 8192, 32768)
 FROM = (0, 256, 512, 1024)  # positions from which losses are told
+PIECE = 512  # tokens of a long text that are read at once
 DECODED = 16  # tokens generated to time one
 
 
@@ -218,6 +219,36 @@ def similarity(model: PreTrainedModel, tokenizer, pairs, batch_size: int, max_le
         means.append(torch.stack([found[i] for i in range(len(texts))]))
     cosines = F.cosine_similarity(*means).cpu().numpy()
     return float(spearmanr(cosines, np.array(pairs["label"], dtype=float)))
+
+
+@torch.no_grad()
+def long_losses(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """Losses (N - 1,) of one text, read in pieces from the generation state, which is all that is kept of it.
+
+    Args:
+        tokens: (N,) of any length.
+    """
+    ids = torch.from_numpy(tokens[None].astype(np.int64)).to(model.device)
+    past, before, losses = None, None, []
+    for part in ids.split(PIECE, dim=1):
+        out = model(part, past_key_values=past, use_cache=True)
+        logits = out.logits if before is None else torch.cat([before, out.logits], dim=1)
+        wanted = part[:, 1:] if before is None else part
+        losses.append(F.cross_entropy(logits[0, :-1].float(), wanted[0], reduction="none").cpu().numpy())
+        past, before = out.past_key_values, out.logits[:, -1:]
+    return np.concatenate(losses)
+
+
+def longer(pair: Pair, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """`long_losses` of student and teacher by position, beside the bytes of their states at its end."""
+    models = {"student": pair.student, "teacher": pair.teacher}
+    losses = {name: long_losses(model, tokens) for name, model in models.items()}
+    rows = []
+    for first, last in position_buckets(len(tokens)):
+        row = {"first": first, "last": last}
+        row |= {f"{name}_loss": float(found[first - 1 : last].mean()) for name, found in losses.items()}
+        rows.append(row | {f"{name}_state_bytes": base_of(model).cache_bytes(last) for name, model in models.items()})
+    return rows
 
 
 def state_bytes(model: PreTrainedModel) -> dict[str, int]:

@@ -86,9 +86,14 @@ class LinearizeOptions(LoopOptions, TextOptions, HubOptions):
     similarity_file: str | None = option(
         None, "Pairs of texts to measure an encoder on: columns sentence1, sentence2 and label, how similar they are."
     )
+    long_file: list[str] | None = option(
+        None, "A long text, read beyond the teacher's length too: files, as train_file."
+    )
+    long_tokens: int = option(16384, "Tokens of it.", least=2)
     decode_lengths: list[int] = option([512, 2048], "Tokens before those whose time is measured.", least=1)
 
     not_recorded = ("output_dir", "report_to", "run_name", "teacher_outputs", "decode_lengths", "similarity_file")
+    not_recorded += ("long_file", "long_tokens")
     not_recorded += ("logging_steps", *NOT_RECORDED)
 
     def __post_init__(self):

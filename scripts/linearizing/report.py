@@ -58,6 +58,8 @@ def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
     if not pair.encoder:
         made["decoding"] = measure.decode_times(pair, run.text.held_out_tokens, options.decode_lengths)
         made["text"] = _written(run)
+        if run.long_text is not None:
+            made["longer"] = measure.longer(pair, run.long_text)
     made["recovered"] = {str(start): share(made, start) for start in measure.FROM}
     made["eval_results"] = _eval_results(made)
     made["sections"] = {"Linearized": text(made)}
@@ -136,11 +138,13 @@ def text(made: dict[str, Any]) -> str:
     worst = sorted(made["layers"]["student"], key=lambda layer: -layer["relative_error"])
     parts.append(
         "Layer by layer, on the teacher's inputs: the new mixers' error over the variance of the attention's output, "
-        "and cosine.\n\n" + _layer_table(made)
+        "and cosine.\n\n" + layer_table(made)
     )
     parts.append(f"Most is lost in layer {worst[0]['layer']}.")
     if not made["encoder"]:
         parts.append(_cost_tables(made))
+    if "longer" in made:
+        parts.append(f"One long text, read piece by piece:\n\n{long_table(made)}")
     return "\n\n".join(parts)
 
 
@@ -168,13 +172,24 @@ def _encoder_table(rows: dict[str, dict]) -> str:
     return markdown_table(header, body)
 
 
-def _layer_table(made: dict[str, Any]) -> str:
+def layer_table(made: dict[str, Any]) -> str:
     body = [
         [str(ours["layer"]), f"{first['relative_error']:.3f}", f"{first['cosine']:.3f}"]
         + [f"{ours['relative_error']:.3f}", f"{ours['cosine']:.3f}"]
         for first, ours in zip(made["layers"]["converted"], made["layers"]["student"])
     ]
     return markdown_table(["layer", "error as converted", "cosine", "error of the student", "cosine"], body)
+
+
+def long_table(made: dict[str, Any]) -> str:
+    """Losses along one long text, and the states' bytes."""
+    body = [
+        [f"{row['first']:,}-{row['last']:,}"]
+        + [f"{row[f'{name}_loss']:.3f}" for name in ("student", "teacher")]
+        + [f"{row[f'{name}_state_bytes'] / 2**20:,.2f}" for name in ("student", "teacher")]
+        for row in made["longer"]
+    ]
+    return markdown_table(["position", "student, nats", "teacher", "state of the student, MiB", "of the teacher"], body)
 
 
 def _cost_tables(made: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
 from ordnung.scripts.hub import sharing
 from ordnung.scripts.linearizing import measure, report
-from ordnung.scripts.linearizing.data import Text, load_pairs
+from ordnung.scripts.linearizing.data import Text, load_long_text, load_pairs
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.linearizing.stages import Distillation, Stage, Transfer, merge_adapters
 from ordnung.scripts.linearizing.teacher import (
@@ -57,6 +57,7 @@ class Linearization:
             pair = self.pair
             several = pair.student.config.packs_documents
             self.text = Text(options, self.tokenizer, pair.encoder, several, accelerator.device)
+            self.long_text = load_long_text(options, self.tokenizer) if options.long_file and not pair.encoder else None
             self.similar = load_pairs(options.similarity_file) if options.similarity_file else None
         self.outputs = TeacherOutputs(
             pair.teacher,
