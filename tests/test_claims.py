@@ -88,16 +88,20 @@ def test_language_models_decide_only_below_the_trigram(files):
     assert claim(quote).verdict == OPEN  # nothing to hold them against
 
 
+def without_static(value):
+    value["results"] = [row for row in value["results"] if not row["name"].endswith("_static")]
+
+
 def test_decode_speed_waits_for_a_static_cache(files):
     quote = "faster than attention's after 32,768"
-    if not claims.static_measured(["conv_lm_benchmark_decode"]):
-        assert claim(quote).verdict == OPEN
+    change(files, "conv_lm_benchmark_decode", without_static)
+    assert claim(quote).verdict == OPEN
 
     def static(value):
         (row,) = [row for row in value["results"] if (row["name"], row["length"]) == ("softmax_lm", 32768)]
-        value["results"] = [row for row in value["results"] if not row["name"].endswith("_static")]
         seconds = {key: value / 100 if key != "n" else value for key, value in row["seconds"].items()}
-        value["results"].append({**row, "name": "softmax_lm_static", "seconds": seconds})
+        for name in ("softmax_lm_static", "gpt2_sdpa_static"):
+            value["results"].append({**row, "name": name, "seconds": seconds})
 
     change(files, "conv_lm_benchmark_decode", static)
     assert claim(quote).verdict == FAILS  # held against the better form

@@ -6,7 +6,7 @@ multiply-add of the matrix products and convolutions; softmax, norms, activation
 `model.flops`. Fused causal attention is counted as the N(N+1)/2 pairs that it computes, unfused attention as all N*N.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -347,6 +347,12 @@ STATIC = "_static"  # ends the names of what decodes in a static cache
 def with_static_forms(names: list[str]) -> list[str]:
     """The names of what decodes: each variant, and behind it its form in a static cache where it has one."""
     return [form for name in names for form in ([name, name + STATIC] if VARIANTS[name].static_form else [name])]
+
+
+def copies_its_cache(names: Iterable[str]) -> bool:
+    """Whether attention among these decoded rows was given no static cache: its times are then mostly copies."""
+    names = set(names)
+    return any(name + STATIC not in names for name in names if name in VARIANTS and VARIANTS[name].static_form)
 
 
 def split_form(name: str) -> tuple[Variant, bool]:
