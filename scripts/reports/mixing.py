@@ -36,8 +36,9 @@ def load(name: str, **fields):
         config, head = find_head(name)
         model_type, answer = config.model_type, None
         if model_type in SOURCES:
+            family = "sparse_attention_lm" if SOURCES[model_type].windows(config) else "softmax_lm"
             fields |= {"head": "Model", "output_report": True, "attn_implementation": "eager"}
-            model, _ = ordnung.convert(name, "softmax_lm", **fields)
+            model, _ = ordnung.convert(name, family, **fields)
         elif head is not None:
             model = load_labeller(name, attn_implementation="eager")[0]
         else:
