@@ -17,7 +17,7 @@ def test_recipe_trains_a_modern_model(model_type, tmp_path):
     short = ["--max_steps", "4", "--eval_steps", "4", "--save_steps", "4", "--warmup_steps", "1", "--block_size", "32"]
     small = ["--train_tokenizer_vocab_size", "300", "--validation_fraction", "0.1", "--use_cpu"]
     arguments = ["--config", "modern.yaml", "--model_type", model_type, "--config_overrides", sizes]
-    assert pretrain.main([*arguments, "--output_dir", str(tmp_path / "run"), *short, *small]) == 0
+    assert pretrain.main([*arguments, "--output_dir", str(tmp_path / "run"), *data, *short, *small]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.model_type == model_type
     layer = model.model.layers[0]
