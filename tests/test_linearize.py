@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from launching import SCRIPTS, launch, launch_sharded
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -575,3 +576,10 @@ def test_distillation_trains_what_it_is_told_to(arguments):
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         assert {name.split(".")[3] for name in names if ".layers." in name} == wanted
         assert not any("embed" in name for name in names) and made.pair.new == [n for n in names if ".layers." not in n]
+
+
+@pytest.mark.parametrize("name", ["linearize_minilm", "linearize_smollm2"])
+def test_shipped_configs_are_valid(name):
+    options = parse_options(LinearizeOptions, ["--config", name, "--train_file", "any"])
+    config = AutoConfig.for_model(options.model_type, **options.config_overrides)
+    assert config.model_type == options.model_type and options.transfer_steps and options.distill_steps
