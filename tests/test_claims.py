@@ -110,3 +110,18 @@ def test_decode_speed_waits_for_a_static_cache(files):
 def test_a_universal_claim_fails_by_one_case(files):
     unnecessary = claim("content-dependent scores are unnecessary")
     assert {finding.verdict for finding in unnecessary.findings} == {FAILS, OPEN} and unnecessary.verdict == FAILS
+
+
+def test_hops_along_a_function_count_once_they_are_there(files):
+    def run(values):
+        return {"equal_compute": {"answers": {"values": values, "mean": sum(values) / 3}}}
+
+    more, quote = {"machine": {"command": "any"}}, "insanely more powerful"
+    (files / "cubic_prefix_lm_function.json").unlink(missing_ok=True)
+    first = claim(quote).findings[0]
+    assert (first.number, first.verdict) == ("not run yet", OPEN)
+    variants = {"cubic": run([1.0, 1.0, 0.99]), "softmax": run([0.6, 0.6, 0.61]), "softmax_fast": run([0.7, 0.71, 0.7])}
+    (files / "cubic_prefix_lm_function.json").write_text(json.dumps({**more, "variants": variants}))
+    first = claim(quote).findings[0]
+    assert first.verdict == HOLDS and "softmax_fast" in first.against  # against the best attention
+    assert claim(quote).verdict == PART

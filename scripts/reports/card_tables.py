@@ -16,7 +16,9 @@ from ordnung.scripts.reports.results import (
     CAUSAL_BENCHMARKS,
     CONV_BENCHMARKS,
     ENCODER_BENCHMARKS,
+    FUNCTION,
     Timings,
+    has_results,
     load,
     load_benchmark,
     load_compare,
@@ -139,6 +141,17 @@ def prefix_claims() -> str:
     return markdown_table(["insanely more powerful?", "measured"], body)
 
 
+def function_table() -> str:
+    """Hops along a function, with what fewer hops would answer, and the figure; in words that it is not there yet."""
+    if not has_results(FUNCTION):
+        return "Not run to its end yet: `python scripts/prefix_tasks.py --config scripts/configs/tasks_function.yaml`."
+    results = load(FUNCTION)
+    shares = ", ".join(f"{hops} hops {share:.2f}" for hops, share in enumerate(results["fewer_hops"]))
+    lines = f"A walk along a random function soon goes round, so fewer hops give many answers too: {shares}."
+    figure = f"![Share of right answers against steps and FLOPs](../figures/{FUNCTION}.png)"
+    return f"{prefix_tasks.markdown(results)}\n\n{lines}\n\n{figure}"
+
+
 def headline_claims() -> str:
     """The bold claim of each idea's source, beside what was measured; all of it is in the cards."""
     conv, encoder = Timings(*CONV_BENCHMARKS), Timings(*ENCODER_BENCHMARKS)
@@ -231,6 +244,7 @@ TABLES = {
     "linformer_spectrum": lambda: plot_mixing.markdown(load("linformer_lm_spectrum")),
     "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
     "prefix_pointer": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_pointer")),
+    "prefix_function": function_table,
     "prefix_memory": partial(benchmark_table, "cubic_prefix_lm_memory"),
     "prefix_claims": prefix_claims,
     "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
@@ -257,6 +271,7 @@ FIGURES = {
     "linformer_lm_compare": lambda image: compare.plot(load_compare("linformer_lm_compare"), image),
     "linformer_lm_recall": lambda image: recall.plot(load("linformer_lm_recall"), image),
     "linformer_lm_spectrum": lambda image: plot_mixing.draw_spectrum(load("linformer_lm_spectrum"), image),
+    "cubic_prefix_lm_function": lambda image: prefix_tasks.plot(load(FUNCTION), image),
     "cubic_prefix_lm_pointer": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_pointer"), image),
     "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),

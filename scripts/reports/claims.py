@@ -20,6 +20,7 @@ from ordnung.scripts.experiments.verdicts import (
 from ordnung.scripts.reports.results import (
     CONV_BENCHMARKS,
     ENCODER_BENCHMARKS,
+    FUNCTION,
     Timings,
     has_results,
     load,
@@ -253,11 +254,9 @@ def linformer_claims() -> list[Claim]:
 def prefix_claims() -> list[Claim]:
     name, same = "cubic_prefix_lm", "same inference cost as today O(N²)"
     at_end, control = ("cubic", "equal_compute"), ("softmax", "equal_compute")
-    function = best_control("cubic_prefix_lm_function")
+    function = best_control(FUNCTION)
     stronger = [
-        answers(
-            "cubic_prefix_lm_function", at_end, function, MARGIN, f"7 hops, 3× the steps for attention ({function[0]})"
-        ),
+        answers(FUNCTION, at_end, function, MARGIN, f"7 hops, 3× the steps for attention ({function[0]})"),
         answers("cubic_prefix_lm_pointer", at_end, control, MARGIN, "3 hops, ten answers, equal FLOPs"),
         answers("cubic_prefix_lm_triplets_short", at_end, control, MARGIN, "triplets of 10 tokens, equal FLOPs"),
         perplexity("cubic_prefix_lm_compare", "cubic", "softmax_rope_equal_compute", 0.0, "text, equal FLOPs"),
