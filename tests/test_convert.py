@@ -28,8 +28,8 @@ from transformers.models import llama, mistral, qwen2, qwen3
 from transformers.utils import logging
 
 import ordnung
-from ordnung.modeling.convert import SOURCES
 from ordnung.modeling.registration import FAMILIES
+from ordnung.modeling.sources import SOURCES
 from ordnung.scripts import convert as script
 from ordnung.scripts.common.errors import ScriptError
 

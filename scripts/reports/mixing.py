@@ -7,8 +7,8 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 from transformers.modeling_utils import PreTrainedModel
 
 import ordnung
-from ordnung.modeling.convert import SOURCES
 from ordnung.modeling.registration import is_registered
+from ordnung.modeling.sources import SOURCES
 from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
