@@ -173,7 +173,7 @@ def plot(results: dict, image: Path) -> None:
                 [row["length"] for row in rows], ratios, marker="o", markersize=3, color=f"C{i}", label=f"d = {d}"
             )
         panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
-        panel.set(title=f"{title}: times faster than fused softmax", xlabel="tokens", xscale="log", yscale="log")
+        panel.set(title=f"{title}: speed / softmax's", xlabel="tokens", xscale="log", yscale="log")
     for i, d in enumerate(sizes):
         rows = [row for row in results["decoding"] if row["head_size"] == d]
         for name, line in zip(CACHES, ("-", ":", "--")):
