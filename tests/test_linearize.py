@@ -528,6 +528,7 @@ def test_a_broken_save_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
         ({"block_size": 4096}, "less than one block of 4096"),
         ({"config_overrides": f"layer_types=[{LAYER}]", "keep_attention": 1}, "give one of them"),
         ({"kl_weight": 0}, "nothing is left to train on"),
+        ({"model_type": "cubic_prefix_lm", "config_overrides": None}, "over each prefix.*ordnung convert"),
         ({"max_steps": 5}, "the stages' lengths are --transfer_steps and --distill_steps; leave it out"),
         ({"transfer_steps": -1}, "--transfer_steps must be at least 0"),
     ],

@@ -108,6 +108,11 @@ def load_student(options: LinearizeOptions, teacher: PreTrainedModel, layer_type
     # dropout is noise beside a teacher; `run.restore_dropout` writes it into the config again
     overrides |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     student, report = _convert(options, options.source, options.model_type, head=head_of(teacher), **overrides)
+    if student.config.encoder_generates:
+        raise ScriptError(
+            f"--model_type {options.model_type} runs its layers over each prefix, so that no mixer stands in the place "
+            "of an attention: use `ordnung convert`, which is exact for an encoder"
+        )
     ours, theirs = student.config.attends_causally, teacher.config.attends_causally
     if ours != theirs and "is_decoder" not in overrides:
         words = {True: "causal", False: "bidirectional"}
