@@ -32,10 +32,10 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.linearizing import measure
 from ordnung.scripts.linearizing import run as running
-from ordnung.scripts.linearizing.data import documents_of, mean_states
+from ordnung.scripts.linearizing.data import documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.options import LinearizeOptions
-from ordnung.scripts.linearizing.stages import SCALE, Distillation
-from ordnung.scripts.linearizing.teacher import base_of, student_mixes, watched
+from ordnung.scripts.linearizing.stages import SCALE, Distillation, calibrate
+from ordnung.scripts.linearizing.teacher import base_of, model_inputs, student_mixes, watched
 from ordnung.scripts.pretraining import perplexity
 from ordnung.scripts.pretraining.losses import position_losses
 from ordnung.scripts.reports import linearized
@@ -225,7 +225,8 @@ def test_transfers_gradients_are_those_of_the_formula(arguments):
     made = built(arguments())
     stage = made.stage("transfer")
     pair, batch = made.pair, made.text.held_out[0]
-    stage.loss(stage.build_model(None), scaled(stage, batch)).backward()
+    model = stage.build_model(None)
+    stage.loss(model, scaled(stage, batch)).backward()
     got = {name: p.grad.clone() for name, p in pair.student.named_parameters() if p.grad is not None}
     pair.student.zero_grad()
     # straight from the formula: all layers' inputs first, then one sum
@@ -234,6 +235,12 @@ def test_transfers_gradients_are_those_of_the_formula(arguments):
         pair.teacher(batch["input_ids"])
     loss = 0.0
     for call in calls:
+        mixer, kwargs = (
+            base_of(pair.student).layers[call.layer].mixer,
+            {**call.kwargs, "attention_mask": None, "past_key_values": None},
+        )
+        shared = base_of(pair.student).shared_inputs(mixer.layer_type)
+        torch.testing.assert_close(student_mixes(pair.student, call), mixer(call.inputs, **kwargs, **shared)[0])
         variance = float(made.before["variances"][str(call.layer)])
         loss = loss + (student_mixes(pair.student, call) - call.output).square().mean() / variance / 3
     loss.backward()
@@ -242,6 +249,28 @@ def test_transfers_gradients_are_those_of_the_formula(arguments):
     assert {name.split(".")[2] for name in got if ".mixer." in name} == {"0", "1", "2"}
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_outputs_are_scaled_to_fit_before_they_are_trained(arguments, data, kind):
+    made = built(arguments(**(encoder(data) if kind == "encoder" else {}), per_device_eval_batch_size=4))
+    pair, batches = made.pair, made.text.held_out[:1]
+    for layer in base_of(pair.student).layers:  # far off
+        layer.mixer.out_proj.weight.data *= 7
+    calls, real = [], real_tokens(batches[0])
+    with watched(pair.teacher, pair.replaced, calls.append), torch.no_grad():
+        base_of(pair.teacher)(**model_inputs(base_of(pair.teacher), batches[0]))
+        wanted = []
+        for call in calls:  # each channel by numpy's least squares
+            ours, theirs = (x[real].double().numpy() for x in (student_mixes(pair.student, call), call.output))
+            biased = base_of(pair.student).layers[0].mixer.out_proj.bias is not None
+            columns = [np.stack([o, np.ones(len(o))] if biased else [o], 1) for o in ours.T]
+            fits = [c @ np.linalg.lstsq(c, t, rcond=None)[0] for c, t in zip(columns, theirs.T)]
+            wanted.append(np.stack(fits, 1))
+    calibrate(pair, batches)
+    for call, fit in zip(calls, wanted):
+        with torch.no_grad():
+            np.testing.assert_allclose(student_mixes(pair.student, call)[real].numpy(), fit, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -4,6 +4,7 @@ Costs of a batch are sums, and its `scales` say what they are means over: so a s
 accumulation steps, whatever its rows hold.
 """
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -35,9 +36,10 @@ from ordnung.scripts.linearizing.teacher import (
 )
 from ordnung.scripts.training.accelerator import summed
 from ordnung.scripts.training.loop import Job, Step
-from ordnung.scripts.training.optimization import make_optimizer
+from ordnung.scripts.training.optimization import make_optimizer, recompute_activations
 
 Batch = dict[str, torch.Tensor]
+CALIBRATION = 8192  # tokens by which outputs are scaled before they are trained
 SCALE = "scale of "  # what a batch holds besides a model's inputs: the scale of each cost
 
 
@@ -145,7 +147,8 @@ class Transfer(Stage):
     """Each new mixer's output matched to that of the teacher's attention, on the teacher's own inputs to that layer.
 
     The loss is the squared error over the variance of the teacher's outputs, a mean over layers. Layers do not depend
-    on each other: nothing is passed back through the stack. LoLCATs' first stage (Zhang et al. 2024, arXiv 2410.10254).
+    on each other: nothing is passed back through the stack. First their outputs are scaled.
+    LoLCATs' first stage (Zhang et al. 2024, arXiv 2410.10254).
 
     Args:
         variances: of the teacher's mixer outputs, by layer.
@@ -167,7 +170,15 @@ class Transfer(Stage):
 
     def build_model(self, folder: Path | None) -> nn.Module:
         super().build_model(folder)
+        if folder is None:
+            calibrate(self.pair, self.first_rows())
         return MixerTransfer(self.pair, self.variances, self.options.gradient_checkpointing)
+
+    def first_rows(self) -> list[Batch]:
+        """The first rows of the training text, the same on every process."""
+        size = self.options.per_device_eval_batch_size
+        starts = range(0, math.ceil(CALIBRATION / self.options.block_size), size)
+        return [self.text.batch(*self.text.rows(start, size)) for start in starts]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"transfer": int(real_tokens(batch).sum())}
@@ -177,6 +188,35 @@ class Transfer(Stage):
 
     def plain(self, model: nn.Module):
         return partial(model, batch=None)
+
+
+@torch.no_grad()
+def calibrate(pair: Pair, batches: list[Batch]):
+    """Scale each channel of the new mixers' outputs, and shift it where they have biases, to fit the attention's.
+
+    This is the best that a change of `out_proj`'s rows by a factor can do, in squares: a mixer that says too much, as a
+    new kernel may, no longer drowns the stack when training begins.
+    """
+    sums = {number: [0.0] * 5 for number in pair.replaced}
+
+    def add(call: Mixed):
+        made, wanted = (x[real].double() for x in (student_mixes(pair.student, call), call.output))
+        found = (len(made), made.sum(0), wanted.sum(0), made.square().sum(0), (made * wanted).sum(0))
+        sums[call.layer] = [old + new for old, new in zip(sums[call.layer], found)]
+
+    for batch in batches:
+        real = real_tokens(batch)
+        with watched(pair.teacher, pair.replaced, add):
+            base_of(pair.teacher)(**model_inputs(base_of(pair.teacher), batch))
+    for number, (count, made, wanted, squares, products) in sums.items():
+        out = base_of(pair.student).layers[number].mixer.out_proj
+        shifts = out.bias is not None
+        mean = made / count if shifts else 0 * made
+        spread = squares - mean * made
+        factor = (products - mean * wanted) / spread.clamp(min=1e-12 * squares.max().clamp(min=1e-30))
+        out.weight.mul_(factor[:, None].to(out.weight.dtype))
+        if shifts:
+            out.bias.copy_(factor * out.bias + (wanted / count - factor * mean))
 
 
 class MixerTransfer(nn.Module):
@@ -255,6 +295,11 @@ class Distillation(Stage):
             # an encoder's head has no part in what is matched
             chosen = chosen and (id(parameter) in inside or not self.pair.encoder)
             parameter.requires_grad_(chosen or plain_name(name) in self.pair.new)
+
+    def build_model(self, folder: Path | None) -> nn.Module:
+        if self.options.gradient_checkpointing:
+            recompute_activations(self.pair.student)
+        return super().build_model(folder)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         real = int(real_tokens(batch).sum())

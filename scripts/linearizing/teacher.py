@@ -205,10 +205,15 @@ def student_mixes(student: PreTrainedModel, call: Mixed) -> torch.Tensor:
     kwargs = {name: value for name, value in call.kwargs.items() if name not in ("attention_mask", "past_key_values")}
     kwargs |= base.shared_inputs(layer.mixer.layer_type)
 
-    def mixer(layer, states, **kwargs):
+    def mixer(states, **kwargs):
         return layer.mixer(states, **kwargs)[0]
 
-    return layer(call.inputs.detach(), run=mixer, **kwargs)
+    # by the layer's own call, which what shards it hooks into
+    layer.forward = mixer
+    try:
+        return layer(call.inputs.detach(), **kwargs)
+    finally:
+        del layer.forward
 
 
 def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
