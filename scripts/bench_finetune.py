@@ -6,7 +6,8 @@ The bare loop is what a user would write: a DataLoader over tokenized data with 
 backward, clipping, AdamW and the schedule, and nothing else. Both take the same steps on the same rows, one after the
 other in each round, and change places from round to round. The ratio is the median over rounds of ours to theirs.
 
-`--recipes` times further ways to train beside them: `group_by_length`, `packing`, `bf16`, `torch_compile`.
+`--recipes` times further ways to train beside them, a token of each against a token of ours: `group_by_length`,
+`packing`, `bf16`, `torch_compile`.
 `--predict_rows` times `ordnung predict` on so many rows beside a loop that reads, tokenizes, pads, predicts and writes
 them batch by batch.
 """

@@ -324,6 +324,8 @@ def test_options_of_own_data_are_checked(tmp_path):
         ({}, "give one of --task_name, --train_file"),
         ({"task_name": ["sst2"], "train_file": ["a.csv"]}, "give one of"),
         ({"task_name": ["sst2"], "label_column": ["x"]}, "--label_column is for data of your own"),
+        ({"train_file": ["a.csv"], "dataset_path": "x"}, "--dataset_path is for --task_name"),
+        ({"train_file": ["a.csv"], "task": "qa", "packing": True}, "--packing: an answer's place is told by row"),
     ):
         with pytest.raises(ScriptError, match=message):
             FinetuneOptions(**common, **options)
@@ -332,6 +334,7 @@ def test_options_of_own_data_are_checked(tmp_path):
 def test_a_finished_folder_is_kept_and_other_data_refused(model, tmp_path):
     train = write_csv(tmp_path / "a.csv", GOOD)
     folder = tune(model, train, tmp_path / "out")
+    assert results(folder)["packing"] and not results(tune(model, train, tmp_path / "rows", packing=False))["packing"]
     before = (folder / "results.json").stat().st_mtime_ns
     tune(model, train, tmp_path / "out")
     assert (folder / "results.json").stat().st_mtime_ns == before

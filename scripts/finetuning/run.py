@@ -145,7 +145,13 @@ class Finetuning(Job):
     def build_model(self, folder: Path | None) -> torch.nn.Module:
         model = build_model(self.options, self.task_data.config, folder, self.task_data.task.head)
         limits.fit_tokenizer(self.tokenizer, bare(model), self.task_data.max_length)
-        if self.options.packing and not hasattr(bare(model).config, "longest_row"):
+        packs = hasattr(bare(model).config, "longest_row")
+        self.packing = self.options.packing
+        if self.packing is None:  # a compiled model would be compiled again for each length
+            task = self.task_data.task
+            one_row = task.head != "ForQuestionAnswering" and not self.options.torch_compile
+            self.packing = bool(task.splits) and packs and one_row
+        if self.packing and not packs:
             kind = bare(model).config.model_type
             raise ScriptError(f"--packing: {kind} does not keep the examples of a row apart, only ordnung's models do")
         names = set(inspect.signature(bare(model).forward).parameters)
@@ -187,9 +193,9 @@ class Finetuning(Job):
         count = math.ceil(len(rows) / (size * self.accelerator.num_processes))
         # a process without rows of its own still takes part, with no weight
         own = [rows[start : start + size] for start in starts[:count]]
-        packed = self.options.packing
         batches = [
-            (self.make_batch(train, some if len(some) else rows[:1], packed), len(some) / len(rows)) for some in own
+            (self.make_batch(train, some if len(some) else rows[:1], self.packing), len(some) / len(rows))
+            for some in own
         ]
         return Step(batches, tokens=int(train.lengths[rows].sum()))
 
@@ -277,6 +283,7 @@ class Finetuning(Job):
             "parameters": loop.parameters,
             "trainable_parameters": loop.trainable,
             "truncated": data.truncated,
+            "packing": self.packing,
             "num_processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
             "machine": machine_info(),
