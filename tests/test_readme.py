@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "scripts/README.md", "modeling/README.md")}
@@ -50,6 +56,12 @@ def checkpoint(tmp_path, monkeypatch, tokenizer):
             rows = [{**dict.fromkeys(names, f"a whale of {i} tons"), "label": i % 2} for i in range(20)]
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / "data" / task / f"{split}.jsonl").write_text(lines)
+    # a user's own, and the classifier that is made of them
+    rows = [f"a whale of {i} tons,{'ab'[i % 2]}" for i in range(20)]
+    (tmp_path / "tickets.csv").write_text("\n".join(["text,label", *rows, ""]))
+    (tmp_path / "new.csv").write_text("number,text\n007,a whale\n")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "out/tickets")
+    tokenizer.save_pretrained(tmp_path / "out/tickets")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -86,7 +98,8 @@ def test_commands_start(command, checkpoint):
     smaller = {
         "convert": "--source bert",
         "evaluate": "--max_tokens 400 --block_size 32 --stride 16 --use_cpu",
-        "finetune": "--dataset_path data --max_steps 2 --seeds 0 --max_length 16 --use_cpu",
+        "finetune": "--max_steps 2 --seeds 0 --max_length 16 --use_cpu",
+        "predict": "--use_cpu",
         "plot-mixing": "--max_length 16",
         "share": "--license apache-2.0",
         "generate": "--max_new_tokens 3",
@@ -94,6 +107,8 @@ def test_commands_start(command, checkpoint):
         "--config_overrides hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4 --use_cpu",
     }
     program, *options = shlex.split(command)[1:]
+    if program == "finetune":
+        options += ["--output_dir", "out/tuned"] if "--train_file" in options else ["--dataset_path", "data"]
     done = subprocess.run(
         [sys.executable, "-m", "ordnung.scripts.cli", program, *options, *smaller[program].split()],
         capture_output=True,
@@ -101,6 +116,8 @@ def test_commands_start(command, checkpoint):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    if program == "predict":
+        assert (checkpoint / "predictions.csv").read_text().startswith("number,text,predicted_label,")
     if program == "pretrain":
         model = AutoModelForCausalLM.from_pretrained("out/conv")
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
