@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo announced test lint import-time conformance cards clean transfer
+.PHONY: help demo announced test lint import-time conformance cards claims clean transfer
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,6 +42,10 @@ transfer: $(INSTALLED) ## pretrain, fine-tune on five tasks, compare: make trans
 		$(if $(GLUE),--glue_path "$(GLUE)") $(if $(IMDB),--imdb_path "$(IMDB)") $(ARGS)
 
 cards: $(INSTALLED) ## make the tables and figures of README.md and model_cards/ from the results files
+	$(BIN)/python scripts/make_cards.py
+
+claims: $(INSTALLED) ## count how families grow, then make the page of claims and verdicts, model_cards/claims.md
+	$(BIN)/python scripts/growth.py --output_file model_cards/results/growth.json
 	$(BIN)/python scripts/make_cards.py
 
 clean: ## remove the virtual environment and caches; results in out/ stay

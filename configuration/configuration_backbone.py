@@ -47,8 +47,7 @@ class BackboneConfig(PreTrainedConfig):
         classifier_dropout: dropout before a classification head, `hidden_dropout` if None.
         classifier_pooling: what a sequence is classified by: "first" or "last" (its first or last real token's state)
             or "mean" (of all). None means the last of a causal and the first of a bidirectional model.
-        initializer_range: standard deviation of the initial weights; projections into the residual stream start
-            smaller by sqrt(2 L).
+        initializer_range: standard deviation of the initial weights of linear layers and embeddings.
         is_decoder: causal (True) or bidirectional (False).
         use_cache: return the generation state by default.
         tie_word_embeddings: share the token embedding with the language-modelling head.
@@ -66,6 +65,14 @@ class BackboneConfig(PreTrainedConfig):
     mixer_types: ClassVar[tuple[str, ...]] = ("full_attention",)
     # Whether the causal model runs the bidirectional one on each prefix, so that an encoder's weights generate.
     encoder_generates: ClassVar[bool] = False
+    # How pipelines cut the base model: its parts in order, with what they take and give.
+    base_model_pp_plan: ClassVar[Mapping] = MappingProxyType(
+        {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+            "norm": (["hidden_states"], ["hidden_states"]),
+        }
+    )
     # Whether a row of several documents costs less than a row for each: scripts/pretrain.py then packs them.
     packs_documents: ClassVar[bool] = True
     # trl reads it of every class that transformers itself does not have; a stand-alone folder's config has its own.
@@ -129,6 +136,23 @@ class BackboneConfig(PreTrainedConfig):
             fields["mixers"] = fields.pop("layer_types")
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+    @property
+    def splits_heads(self) -> bool:
+        """Whether every mixer treats each head by itself, so that devices can take some heads each."""
+        return False
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """transformers' tensor-parallel plan, None where heads cannot be split: it then refuses to load in words."""
+        if not self.splits_heads:
+            return None
+        columns = ["mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mlp.up_proj"]
+        columns += ["mlp.gate_proj"] if self.mlp_type == "gated" else []
+        plan = dict.fromkeys(columns, "colwise") | dict.fromkeys(["mixer.out_proj", "mlp.down_proj"], "rowwise")
+        if self.qk_norm:  # of all heads, each device sees some
+            plan |= dict.fromkeys(["mixer.q_norm", "mixer.k_norm"], "replicated_with_grad_allreduce")
+        return {f"layers.*.{name}": style for name, style in plan.items()}
 
     @property
     def attends_causally(self) -> bool:

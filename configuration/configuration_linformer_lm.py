@@ -67,6 +67,11 @@ class LinformerLMConfig(BackboneConfig):
         fixed = "linformer_attention" in self.layer_types and self.projection_type != "adaptive_mean_pool"
         return self.num_positions if fixed else super().longest_row
 
+    @property
+    def splits_heads(self) -> bool:
+        """All heads share a projection that has nothing to learn: gradients of others would be those of some heads."""
+        return not any(map(self.learns_projection, range(self.num_hidden_layers)))
+
     def learns_projection(self, layer_idx: int) -> bool:
         """Whether the projection of a layer has weights to learn."""
         return self.projection_type in ("linear", "conv") and self.projected_sizes[layer_idx] > 0

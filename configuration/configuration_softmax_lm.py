@@ -15,5 +15,9 @@ class SoftmaxLMConfig(BackboneConfig):
 
     model_type = "softmax_lm"
 
+    @property
+    def splits_heads(self) -> bool:
+        return True
+
 
 __all__ = ["SoftmaxLMConfig"]

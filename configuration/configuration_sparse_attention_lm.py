@@ -42,6 +42,10 @@ class SparseAttentionLMConfig(BackboneConfig):
     random_seed: int = 0
     global_projections: Literal["shared", "separate"] = "shared"
 
+    @property
+    def splits_heads(self) -> bool:
+        return self.global_projections == "shared"
+
     def per_layer(self, name: str) -> list:
         """One of the fields that may be lists, as one value per layer."""
         value = getattr(self, name)

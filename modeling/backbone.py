@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -119,16 +118,16 @@ class BackbonePreTrainedModel(PreTrainedModel):
     # Name endings of parameters that weight decay would harm; scripts/pretrain.py reads it.
     _no_weight_decay: ClassVar[tuple[str, ...]] = ()
 
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        if not self.config.splits_heads:
+            self._tp_plan = {}  # that of a head would let transformers load the model, and split nothing else
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
         if isinstance(module, Mixer):
-            module.init_weights(std)
-        elif isinstance(module, BackboneLayer):
-            # the residual stream sums 2 L terms: start them small enough that its variance stays near one layer's
-            for projection in (module.mixer.out_proj, module.mlp.down_proj):
-                init.normal_(projection.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+            module.init_weights(self.config.initializer_range)
 
 
 class BackboneModel(BackbonePreTrainedModel):

@@ -453,7 +453,7 @@ def convert(
             language modelling head being the one that fits `is_decoder`.
         output_report: return the report too; otherwise it is logged if anything is new, left out or noted.
         gguf_file: name of a GGUF file of a causal model in `source`, a folder or Hub name; its weights are dequantized
-            to float32. Needs the package `gguf`.
+            to float32. Needs the package `gguf`, of `ordnung[gguf]`.
         config_overrides: fields of the family's config, such as `kernel_size=64`.
 
     Returns:
@@ -513,7 +513,7 @@ def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[st
         if isinstance(source, PreTrainedModel):
             raise TypeError(f"`gguf_file` ({gguf_file!r}) is a file in a folder or on the Hub: give that as `source`")
         if not is_gguf_available():
-            raise ImportError(f"`gguf_file` ({gguf_file!r}) is read by the package gguf: pip install gguf")
+            raise ImportError(f"`gguf_file` ({gguf_file!r}) is read by the package gguf: pip install 'ordnung[gguf]'")
         config, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
         _check_architecture(config.get("model_type"))
         loading = {"gguf_file": gguf_file, "dtype": torch.float32, "output_loading_info": True}
@@ -591,6 +591,11 @@ def _target(model, table, source_head, model_type, head, overrides) -> tuple[str
         size = source.num_attention_heads * _head_size(source) // fields["num_attention_heads"]
         sizes = (name for name in ("head_dim", "v_head_dim") if hasattr(config_class, name))
         fields |= {name: overrides.get(name, size) for name in sizes}
+    if fields.get("tie_word_embeddings") and not source.tie_word_embeddings and source_head in LM_HEADS:
+        raise ValueError(
+            "`tie_word_embeddings` (True) would put one matrix in the place of two, as the source's head has weights "
+            "of its own: leave it out"
+        )
     if head is None:
         head = source_head
         if head in LM_HEADS:

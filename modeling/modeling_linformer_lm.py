@@ -137,7 +137,7 @@ class LinformerAttention(LinformerMixer):
                 query = self.queries(part, [x[place] for x in angles])  # (B, N, H, d)
                 biased = None if bias is None else bias[which, :, place[1]]
                 output, probabilities = self.attend(query.transpose(1, 2), key[which], value[which], biased, **kwargs)
-                return self.out_proj(output.flatten(2)), probabilities
+                return self.merge_heads(output), probabilities
 
             # all else of the layer treats each token by itself
             output, probabilities = self.in_pieces(mix, states)
@@ -303,7 +303,7 @@ class CausalLinformerAttention(LinformerMixer):
                     if place[1].start == 0:
                         carry = operator.before_first(inputs[1])
                     output, probabilities, carry = operator.forward_part(*inputs, carry, attend)
-                return self.out_proj(output.flatten(2)), probabilities
+                return self.merge_heads(output), probabilities
 
             if past_key_values is None:
                 output, probabilities = self.in_pieces(mix, states, self.config.local_block_size)
@@ -314,7 +314,7 @@ class CausalLinformerAttention(LinformerMixer):
                 output, probabilities, after = operator.step(query, key, value, before, lengths, attend)
                 before = empty_state(operator, key) if before is None else before
                 layer.update_state(before, after, operator.replay, (key, value), None if rows is None else rows.real)
-                output = self.out_proj(output.flatten(2))
+                output = self.merge_heads(output)
             return output, None if probabilities is None else probabilities.transpose(1, 2)
 
         def mix_document(query, key, value, lengths):
@@ -328,7 +328,7 @@ class CausalLinformerAttention(LinformerMixer):
         if rows is None or not rows.packed:
             return by_token(over_rows(rows, mix_row, hidden_states, *angles))
         output, probabilities = rows.mix(mix_document, *project(hidden_states, angles_of(angles)))
-        return by_token((self.out_proj(output.flatten(2)), probabilities))
+        return by_token((self.merge_heads(output), probabilities))
 
     def flops(self, seq_len: int) -> int:
         # what a whole block costs, shared out to its tokens: so the difference of two lengths is the cost of decoding

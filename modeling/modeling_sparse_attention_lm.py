@@ -111,7 +111,7 @@ class SparseAttention(Projections, Mixer):
             return self.attend((query, key, value, self.pattern, lengths, is_global, rest or None), N, options)
 
         output, weights = over_rows(rows, mix, *inputs)
-        return self.out_proj(output.flatten(2)), None if weights is None else of_batch(weights, rows)
+        return self.merge_heads(output), None if weights is None else of_batch(weights, rows)
 
     def check_global(self, hidden_states, mask) -> None:
         if mask is None:

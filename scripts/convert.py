@@ -18,7 +18,7 @@ from ordnung.scripts.common.options import MergeKeyValues, option, parse_options
 class ConvertOptions:
     source: str = required("Checkpoint to convert: folder or Hub name.", section="model")
     gguf_file: str | None = option(
-        None, "GGUF file of the source to read instead of its own; needs `pip install gguf`."
+        None, "GGUF file of the source to read instead of its own; needs `pip install ordnung[gguf]`."
     )
     model_type: str = required(f"Family to convert into: {', '.join(REGISTERED)}.")
     head: str | None = option(None, "Class to make, such as Model or ForSequenceClassification; default: as before.")
@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError):
         tokenizer = None
         print(f"  note: no tokenizer in {options.source}: put one into {options.output_dir}")
+    if tokenizer is not None:
+        limits.check_vocabulary(tokenizer, model.config, "put the source's own tokenizer beside it")
     if options.plain:
         model.save_pretrained(options.output_dir)
         if tokenizer is not None:

@@ -6,8 +6,8 @@
 convolution's Toeplitz matrix, weights of slots; of a fine-tuned classifier also what it says of the text. `kernels.png`
 shows a convolution's weights by lag, as their matrices look alike. `spectrum.png` shows the share of the sum of
 singular values that the first ones hold, as figure 1 of the Linformer paper (Wang et al. 2020, arXiv 2006.04768),
-`spectrum.json` the figures at one rank. BERT, RoBERTa and GPT-2 checkpoints are drawn as the softmax models that they
-are.
+`spectrum.json` the figures at one rank. Checkpoints that `convert` reads, such as BERT, GPT-2, Llama and Longformer,
+are drawn as the attention that they are.
 """
 
 from dataclasses import dataclass

@@ -137,6 +137,21 @@ class TestFlops:
         step = counted_flops(variant, model, tokens[:, :1], cache=cache, past=N)
         assert step == variant.count_flops(model, "decode", N)
 
+    def test_a_window_costs_the_same_after_it_and_a_stride_ever_more(self):
+        for name, grows in (("local", False), ("global", False), ("strided", True), ("all", True)):
+            variant = VARIANTS[f"sparse_{name}"]
+            model = variant.build(SHAPE)
+            counts = [variant.count_flops(model, "decode", n) for n in (1000, 3000, 9000)]
+            assert (counts[0] < counts[1] < counts[2]) if grows else (counts[0] == counts[1] == counts[2])
+
+    def test_mistral_window(self, tokens):
+        variant = VARIANTS["mistral_window"]
+        model = variant.build(SHAPE)
+        model.set_attn_implementation("eager")
+        assert counted_flops(variant, model, tokens) == pytest.approx(
+            variant.count_flops(model, "forward", N), rel=1e-3
+        )
+
     @pytest.mark.parametrize("name", [name for name in CAUSAL if VARIANTS[name].by_default])
     def test_decode_is_the_cost_of_one_more_token(self, name):
         variant = VARIANTS[name]
@@ -166,6 +181,11 @@ def test_state_bytes(name):
     elif name == "quadratic_kernel_lm":
         # tokens are counted apart, which is no floating-point state
         assert sample.state["predicted_state_bytes"] == state_bytes(sample.cache) - 8 * layers
+    elif name.startswith(("sparse_", "mistral_")):
+        held = state_bytes(sample.cache)
+        assert held >= 2 * 255 * width * layers * 4  # the window
+        if name != "mistral_window":
+            assert sample.state["predicted_state_bytes"] == pytest.approx(held, rel=0.02)
     elif name == "cubic_prefix_lm":
         # positions apart, which are no floating-point state
         assert sample.state["predicted_state_bytes"] == state_bytes(sample.cache) - 300 * 8

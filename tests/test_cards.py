@@ -13,10 +13,10 @@ from ordnung.modeling.registration import FAMILIES, heads_of
 from ordnung.scripts import make_cards
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.hub.model_card import PIPELINE_TAGS, head_of
-from ordnung.scripts.reports import card_tables
+from ordnung.scripts.reports import results as card_results
 
 ROOT = Path(__file__).parents[1]
-CARDS = sorted((ROOT / "model_cards").glob("*.md"))
+CARDS = sorted(path for path in (ROOT / "model_cards").glob("*.md") if path.stem != "claims")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def project(tmp_path, monkeypatch):
     for name in make_cards.GUIDES:
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(make_cards, "ROOT", tmp_path)
-    monkeypatch.setattr(card_tables, "RESULTS", tmp_path / "model_cards" / "results")
+    monkeypatch.setattr(card_results, "RESULTS", tmp_path / "model_cards" / "results")
     return tmp_path
 
 

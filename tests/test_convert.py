@@ -333,7 +333,11 @@ def test_more_heads_of_keys_are_the_same_ones_repeated():
 @pytest.mark.parametrize(
     ("class_name", "fields", "message"),
     [
-        ("MistralForCausalLM", {"sliding_window": 8}, r"`sliding_window` \(8\) of the source .* set it to None"),
+        (
+            "MistralForCausalLM",
+            {"sliding_window": 8},
+            r"`sliding_window` \(8\) .* convert to 'sparse_attention_lm', .* set it to None",
+        ),
         ("Qwen2Model", {"use_sliding_window": True, "sliding_window": 8}, r"`sliding_window` \(8\)"),
         ("Qwen3Model", {"use_sliding_window": True, "sliding_window": 8}, r"`sliding_window` \(8\)"),
         ("LlamaModel", {"attn_logit_softcapping": 30.0}, r"`attn_logit_softcapping` \(30.0\)"),
@@ -426,13 +430,15 @@ def test_gguf_file(tmp_path):
 
 def test_gguf_without_its_library_is_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr("ordnung.modeling.convert.is_gguf_available", lambda: False)
-    with pytest.raises(ImportError, match=r"`gguf_file` \('a.gguf'\) is read by the package gguf: pip install gguf"):
+    with pytest.raises(
+        ImportError, match=r"`gguf_file` \('a.gguf'\) is read by .* gguf: pip install 'ordnung\[gguf\]'"
+    ):
         ordnung.convert(tmp_path, "softmax_lm", gguf_file="a.gguf")
     (tmp_path / "a.gguf").touch()
     arguments = ["--source", str(tmp_path), "--model_type", "softmax_lm", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ScriptError, match=r"b.gguf is not in .*, whose GGUF files are \['a.gguf'\]"):
         script.main([*arguments, "--gguf_file", "b.gguf"])
-    with pytest.raises(ScriptError, match="pip install gguf"):
+    with pytest.raises(ScriptError, match=r"pip install 'ordnung\[gguf\]'"):
         script.main([*arguments, "--gguf_file", "a.gguf"])
     with pytest.raises(TypeError, match="give that as `source`"):
         ordnung.convert(make("LlamaModel"), "softmax_lm", gguf_file="a.gguf")

@@ -177,7 +177,7 @@ def test_what_has_no_counterpart_is_refused_by_name(class_name, fields, message)
 def test_families_without_windows_refuse_and_name_the_one_that_has_them(model_type):
     for source, option in (
         (make("MistralModel", sliding_window=8), r"`sliding_window` \(8\)"),
-        (make("LongformerModel"), r"`attention_window` \(\[4, 2, 8\]\)"),
+        (make("LongformerModel"), r"`attention_window` \(\[4, 4, 8\]\)"),
     ):
         with pytest.raises(ValueError, match=f"{option}.*convert to 'sparse_attention_lm'"):
             ordnung.convert(source, model_type)

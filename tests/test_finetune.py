@@ -192,6 +192,21 @@ def test_best_model_and_early_stopping(run_task):
     assert not list(folder.glob("checkpoint-*")) and not (folder / "best").exists()
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_what_was_evaluated_is_not_evaluated_again(run_task, monkeypatch, best):
+    calls, original = [], finetune.Finetuning.scores
+
+    def scores(self, model, examples):
+        calls.append(original(self, model, examples))
+        return calls[-1]
+
+    monkeypatch.setattr(finetune.Finetuning, "scores", scores)
+    folder = run_task(load_best_model_at_end=best) / "sst2/seed-0"
+    assert len(calls) == 2  # once an epoch
+    chosen = calls[(results(folder)["best"]["step"] == 12) if best else 1]
+    assert results(folder)["metrics"]["validation"] == chosen
+
+
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind, caplog):
     options = {

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import ordnung
 from ordnung.configuration.configuration_quadratic_kernel_lm import QuadraticKernelLMConfig
 from ordnung.modeling.mixers import rows as rows_module
-from ordnung.modeling.mixers.rows import Rows
+from ordnung.modeling.mixers.rows import Rows, over_rows
 from ordnung.modeling.ops.causal_conv import causal_conv_naive
 from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel_naive
 
@@ -57,6 +57,14 @@ class TestQuadraticKernelLM(FamilyTester):
     has_own_head_dim = True
     mixing_exponent = 1
     state_grows = False
+
+    def values(self, mixer, hidden_states, rows):
+        """As they are after the short convolution."""
+        values = super().values(mixer, hidden_states, rows)
+        if not hasattr(mixer, "conv_kernel"):
+            return values
+        kernel = mixer.conv_kernel[-values.shape[-1] :]
+        return over_rows(rows, lambda x, lengths: causal_conv_naive(x, kernel), values)
 
 
 def build(head="AutoModelForCausalLM", **overrides):

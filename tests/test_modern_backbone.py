@@ -112,6 +112,14 @@ def test_new_weights_of_rms_norms_are_ones():
         assert isinstance(norm, RMSNorm) and torch.equal(norm.weight, torch.ones_like(norm.weight))
 
 
+def test_new_projections_start_alike():
+    """Those into the residual stream as the others, whatever the depth: published results began so."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "initializer_range": 0.03}
+    layer = ordnung.SoftmaxLMModel(AutoConfig.for_model("softmax_lm", vocab_size=VOCAB, **sizes)).layers[0]
+    for projection in (layer.mixer.out_proj, layer.mlp.down_proj, layer.mlp.up_proj, layer.mixer.q_proj):
+        assert projection.weight.std().item() == pytest.approx(0.03, rel=0.05) and not projection.bias.any()
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_modern_checkpoint_loads_as_a_stand_alone_folder(model_type, tmp_path):
     model = build(model_type, is_decoder=True, **MODERN, **old_fields(model_type)).float()

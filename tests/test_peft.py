@@ -36,7 +36,8 @@ VARIANTS = {
     "softmax_lm": [{}, {"is_decoder": False, "norm_position": "post"}],
     "sparse_attention_lm": [
         {"sliding_window": 4, "layer_types": ["sparse_attention", "full_attention"]},
-        {"sliding_window": 4, "is_decoder": False, "global_projections": "separate"},
+        # the first token is a global one: only of others do the last layer's own projections make something
+        {"sliding_window": 4, "is_decoder": False, "global_projections": "separate", "classifier_pooling": "mean"},
     ],
 }
 CASES = [
@@ -268,6 +269,7 @@ ADAPTERS = [
 
 
 def causal(model_type, more):
+    more = {name: value for name, value in more.items() if name != "global_projections"}  # which encoders have
     config = AutoConfig.for_model(model_type, vocab_size=50, **TINY, **more | {"is_decoder": True})
     return AutoModelForCausalLM.from_config(config)
 

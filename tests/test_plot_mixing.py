@@ -8,7 +8,17 @@ import pytest
 import torch
 import transformers
 from family_tester import VOCAB, FamilyTester, masked_batch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, pipeline, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LongformerConfig,
+    LongformerModel,
+    pipeline,
+    set_seed,
+)
 
 import ordnung  # noqa: F401
 from ordnung.scripts import plot_mixing
@@ -106,6 +116,12 @@ def checkpoint(tmp_path, tokenizer):
         if name == "bert":
             sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
             model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=30, **sizes))
+        elif name == "longformer":
+            sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+            config = LongformerConfig(
+                vocab_size=len(tokenizer), max_position_embeddings=30, attention_window=4, **sizes
+            )
+            model = LongformerModel(config)
         else:
             model_type, fields = {**MODELS, **SLOTS}[name]
             model = make(model_type, **{**fields, "vocab_size": len(tokenizer)})
@@ -118,7 +134,14 @@ def checkpoint(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("name", "layers", "heads"),
-    [("hybrid", 3, 4), ("bert", 2, 3), ("linformer", 3, 4), ("linformer-causal", 3, 4), ("cubic", 3, 4)],
+    [
+        ("hybrid", 3, 4),
+        ("bert", 2, 3),
+        ("longformer", 2, 3),
+        ("linformer", 3, 4),
+        ("linformer-causal", 3, 4),
+        ("cubic", 3, 4),
+    ],
 )
 def test_program_draws_and_writes_figures(name, layers, heads, checkpoint, tmp_path, capsys):
     text = "the whale and the sea, a ship and a captain"

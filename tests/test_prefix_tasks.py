@@ -69,8 +69,8 @@ def test_a_variant_has_its_own_rate_and_steps(monkeypatch):
             run(name, 0, Path(f"{name}-seed0.json"))
         raise KeyboardInterrupt
 
-    def fit(options, config, seed, draw, measure, steps):
-        seen[config.model_type] = options.learning_rate, steps
+    def fit(options, seed, job):
+        seen[job.config.model_type] = options.learning_rate, job.max_steps
         raise KeyboardInterrupt if len(seen) == 2 else ZeroDivisionError
 
     monkeypatch.setattr(prefix_tasks, "train_all", train_all)

@@ -315,7 +315,7 @@ def test_the_loss_curve_can_be_drawn_again(run, tmp_path, capsys):
             {"model": ["--model_type=conv_lm", "--config_overrides", "vocab_size=100"]},
             "300 tokens.*100.*vocab_size=300",
         ),
-        ({"objective": "masked"}, "is_decoder` must be True"),
+        ({"objective": "masked"}, "must be odd in a bidirectional model"),
         ({"model": ["--model_type=gpt2"], "objective": "masked"}, "gpt2 has no model for the masked objective"),
         ({"model": ["--model_name_or_path", "nowhere/nothing"]}, "nowhere/nothing cannot be made"),
         ({"model": ["--model_type=conv_lm", "--lerning_rate=1"]}, "'--lerning_rate=1'; did you mean 'learning_rate'"),

@@ -217,25 +217,29 @@ def test_centring_equals_the_formula_in_parts_and_under_padding(mode):
 @pytest.mark.parametrize("kernel", list(KERNELS))
 @torch.no_grad()
 def test_float32_does_not_drift(kernel, gate):
-    """The last of 8192 tokens against the formula in float64.
+    """Tokens of 8192 against the formula in float64: the last ones, and the first ones of every chunk.
 
-    With gates that remember long, and that forget at once: few tokens then share the weight, and if theirs are near a
-    zero of the kernel, which "taylor" has not, the rounding of their scores shows.
+    The error of all together is below 1e-6 of their size. Single tokens lose more under gates that forget: where one or
+    two tokens share the weight and theirs are near a zero of the kernel, which "taylor" has not, what is read from the
+    state is a difference of larger features. A state in float32 has no more of them.
     """
-    limit = 1e-6 if gate is None or kernel == "taylor" else 2e-5
-    kernel, decay, N, last = KERNELS[kernel], None, 8192, 256
+    limit = 1e-6 if gate is None else 2e-6 if kernel == "taylor" else 3e-5
+    kernel, decay, N = KERNELS[kernel], None, 8192
+    seen = torch.cat([torch.arange(128, N, 128), torch.arange(N - 256, N)])
     query, key = (torch.nn.functional.rms_norm(torch.randn(1, N, 1, 16), (16,)) for _ in range(2))
     value = torch.randn(1, N, 1, 16)
     if gate is not None:
         decay = torch.nn.functional.logsigmoid(3 * torch.randn(1, N, 1) + gate)
-    got = quadratic_kernel(query, key, value, kernel, decay)[0][0, -last:, 0]
+    got = quadratic_kernel(query, key, value, kernel, decay)[0][0, seen, 0].double()
     query, key, value = (x[0, :, 0].double() for x in (query, key, value))
-    weights = (kernel.alpha * query[-last:] @ key.T / 4 + kernel.beta).square() + kernel.gamma + ops.EPS
+    weights = (kernel.alpha * query[seen] @ key.T / 4 + kernel.beta).square() + kernel.gamma + ops.EPS
     if gate is not None:
         total = decay[0, :, 0].double().cumsum(0)
-        weights *= (total[-last:, None] - total).clamp(max=0).exp()
-    weights *= torch.arange(N) <= torch.arange(N - last, N)[:, None]
-    assert_close(got.double(), weights @ value / weights.sum(1, keepdim=True), limit)
+        weights *= (total[seen, None] - total).clamp(max=0).exp()
+    weights *= torch.arange(N) <= seen[:, None]
+    expected = weights @ value / weights.sum(1, keepdim=True)
+    assert (got - expected).norm() / expected.norm() < 1e-6
+    assert_close(got, expected, limit)
 
 
 @torch.no_grad()

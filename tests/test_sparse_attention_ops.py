@@ -56,6 +56,39 @@ def test_blocks_equal_the_definition_with_gradients(pattern, N):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+LONG = [
+    Pattern(window, 3 * (window == 70), stride, blocks, size, causal=causal)
+    for window, stride, blocks, size in ((70, None, 0, 1), (64, 9, 0, 1), (64, None, 2, 64), (96, 50, 2, 24))
+    for causal in (True, False)
+]
+
+
+@pytest.mark.parametrize("pattern", LONG, ids=str)
+def test_long_rows_equal_the_definition_with_grouped_keys(pattern):
+    """Whole windows apart from what is seen beyond them, which many blocks share, and some do not have."""
+    N = 500
+    query = torch.randn(2, N, 4, 4, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, N, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    got = sparse_attention(query, key, value, pattern)
+    repeated = [x.repeat_interleave(2, 2) for x in (key, value)]
+    scores = torch.einsum("rnhd,rmhd->rhnm", query, repeated[0]) / 2
+    weights = scores.masked_fill(~mask_naive(pattern, N), -torch.inf).softmax(-1)
+    expected = torch.einsum("rhnm,rmhd->rnhd", weights, repeated[1])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    grad = torch.randn_like(got)
+    pairs = zip(*(torch.autograd.grad(x, (query, key, value), grad) for x in (got, expected)))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(64, causal=False), *LONG], ids=str)
+def test_a_padded_row_alone_equals_the_row(pattern):
+    tensors = [x.detach() for x in inputs(400, rows=1)]
+    got = sparse_attention(*tensors, pattern, torch.tensor([230]))
+    expected = sparse_attention(*(x[:, :230] for x in tensors), pattern)
+    torch.testing.assert_close(got[:, :230], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("pattern", CASES)
 def test_rows_of_other_lengths_equal_rows_alone(pattern):
     tensors = [x.detach() for x in inputs(150)]
@@ -126,6 +159,15 @@ def test_only_strided_tokens_make_the_state_grow():
         pattern, (_, key, value) = Pattern(**fields), (x.detach() for x in inputs(200))
         sizes = [first_state(pattern, key[:, :N], value[:, :N]).pairs.shape[1] for N in (40, 120, 200)]
         assert (sizes[0] < sizes[1] < sizes[2]) if grows else (sizes[0] == sizes[1] == sizes[2])
+
+
+def test_a_mask_gives_a_long_row_its_only_global_tokens():
+    pattern, tensors = Pattern(64, causal=False), inputs(400, rows=1)
+    is_global = torch.arange(400)[None] == 333
+    got = sparse_attention(*tensors, pattern, None, is_global)
+    alone = [x[0, :, 1] for x in tensors]
+    expected = sparse_attention_naive(*alone, pattern, is_global[0].tolist())
+    torch.testing.assert_close(got[0, :, 1], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", [case for case in CASES if "bidirectional" in case.id])

@@ -26,7 +26,7 @@ from transformers import (
 
 import ordnung
 from ordnung.modeling import standalone
-from ordnung.modeling.registration import FAMILIES
+from ordnung.modeling.registration import FAMILIES, heads_of
 
 AUTO_CLASSES = {
     auto.__name__: auto
@@ -192,17 +192,11 @@ def test_pipeline_and_hub_layout(reports):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "module", "family", "heads"),
-    [
-        ("tied", "conv_lm", "ConvLM", HEADS),
-        ("encoder-AutoModel", "softmax_lm", "SoftmaxLM", [*AUTO_CLASSES, "AutoModelForMultipleChoice"]),
-    ],
+    ("name", "module", "family"), [("tied", "conv_lm", "ConvLM"), ("encoder-AutoModel", "softmax_lm", "SoftmaxLM")]
 )
-def test_auto_map_is_complete(name, module, family, heads, reports):
+def test_auto_map_is_complete(name, module, family, reports):
     expected = {"AutoConfig": f"configuration_{module}.{family}Config"}
-    for auto in heads:
-        name_of_class = family + (auto.removeprefix("AutoModel") or "Model")
-        expected[auto] = f"modeling_{module}.{name_of_class}"
+    expected |= {auto: f"modeling_{module}.{name_of_class}" for auto, name_of_class in heads_of(module).items()}
     assert reports[name]["auto_map"] == expected
 
 

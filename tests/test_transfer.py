@@ -5,8 +5,10 @@ import json
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from tiny_tasks import TINY, sentences
+from transformers import AutoModel
 
 import ordnung
 from ordnung.modeling.registration import FAMILIES
@@ -14,7 +16,7 @@ from ordnung.scripts import baselines as baselines_program
 from ordnung.scripts import transfer as transfer_program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.experiments import baselines, compare, transfer
+from ordnung.scripts.experiments import baselines, compare, starts, transfer
 from ordnung.scripts.experiments.options import TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.finetuning import run as finetuning
@@ -140,3 +142,71 @@ def test_shipped_recipes_are_valid():
         compare.check_pretrain({**options.pretrain, "train_file": "any.parquet"})
         for task in options.task_name:
             assert transfer.finetune_options(options, task, folder, folder).num_train_epochs >= 1
+
+
+@pytest.fixture
+def started(argv, bert, tmp_path):
+    """The recipe with variants of a checkpoint: as it is, converted, linearized."""
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    linformer = {"model_type": "linformer_lm", "projection_type": "adaptive_mean_pool", "projected_size": 4}
+    recipe["variants"] = {
+        "teacher": {"source": str(bert), "model_type": "softmax_lm"},
+        "converted": {"source": str(bert), **linformer},
+        "distilled": {"source": str(bert), **linformer, "distill": {"transfer_steps": 2, "distill_steps": 2}},
+    }
+    steps = {"block_size": 16, "per_device_train_batch_size": 4, "use_cpu": True, "validation_fraction": 0.2}
+    recipe["linearize"] = {"train_file": recipe.pop("pretrain")["train_file"], **steps}
+    recipe |= {"task_name": ["sst2"], "seeds": [0], "finetune_by_task": {}}
+    del recipe["config_overrides"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return argv
+
+
+def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, capsys):
+    assert transfer_program.main(started) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    variants = results["variants"]
+    assert variants.keys() == {"teacher", "converted", "distilled"}
+    assert {name for name in variants if variants[name]["start"]["tokens"]} == {"distilled"}
+    assert variants["converted"]["start"]["parameters"] == variants["distilled"]["start"]["parameters"]
+    states = [
+        AutoModel.from_pretrained(tmp_path / "out" / "start" / name).state_dict() for name in ("converted", "distilled")
+    ]
+    name = "layers.0.mixer.v_proj.weight"
+    assert states[0][name].shape == states[1][name].shape and not torch.equal(states[0][name], states[1][name])
+    assert 0 <= variants["teacher"]["tasks"]["sst2"]["score"]["mean"] <= 1
+    shown = capsys.readouterr().out
+    assert "distillation tokens" in shown and "held-out bits per byte" not in shown
+    # again: everything is kept
+    monkeypatch.setattr(starts, "convert", None)
+    assert transfer_program.main(started) == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"projekted_size": 4}, "variant converted: .*did you mean 'projected_size'"),
+        ({"model_type": "bert"}, "variant converted: model_type 'bert' is none of"),
+        ({"keep_attention": 1}, "variant converted: keep_attention .* add distill"),
+        ({"source": None}, "variant converted is pretrained: give --pretrain, or the source"),
+    ],
+)
+def test_wrong_starts_are_told(started, tmp_path, change, message):
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["variants"]["converted"] |= change
+    if change.get("source", "") is None:
+        del recipe["variants"]["converted"]["source"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ScriptError, match=message):
+        transfer_program.main(started)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_starts_are_valid():
+    options = parse_options(TransferOptions, ["--config", "transfer_minilm"])
+    assert options.pretrained == {} and len(options.started) == 7
+    for name, variant in options.started.items():
+        starts.fields_of(name, variant)
+        if "distill" in variant:
+            made = starts.options_of(name, variant, {**options.linearize, "train_file": "any"}, tmp := "any")
+            assert made.source == variant["source"] and made.output_dir == tmp

@@ -34,7 +34,7 @@ class Attention(Projections, Mixer):
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
             output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return self.out_proj(output.flatten(2)), weights
+        return self.merge_heads(output), weights
 
     def attend_rows(self, query, key, value, lengths, **kwargs) -> torch.Tensor:
         """(R, M, H, d) of documents (R, M, heads, d): causal attention does not reach the padding after them."""

@@ -76,6 +76,10 @@ class Projections:
         dropout = self.config.attention_dropout if self.training else 0.0
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
+    def merge_heads(self, mixed: torch.Tensor) -> torch.Tensor:
+        """The states (B, N, D) that `out_proj` makes of all heads (B, N, H, d)."""
+        return self.out_proj(mixed.flatten(2).contiguous())  # as sharded weights take it, others would copy it
+
     @property
     def keys_are_linear(self) -> bool:
         """Whether keys are `k_proj` of the states and nothing else, so that sums may be taken before it."""

@@ -88,7 +88,8 @@ def faster(v, kernel) -> str:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or v.device.type != "cpu":
         return "toeplitz"  # whose gradients are products too: up to 6 times as fast
     # between sequences the product computes blocks that it drops: many for long kernels and for short sequences
-    return "conv1d" if B > 1 and (K >= 64 or N <= 64) else "toeplitz"
+    drops = K > 128 if pieces_pay(v) else K < 8 or K >= 64 or N <= 64
+    return "conv1d" if B > 1 and drops else "toeplitz"
 
 
 def conv_pieces(conv, v, kernel, dilation, tokens, ahead):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 BLOCK = 64  # C: more see fewer of the keys that they share, fewer copy more keys
 SLAB = 4  # blocks computed at a time on a CPU
+WIDE = 4  # blocks that are one where it is about what they see beyond their windows, which they share
 
 # fused attention and its derivative, by which torch's own function is computed on a CPU
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -29,7 +30,9 @@ class Plan(NamedTuple):
     beyond the row too, sees at least one.
 
     Queries of the blocks `inner` see, of the C + sum(reach) keys from `reach[0]` before their block on, those of
-    `mask`, and none else.
+    `mask`. What they see besides is said by `beyond(row, start, number, size)` for so many blocks of `size` queries
+    each, from the query `start` on; some may see nothing. None if none sees anything. `wide` blocks are best taken as
+    one there.
     """
 
     keys: Callable
@@ -37,6 +40,8 @@ class Plan(NamedTuple):
     inner: range = range(0)
     reach: tuple[int, int] = (0, 0)
     mask: torch.Tensor | None = None  # (C, C + sum(reach))
+    beyond: Callable | None = None
+    wide: int = 1
 
 
 def is_graph() -> bool:
@@ -126,15 +131,17 @@ def by_blocks(query, key, value, plan: Plan, dropout=0.0, scale=None):
 
 
 class Slab(NamedTuple):
-    """Some blocks of one row."""
+    """Some blocks of one row: its queries from `start` on, before `stop`."""
 
     row: int
-    first: int
-    last: int
+    start: int
+    stop: int
+    size: int  # queries of a block
     keys: torch.Tensor | None  # (n, K), None where they are the window alone
     bias: torch.Tensor  # (n or 1, 1, C H / G, K), 0 or -inf
     reach: tuple[int, int]
     shared: int  # H / G
+    blind: torch.Tensor | None = None  # (n, 1, C H / G) which queries see none of these keys; None: there are none
 
     def inputs(self, query, key, value, room):
         """Queries (n, G, C H / G, D), keys and values (n, G, K, D) of these blocks; `room` are two tensors to fill."""
@@ -142,15 +149,15 @@ class Slab(NamedTuple):
 
     def queries(self, x):
         """Of x (R, N, H, D): (n, G, C H / G, D)."""
-        x = x[self.row, self.first * BLOCK : self.last * BLOCK]
-        missing = (self.last - self.first) * BLOCK - len(x)
+        x = x[self.row, self.start : self.stop]
+        missing = self.stop - self.start - len(x)
         x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-        return fold(x.unflatten(0, (-1, BLOCK)), self.shared)
+        return fold(x.unflatten(0, (-1, self.size)), self.shared)
 
     def put(self, x, part) -> None:
         """Writes a part (n, G, C H / G, D) into x (R, N, H, D)."""
-        place = x[self.row, self.first * BLOCK : self.last * BLOCK]
-        place.copy_(unfold(part, BLOCK).flatten(0, 1)[: len(place)])
+        place = x[self.row, self.start : self.stop]
+        place.copy_(unfold(part, self.size).flatten(0, 1)[: len(place)])
 
     def gather(self, x, room):
         """Of x (R, N, G, D): (n, G, K, D)."""
@@ -160,8 +167,8 @@ class Slab(NamedTuple):
             parts = room.unflatten(0, self.keys.shape)
         else:
             before, after = self.reach
-            x = x[self.row, self.first * BLOCK - before : self.last * BLOCK + after]
-            parts = x.unfold(0, before + BLOCK + after, BLOCK).movedim(-1, 1)
+            x = x[self.row, self.start - before : self.stop + after]
+            parts = x.unfold(0, before + self.size + after, self.size).movedim(-1, 1)
         return parts.transpose(1, 2)
 
     def add(self, x, part) -> None:
@@ -171,31 +178,65 @@ class Slab(NamedTuple):
             x[self.row].index_add_(0, self.keys.flatten(), part.flatten(0, 1).to(x.dtype))
             return
         before, after = self.reach
-        for block, each in enumerate(part, self.first):
-            x[self.row, block * BLOCK - before : (block + 1) * BLOCK + after] += each
+        for start, each in zip(range(self.start, self.stop, self.size), part):
+            x[self.row, start - before : start + self.size + after] += each
+
+    def attend(self, output, sums, inputs, scale, more: bool) -> None:
+        """Writes softmax attention into `output` (R, N, H, D), and logarithms of its sums into `sums` (R, N, H, 1).
+
+        Args:
+            inputs: as `inputs` gives them.
+            more: what is there already is of other keys, and is joined.
+        """
+        part, total = fused(*inputs, attn_mask=self.bias, scale=scale)
+        if self.blind is not None:
+            part = part.masked_fill(self.blind[..., None], 0)
+            total = total.masked_fill(self.blind, -torch.inf)
+        if more:
+            old, old_total = self.queries(output), self.queries(sums)[..., 0]
+            # of all keys together the part's share is exp(total) / (exp(total) + exp(old_total))
+            share = (total - old_total).sigmoid()[..., None]
+            part = torch.lerp(old.to(share.dtype), part.to(share.dtype), share)
+            total = torch.logaddexp(old_total, total)
+        self.put(output, part)
+        self.put(sums, total[..., None])
 
 
 def slabs(plan: Plan, query, key):
-    """The slabs that make up all rows."""
+    """The slabs that make up all rows, each with whether an earlier one has the same queries with other keys."""
     n, shared = blocks_of(query.shape[1]), query.shape[2] // key.shape[2]
 
+    zero, unseen = query.new_zeros(()), query.new_full((), -torch.inf)
+
     def bias(mask):
-        mask = fold_mask(mask, shared)
-        return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, -torch.inf)
+        return torch.where(fold_mask(mask, shared), zero, unseen)
 
     inner = None if plan.mask is None else bias(plan.mask[None, None])
     bounds = (0, plan.inner.start, plan.inner.stop, n) if plan.inner else (0, n)
-    for start, stop in zip(bounds, bounds[1:]):
-        for last in range(stop, start, -SLAB):  # from the end, where most is seen: the memory for it is made once
-            first, both = max(last - SLAB, start), None
+    for first, last in zip(bounds, bounds[1:]):
+        for stop in range(last, first, -SLAB):  # from the end, where most is seen: the memory for it is made once
+            start, both = max(stop - SLAB, first), None
             for row in range(len(query)):
-                if first in plan.inner:
-                    yield Slab(row, first, last, None, inner, plan.reach, shared)
-                    continue
-                if both is None or not plan.alike:
-                    keys, mask = plan.keys(row, first, last)
+                if start in plan.inner:
+                    both = None, inner
+                elif both is None or not plan.alike:
+                    keys, mask = plan.keys(row, start, stop)
                     both = keys[0], bias(mask[0, :, None])
-                yield Slab(row, first, last, *both, plan.reach, shared)
+                yield Slab(row, start * BLOCK, stop * BLOCK, BLOCK, *both, plan.reach, shared), False
+    if plan.beyond is None:
+        return
+    for stop in range(plan.inner.stop, plan.inner.start, -SLAB):
+        start = max(stop - SLAB, plan.inner.start)
+        size = BLOCK * (stop - start if plan.wide > 1 else 1)
+        keys, mask = plan.beyond(0, start * BLOCK, (stop - start) * BLOCK // size, size)
+        mask = mask[0, :, None]
+        seeing = mask.view(torch.uint8).any(-1, keepdim=True) > 0  # on bytes it is faster
+        if not seeing.any():
+            continue
+        blind = None if seeing.all() else ~fold_mask(seeing, shared)[..., 0]
+        both = keys[0], bias(mask)
+        for row in range(len(query)):
+            yield Slab(row, start * BLOCK, stop * BLOCK, size, *both, plan.reach, shared, blind), True
 
 
 class BlockAttention(torch.autograd.Function):
@@ -203,30 +244,31 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, plan, scale):
-        output, sums = torch.empty_like(query, memory_format=torch.contiguous_format), []
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        sums = torch.empty(*query.shape[:3], 1, dtype=exact, device=query.device)
         room = key.new_empty(0), value.new_empty(0)
-        for slab in slabs(plan, query, key):
-            part, total = fused(*slab.inputs(query, key, value, room), attn_mask=slab.bias, scale=scale)
-            slab.put(output, part)
-            sums.append(total)
+        for slab, more in slabs(plan, query, key):
+            slab.attend(output, sums, slab.inputs(query, key, value, room), scale, more)
         ctx.plan, ctx.scale = plan, scale
-        ctx.save_for_backward(query, key, value, output, *sums)
+        ctx.save_for_backward(query, key, value, output, sums)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        query, key, value, output, *sums = ctx.saved_tensors
+        query, key, value, output, sums = ctx.saved_tensors
         exact = torch.promote_types(query.dtype, torch.float32)  # many blocks add to a key
         of_query, of_key = torch.empty_like(query), torch.zeros_like(key, dtype=exact)
         of_value = torch.zeros_like(value, dtype=exact)
 
         room = key.new_empty(0), value.new_empty(0)
-        for slab, total in zip(slabs(ctx.plan, query, key), sums):
+        for slab, more in slabs(ctx.plan, query, key):
             inputs, part = slab.inputs(query, key, value, room), slab.queries(output)
             options = {"attn_mask": slab.bias, "scale": ctx.scale}
+            total = slab.queries(sums)[..., 0]  # of all keys: so each slab's weights are their parts of the whole
             found = fused_backward(slab.queries(gradient), *inputs, part, total, 0.0, False, **options)
-            slab.put(of_query, found[0])
+            slab.put(of_query, slab.queries(of_query) + found[0] if more else found[0])
             slab.add(of_key, found[1])
             slab.add(of_value, found[2])
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None

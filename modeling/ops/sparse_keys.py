@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ordnung.modeling.ops.sparse_blocks import BLOCK, Plan, is_exporting, spare
+from ordnung.modeling.ops.sparse_blocks import BLOCK, WIDE, Plan, is_exporting, spare
 from ordnung.modeling.ops.sparse_pattern import Pattern, priority
 
 NEVER = 2**62
@@ -74,23 +74,28 @@ def positions_of(pattern: Pattern, blocks: torch.Tensor) -> torch.Tensor:
     return ((blocks % 2**31)[..., None] * pattern.random_block + token).flatten(-2)
 
 
-def causal_keys(pattern: Pattern, N, first, last, death, drawn, tight: bool):
-    """What the queries of the blocks from `first` on, before `last`, gather: see `Plan.keys`.
+def causal_keys(pattern: Pattern, N, start, size: int, death, drawn, end: int | None, beyond: bool = False):
+    """What blocks of queries gather: see `Plan.keys`.
 
     Args:
+        start: (n,) the first queries of the blocks, of `size` queries each.
         death, drawn: as `deaths` gives them.
-        tight: leave out what none of these queries sees; that many keys depend on more than the lengths.
+        end: leave out what none of these queries sees, and no strided token from here on is seen; or None: how many
+            keys there are then depends on the lengths alone.
+        beyond: those beyond the windows alone: see `Plan.beyond`.
 
     Returns:
         (1, n, K) positions, within the row, and (1, n, C, K) which of them each query sees.
     """
     w, device = pattern.window, death.device
-    start = torch.arange(first, last, device=device).clamp(max=(N - 1) // BLOCK)[:, None] * BLOCK  # (n, 1)
-    query = (start + torch.arange(BLOCK, device=device)).clamp(max=N - 1)  # beyond the row: what sees at least itself
-    near = start + torch.arange(-w, BLOCK, device=device)  # (n, w + C)
+    start = start[:, None]
+    query = (start + torch.arange(size, device=device)).clamp(max=N - 1)  # beyond the row: what sees at least itself
+    # the keys of the windows; or those that leave one while others of these queries still have them in theirs
+    near = start + torch.arange(-w, size - w if beyond else size, device=device)
     # before that window, each key once
-    far = fixed_positions(pattern, min(N, last * BLOCK) if tight else N, device).expand(start.shape[0], -1)
+    far = fixed_positions(pattern, N if end is None else end, device).expand(start.shape[0], -1)
     born, dead = [near, far], [death[near.clamp(0, N - 1)] * (near >= 0), NEVER * (far < start - w)]
+    early = [near + w if beyond else near, far]
     if pattern.num_random:
         chosen = drawn[start[:, 0] // pattern.random_block]  # (n, R)
         far = positions_of(pattern, chosen)
@@ -98,11 +103,12 @@ def causal_keys(pattern: Pattern, N, first, last, death, drawn, tight: bool):
         seen = seen & (far < start - w) & ~is_fixed(pattern, far)
         born.append(far)
         dead.append(death[far.clamp(0, N - 1)] * seen)
-    born, dead = torch.cat(born, 1), torch.cat(dead, 1)
-    if tight:
-        used = (dead > start).any(0)
-        born, dead = born[:, used], dead[:, used]
-    early, dead, query = born.int(), dead.clamp(max=2**31 - 1).int(), query.int()  # half as many bytes to compare
+        early.append(far)
+    born, early, dead = (torch.cat(x, 1) for x in (born, early, dead))
+    if end is not None:
+        used = ((dead > start) & (dead > early)).any(0)
+        born, early, dead = born[:, used], early[:, used], dead[:, used]
+    early, dead, query = early.int(), dead.clamp(max=2**31 - 1).int(), query.int()  # half as many bytes to compare
     mask = (early[:, None] <= query[..., None]) & (query[..., None] < dead[:, None])
     return born.clamp(0, N - 1)[None], mask[None]
 
@@ -138,22 +144,25 @@ class Landmarks(NamedTuple):
         return cls(tokens, torch.cat([tokens, strided], 1), seen, taken, is_global)
 
 
-def bidirectional_keys(pattern: Pattern, N, first, last, length: torch.Tensor, landmarks: Landmarks):
-    """As `causal_keys`, for R or 1 rows; `length` is (R or 1, 1)."""
+def bidirectional_keys(pattern: Pattern, N, start, size: int, length, landmarks: Landmarks, beyond: bool = False):
+    """As `causal_keys`, for R or 1 rows; `length` is (R or 1, 1). `size` is `BLOCK` where there are random blocks."""
     w, device = pattern.window, length.device
     rows, bound = landmarks.taken.shape[0], length[..., None]
     row = torch.arange(rows, device=device)[:, None, None]
-    start = torch.arange(first, last, device=device).clamp(max=(N - 1) // BLOCK)[None, :, None] * BLOCK  # (1, n, 1)
-    query = torch.minimum(start + torch.arange(BLOCK, device=device), bound - 1)  # (R, n, C); beyond the row: its last
+    start, blocks = start[None, :, None], len(start)
+    query = torch.minimum(start + torch.arange(size, device=device), bound - 1)  # (R, n, C); beyond the row: its last
 
     def free(key):
         """Whether keys (R or 1, n, K) are there, and no landmarks."""
         return (key >= 0) & (key < bound) & ~landmarks.taken[row, key.clamp(0, N - 1)]
 
-    near = start + torch.arange(-w, BLOCK + w, device=device)  # (1, n, C + 2 w)
-    keys, masks = [near], [free(near)[:, :, None] & ((query[..., None] - near[:, :, None]).abs() <= w)]
-    keys.append(landmarks.positions[:, None])
-    masks.append(landmarks.seen[:, None, None])
+    keys, masks = [landmarks.positions[:, None]], [landmarks.seen[:, None, None]]
+    if beyond:
+        masks[0] = masks[0] & ((query[..., None] - keys[0][:, :, None]).abs() > w)
+    else:
+        near = start + torch.arange(-w, size + w, device=device)  # (1, n, C + 2 w)
+        keys.append(near)
+        masks.append(free(near)[:, :, None] & ((query[..., None] - near[:, :, None]).abs() <= w))
     if pattern.num_random:
         r = pattern.random_block
         touched = BLOCK // r if BLOCK % r == 0 else 1 if r % BLOCK == 0 else (BLOCK - 2) // r + 2
@@ -169,8 +178,8 @@ def bidirectional_keys(pattern: Pattern, N, first, last, length: torch.Tensor, l
         seen = seen[:, :, None] & (query[..., None] // r == own[:, :, None])
         keys.append(far)
         masks.append(seen & ((query[..., None] - far[:, :, None]).abs() > w))
-    keys = torch.cat([x.expand(rows, last - first, -1) for x in keys], -1)
-    return keys.clamp(0, N - 1), torch.cat([x.expand(rows, last - first, BLOCK, -1) for x in masks], -1)
+    keys = torch.cat([x.expand(rows, blocks, -1) for x in keys], -1)
+    return keys.clamp(0, N - 1), torch.cat([x.expand(rows, blocks, size, -1) for x in masks], -1)
 
 
 def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tuple[Plan, Landmarks | None]:
@@ -179,13 +188,25 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
     Args:
         lengths, is_global: as `sparse_attention` takes them.
     """
+
+    def starts(first, last):
+        return torch.arange(first, last, device=device).clamp(max=(N - 1) // BLOCK) * BLOCK
+
+    def wide_starts(start, number, size):
+        return start + size * torch.arange(number, device=device)
+
     if pattern.causal:
         tables = deaths(pattern, N, device)
 
         def causal(row, first, last):
-            return causal_keys(pattern, N, first, last, *tables, tight=row is not None)
+            end = None if row is None else min(N, last * BLOCK)
+            return causal_keys(pattern, N, starts(first, last), BLOCK, *tables, end)
 
-        return Plan(causal, True, *inner_blocks(pattern, N, device)), None
+        def beyond(row, start, number, size):
+            end = max(0, start + number * size - pattern.window)
+            return causal_keys(pattern, N, wide_starts(start, number, size), size, *tables, end, beyond=True)
+
+        return Plan(causal, True, *inner_blocks(pattern, N, device, None if pattern.local else beyond)), None
 
     rows = 1 if lengths is None and is_global is None else (is_global if lengths is None else lengths).shape[0]
     length = torch.full((rows, 1), N, device=device) if lengths is None else lengths[:, None].clamp(min=1)
@@ -193,21 +214,29 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
 
     def bidirectional(row, first, last):
         some = slice(None) if row is None or rows == 1 else slice(row, row + 1)
-        return bidirectional_keys(pattern, N, first, last, length[some], Landmarks(*(x[some] for x in landmarks)))
+        here = Landmarks(*(x[some] for x in landmarks))
+        return bidirectional_keys(pattern, N, starts(first, last), BLOCK, length[some], here)
 
-    return Plan(bidirectional, rows == 1, *(inner_blocks(pattern, N, device) if rows == 1 else ())), landmarks
+    def both_beyond(row, start, number, size):
+        return bidirectional_keys(pattern, N, wide_starts(start, number, size), size, length, landmarks, beyond=True)
+
+    beyond = None if pattern.local and is_global is None else both_beyond
+    inner = inner_blocks(pattern, N, device, beyond) if rows == 1 and lengths is None else ()
+    return Plan(bidirectional, rows == 1, *inner), landmarks
 
 
-def inner_blocks(pattern: Pattern, N, device) -> tuple:
-    """What `Plan` says of the blocks of a row of N tokens that see their whole window alone; empty if none do."""
+def inner_blocks(pattern: Pattern, N, device, beyond) -> tuple:
+    """What `Plan` says of the blocks of a row of N tokens that see their whole windows; empty if there are none."""
     w, causal = pattern.window, pattern.causal
     edge = (w + BLOCK - 1) // BLOCK
-    blocks = range(edge, N // BLOCK - (0 if causal else edge)) if pattern.local and not is_exporting() else ()
+    blocks = () if is_exporting() else range(edge, N // BLOCK - (0 if causal else edge))
     if not blocks:
         return ()
     reach = w, 0 if causal else w
     distance = torch.arange(BLOCK, device=device)[:, None] - torch.arange(-w, BLOCK + reach[1], device=device)
-    return blocks, reach, (distance < w) & (distance >= 0) if causal else distance.abs() <= w
+    mask = (distance < w) & (distance >= 0) if causal else distance.abs() <= w
+    # each block of queries of an encoder has its own random blocks
+    return blocks, reach, mask, beyond, 1 if pattern.num_random and not causal else WIDE
 
 
 def pairs_seen(pattern: Pattern, N: int) -> int:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ordnung.scripts.benchmarks.mixer import PARTS
-from ordnung.scripts.benchmarks.variants import STATIC
+from ordnung.scripts.benchmarks.variants import STATIC, copies_its_cache
+from ordnung.scripts.common.figures import family_of, legend_below, styles
 from ordnung.scripts.common.tables import markdown_table
 
 TITLES = {
@@ -41,11 +42,12 @@ def faster_form(timed: dict[tuple, dict], task: str, length: int, name: str) -> 
 
 
 def _time_cell(row: dict) -> str:
-    """Microseconds per token, half the interquartile range in per cent, and the ratios: measured (predicted)."""
+    """Microseconds per token, half the interquartile range in per cent, samples, and ratios: measured (predicted)."""
     scale = 1e6 / row["tokens"]
     seconds = row["seconds"]
     spread = 50 * (seconds["q3"] - seconds["q1"]) / seconds["median"]
-    cell = f"{seconds['median'] * scale:.4g} ±{spread:.0f}%"
+    known = f"±{spread:.0f}% of {seconds['n']}" if seconds["n"] > 1 else "(n = 1)"
+    cell = f"{seconds['median'] * scale:.4g} {known}"
     for name, ratio in row.get("ratios", {}).items():
         if row["name"] == "convolution":
             return f"{cell}, {100 / ratio['measured']:.1f}% ({100 / ratio['predicted']:.1f}%) of the block"
@@ -78,10 +80,13 @@ def markdown(results: dict) -> str:
         f"{shape['num_hidden_layers']} layers, {shape['num_attention_heads']} heads, vocabulary {shape['vocab_size']}"
         f"{kernel}; torch {machine['torch']}, transformers {machine['transformers']}, "
         f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
-        f"Times are medians with half the interquartile range; ratios against {results['baseline']}: measured "
-        "(predicted from FLOPs), above 1 is faster.",
+        f"Times are medians with half the interquartile range of n samples; ratios against {results['baseline']}: "
+        "measured (predicted from FLOPs), above 1 is faster.",
     ]
-    if any(row["name"].endswith(STATIC) for row in rows):
+    decoded = [row["name"] for row in rows if row["task"] == "decode" and "seconds" in row]
+    if copies_its_cache(decoded):
+        parts[-1] += " Attention decodes in a cache that is copied to grow: a static one was not timed here."
+    elif any(name.endswith(STATIC) for name in decoded):
         parts[-1] += " Decode is held against the faster of its forms, with a growing or with a static cache."
 
     def section(title, task, cell, wanted):
@@ -130,35 +135,36 @@ def plot(results: dict, path: Path) -> None:
             for row in rows
             if row["task"] == task and "seconds" in row
         ]
-        panels.append((f"{title}: µs per token", timed))
+        panels.append((title, "µs per token", timed))
     for task in ("forward", "train"):
         peaks = [(row, row["peak_bytes"] / 2**20) for row in rows if row["task"] == task and row["peak_bytes"]]
-        panels.append((f"{TITLES[task]}: peak MiB above the weights", peaks))
-    panels.append(
-        ("Generation state, MiB", [(row, row["state_bytes"] / 2**20) for row in rows if "state_bytes" in row])
-    )
-    panels = [(title, points) for title, points in panels if points]
+        panels.append((f"{TITLES[task]}: memory", "peak MiB above the weights", peaks))
+    states = [(row, row["state_bytes"] / 2**20) for row in rows if "state_bytes" in row]
+    panels.append(("Generation state of one sequence", "MiB", states))
+    panels = [panel for panel in panels if panel[-1]]
     if not panels:
         return
 
     columns = min(3, len(panels))
     figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=(5.2 * columns, 4 * -(-len(panels) // columns))
+        -(-len(panels) // columns),
+        columns,
+        figsize=(5.2 * columns, 4 * -(-len(panels) // columns) + 0.6),
+        layout="constrained",
     )
     axes = [axes] if len(panels) == 1 else list(axes.flat)
-    names = list(dict.fromkeys(row["name"] for _, points in panels for row, _ in points))
-    styles = {name: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"} for i, name in enumerate(names)}
-    for axis, (title, points) in zip(axes, panels):
+    names = dict.fromkeys(row["name"] for *_, points in panels for row, _ in points)
+    drawn = styles({name: family_of(name) for name in names})
+    for axis, (title, label, points) in zip(axes, panels):
         for name in dict.fromkeys(row["name"] for row, _ in points):
             line = sorted((row["length"], value) for row, value in points if row["name"] == name)
-            axis.plot(*zip(*line), marker="o", markersize=3, label=name, **styles[name])
-        axis.set(title=title, xlabel="N", xscale="log", yscale="log")
+            axis.plot(*zip(*line), label=name, **drawn[name])
+        axis.set(title=title, xlabel="tokens N", ylabel=label, xscale="log", yscale="log")
         axis.set_xticks(lengths := sorted({row["length"] for row, _ in points}), map(str, lengths))
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.remove()
-    figure.tight_layout()
+    legend_below(figure, axes[: len(panels)], columns=5)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -6,7 +6,7 @@ multiply-add of the matrix products and convolutions; softmax, norms, activation
 `model.flops`. Fused causal attention is counted as the N(N+1)/2 pairs that it computes, unfused attention as all N*N.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from transformers import (
     Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -39,9 +41,13 @@ from ordnung import (
     SoftmaxLMConfig,
     SoftmaxLMForCausalLM,
     SoftmaxLMModel,
+    SparseAttentionLMConfig,
+    SparseAttentionLMForCausalLM,
+    SparseAttentionLMModel,
 )
 from ordnung.modeling.registration import REGISTERED
 
+SLIDING_WINDOW = 256  # tokens that a token of a sparse model sees, itself included; half of it to each side in encoders
 PROJECTED_SIZE = 128  # rows k of every LinformerLM
 FEED_FORWARD_CHUNK = 512  # tokens, where the feed-forward is computed in parts
 
@@ -120,6 +126,14 @@ def mamba_flops(config: MambaConfig, new: int, past: int, logits: int) -> int:
     """Per state entry the scan discretises A (product, exponential) and B (two products) and does one multiply-add."""
     scan = 6 * new * config.num_hidden_layers * config.intermediate_size * config.state_size
     return mamba_matmul_flops(config, new, past, logits) + scan
+
+
+def mistral_flops(config: MistralConfig, new: int, past: int, logits: int) -> int:
+    """4 D*D of attention projections, three matrices of gated MLP; a window is a dense mask over fused attention."""
+    width = config.hidden_size
+    seen = pairs(new, past, causal=False) if new > 1 else min(config.sliding_window, past + 1)
+    per_layer = 2 * new * (4 * width * width + 3 * width * config.intermediate_size) + 4 * width * seen
+    return config.num_hidden_layers * per_layer + 2 * logits * width * config.vocab_size
 
 
 def cubic_flops(config: CubicPrefixLMConfig, new: int, past: int, logits: int) -> int:
@@ -233,6 +247,17 @@ def _mamba(shape: Shape) -> MambaConfig:
     return MambaConfig(**shape.common())
 
 
+def _mistral(shape: Shape) -> MistralConfig:
+    return MistralConfig(
+        **shape.common(),
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_attention_heads,
+        intermediate_size=8 * round(shape.hidden_size / 3),  # as LFM2's
+        max_position_embeddings=shape.max_length,
+        sliding_window=SLIDING_WINDOW,
+    )
+
+
 def _ours(config_class: type[PreTrainedConfig], **own) -> Callable[[Shape], PreTrainedConfig]:
     def config(shape: Shape) -> PreTrainedConfig:
         positions, sizes = shape.max_length, {}
@@ -290,6 +315,33 @@ VARIANTS: dict[str, Variant] = {
         quadratic_flops,
         attn_implementation="sdpa",
     ),
+    **{
+        f"sparse_{name}": Variant(
+            f"SparseAttentionLM, causal: a window of {SLIDING_WINDOW}{besides}",
+            SparseAttentionLMForCausalLM,
+            _ours(SparseAttentionLMConfig, sliding_window=SLIDING_WINDOW, **own),
+            attn_implementation="sdpa",
+            by_default=False,
+        )
+        for name, besides, own in (
+            ("local", "", {"num_global_tokens": 0}),
+            ("global", " and 16 global tokens", {"num_global_tokens": 16}),
+            ("strided", " and every 64th token", {"num_global_tokens": 0, "global_stride": 64}),
+            (
+                "all",
+                ", 16 global tokens, every 64th token and 4 random blocks",
+                {"num_global_tokens": 16, "global_stride": 64, "num_random_blocks": 4},
+            ),
+        )
+    },
+    "mistral_window": Variant(
+        f"Mistral with a sliding window of {SLIDING_WINDOW}, SDPA",
+        MistralForCausalLM,
+        _mistral,
+        mistral_flops,
+        "sdpa",
+        by_default=False,
+    ),
     "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa", static_form=True),
     "gpt2_sdpa_gelu": Variant(
         "GPT-2, SDPA, with the activation of our families (torch's own GELU) instead of its composed `gelu_new`",
@@ -320,6 +372,19 @@ VARIANTS: dict[str, Variant] = {
         )
         for kind in ("sdpa", "eager", "eager_by_head")
     },
+    "sparse_encoder": Variant(
+        f"encoder with sparse attention, {SLIDING_WINDOW // 2} tokens to each side and 16 global ones",
+        SparseAttentionLMModel,
+        _ours(
+            SparseAttentionLMConfig,
+            is_decoder=False,
+            position_embedding_type="none",
+            sliding_window=SLIDING_WINDOW // 2,
+            num_global_tokens=16,
+        ),
+        attn_implementation="sdpa",
+        encoder=True,
+    ),
     **{
         f"linformer_encoder{name}": Variant(
             f"encoder with Linformer attention, k={PROJECTED_SIZE}{description}",
@@ -347,6 +412,12 @@ STATIC = "_static"  # ends the names of what decodes in a static cache
 def with_static_forms(names: list[str]) -> list[str]:
     """The names of what decodes: each variant, and behind it its form in a static cache where it has one."""
     return [form for name in names for form in ([name, name + STATIC] if VARIANTS[name].static_form else [name])]
+
+
+def copies_its_cache(names: Iterable[str]) -> bool:
+    """Whether attention among these decoded rows was given no static cache: its times are then mostly copies."""
+    names = set(names)
+    return any(name + STATIC not in names for name in names if name in VARIANTS and VARIANTS[name].static_form)
 
 
 def split_form(name: str) -> tuple[Variant, bool]:

@@ -1,8 +1,11 @@
 """What results are summed up and shown with: mean and spread over seeds, tables."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from ordnung.scripts.common.files import write_json, write_text
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:
@@ -22,3 +25,15 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *body]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def write_results(
+    output_dir: str | Path, results: dict, markdown: Callable[[dict], str], **plots: Callable[[dict, Path], None]
+):
+    """Write results.json, results.md and a figure for each of `plots`, by name, and print the tables."""
+    folder, text = Path(output_dir), markdown(results)
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.md", text + "\n")
+    for name, plot in plots.items():
+        plot(results, folder / f"{name}.png")
+    print(f"\n{text}\n\nWritten: results.json, results.md{''.join(f', {name}.png' for name in plots)} in {folder}")

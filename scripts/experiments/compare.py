@@ -1,7 +1,6 @@
 """Variants pretrained on the same text, and their losses held against each other."""
 
-import json
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,82 +10,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
+from ordnung.scripts.common.figures import legend_below, of_variants, styles
+from ordnung.scripts.common.files import read_json, read_json_lines
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
-from ordnung.scripts.experiments.options import CompareOptions
+from ordnung.scripts.common.tables import markdown_table, summarise, write_results
+from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, arguments, check_pretrain, prepare_data
+from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
+from ordnung.scripts.experiments.options import CompareOptions, VariantOptions
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import changes, estimate, interval, seeds_described
 from ordnung.scripts.pretraining import run as pretraining
-from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks, load_documents
+from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks
 from ordnung.scripts.pretraining.losses import position_buckets, position_losses
 from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.runs import claim_output_dir
-
-# Options of pretrain.py that the comparison sets for each run.
-OWN_OPTIONS = ("output_dir", "seed", "model_type", "config_name", "model_name_or_path", "config_overrides")
-OWN_OPTIONS += ("overwrite_output_dir", "resume_from_checkpoint")
-# Those that have done their work once the text is split and the tokenizer made.
-DATA_OPTIONS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
-DATA_OPTIONS += ("tokenizer_name", "train_tokenizer_vocab_size")
-
-
-def arguments(options: dict[str, Any]) -> list[str]:
-    """The command line of a program with these options."""
-    words = []
-    for name, value in options.items():
-        if value is not None:
-            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            words += [f"--{name}", *map(str, items)]
-    return words
-
-
-def check_pretrain(options: dict[str, Any]) -> PretrainOptions:
-    """The options of pretrain.py that all runs share, parsed.
-
-    Raises:
-        ScriptError: wrong options, or such that the runs cannot be compared position by position.
-    """
-    own = [name for name in OWN_OPTIONS if name in options]
-    if own:
-        raise ScriptError(f"--pretrain {own[0]}: the comparison sets it for each run, leave it out")
-    model = {"model_type": "any", "output_dir": "any"}
-    shared = parse_options(PretrainOptions, arguments({**options, **model}))
-    if shared.objective != "causal" or shared.streaming or shared.respect_document_boundaries:
-        raise ScriptError(
-            "variants are compared as causal models on full blocks of text in memory: leave objective, streaming and "
-            "respect_document_boundaries out of --pretrain"
-        )
-    return shared
-
-
-def prepare_data(output_dir: Path, shared: PretrainOptions) -> dict[str, str]:
-    """Split the text and make the tokenizer, once for all runs.
-
-    Returns:
-        options of pretrain.py: files with a document per line, and the tokenizer's folder.
-    Raises:
-        ScriptError: nothing held out; as `load_documents` and the functions of `corpus`.
-    """
-    folder, unfinished = output_dir / "data", output_dir / ".tmp-data"
-    if not folder.exists():
-        train, held_out = load_documents(shared)
-        if held_out is None:
-            raise ScriptError("a comparison needs held-out text: --pretrain validation_fraction must be above 0")
-        if shared.tokenizer_name:
-            tokenizer = corpus.load_tokenizer(shared.tokenizer_name, shared.trust_remote_code)
-        else:
-            tokenizer = corpus.train_tokenizer(corpus.texts(train), shared.train_tokenizer_vocab_size, masked=False)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        tokenizer.save_pretrained(unfinished / "tokenizer")
-        for name, documents in (("train", train), ("held_out", held_out)):
-            documents.to_json(unfinished / f"{name}.jsonl")
-        unfinished.rename(folder)
-    return {
-        "train_file": str(folder / "train.jsonl"),
-        "validation_file": str(folder / "held_out.jsonl"),
-        "tokenizer_name": str(folder / "tokenizer"),
-    }
 
 
 def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[dict, dict]]:
@@ -164,6 +102,29 @@ def hold_against(variants: dict[str, dict], baseline: str):
         result["perplexity_change"] = summarise([own / reference - 1 for own, reference in pairs])
 
 
+def ngram_rows(results: dict, header: list[str]) -> list[list[str]]:
+    """Rows of the n-grams that have counted the same tokens, where the results hold them."""
+    rows = []
+    for name in NAMES.values():
+        if line := results.get("ngrams", {}).get(name):
+            losses = summarise([math.log(value) for value in line["values"]])
+            cells = {"variant": f"{name}, counted", "loss": estimate(losses, 4), "perplexity": estimate(line, 2)}
+            rows.append([cells.get(column, "-") for column in header])
+    return rows
+
+
+def beside_counting(results: dict) -> list[str]:
+    """A sentence on which variants are below the trigram; without n-grams, none."""
+    if "ngrams" not in results:
+        return []
+    trigram = results["ngrams"]["trigram"]["mean"]
+    below = [name for name, result in results["variants"].items() if result["eval_perplexity"]["mean"] < trigram]
+    return [
+        f"Counted: interpolated Kneser-Ney on the same tokens. Below its trigram ({trigram:.1f}): "
+        f"{', '.join(below) or 'none'}. What is not below it gives no verdict."
+    ]
+
+
 def markdown(results: dict) -> str:
     """The tables of a results dictionary."""
     variants = results["variants"]
@@ -174,11 +135,11 @@ def markdown(results: dict) -> str:
         [
             name,
             f"{result['parameters']:,}",
-            spread(result["eval_loss"], 4),
-            spread(result["eval_perplexity"], 2),
-            spread(result["eval_bits_per_byte"], 4),
-            spread(result["training_seconds"], 0),
-            spread(result["tokens_per_second"], 0),
+            estimate(result["eval_loss"], 4),
+            estimate(result["eval_perplexity"], 2),
+            estimate(result["eval_bits_per_byte"], 4),
+            estimate(result["training_seconds"], 0),
+            estimate(result["tokens_per_second"], 0),
             f"{result['forward_flops_per_token'] / 1e6:.3f}",
             "all" if result["receptive_field"] is None else str(result["receptive_field"]),
         ]
@@ -187,7 +148,8 @@ def markdown(results: dict) -> str:
     if results["baseline"] is not None:
         header.insert(4, f"against {results['baseline']}")
         for line, result in zip(body, variants.values()):
-            line.insert(4, spread(result["perplexity_change"], 1, scale=100) + " %")
+            pair = (each["eval_perplexity"]["values"] for each in (result, variants[results["baseline"]]))
+            line.insert(4, changes(*pair).text(1, 100, " %"))
     steps = {name: result.get("steps", settings["max_steps"]) for name, result in variants.items()}
     lengths = set(steps.values())
     if len(lengths) > 1:
@@ -196,13 +158,14 @@ def markdown(results: dict) -> str:
             line.insert(2, f"{steps[line[0]]:,}")
     buckets = next(iter(variants.values()))["loss_by_position"]
     positions = [
-        [name, *(spread(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
+        [name, *(estimate(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
     ]
     return "\n\n".join(
         [
-            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, mean ± sample standard deviation "
-            f"over seeds {', '.join(map(str, results['seeds']))}. {described(results['machine'])}",
-            markdown_table(header, body),
+            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, {seeds_described(results['seeds'])}; "
+            f"relative figures are paired by seed. {described(results['machine'])}",
+            markdown_table(header, body + ngram_rows(results, header)),
+            *beside_counting(results),
             "Loss (nats per token) by position in the block:",
             markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
         ]
@@ -210,9 +173,10 @@ def markdown(results: dict) -> str:
 
 
 def plot(results: dict, image: Path):
-    """Loss by position, with bands of one standard deviation; with a baseline, also each seed's difference from it.
+    """Loss by position, with 95 % t-intervals; with a baseline, also each seed's difference from it.
 
-    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs.
+    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs. Dotted
+    lines are the n-grams, where the results hold them.
     """
     import matplotlib
 
@@ -220,47 +184,69 @@ def plot(results: dict, image: Path):
     from matplotlib import pyplot as plt
 
     variants, baseline = results["variants"], results["baseline"]
-    lengths = {result.get("steps") for result in variants.values()}
+    lengths = {result["steps"] for result in variants.values() if "curve" in result}
     count = 1 + bool(baseline) + (len(lengths) > 1)
-    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5.6), layout="constrained", squeeze=False)
     by_position = panels[0, : 1 + bool(baseline)]
-    for name, result in variants.items():
-        buckets = result["loss_by_position"]
-        places = range(len(buckets))
-        curves = [np.array([bucket["values"] for bucket in buckets])]  # (buckets, seeds)
+    drawn = styles({name: of_variants(results["settings"])[name] for name in variants})
+    buckets = next(iter(variants.values()))["loss_by_position"]
+    for i, (name, result) in enumerate(variants.items()):
+        curves = [[bucket["values"] for bucket in result["loss_by_position"]]]
         if baseline:
-            references = variants[baseline]["loss_by_position"]
-            curves.append(curves[0] - np.array([bucket["values"] for bucket in references]))
+            references = [bucket["values"] for bucket in variants[baseline]["loss_by_position"]]
+            curves.append([[a - b for a, b in zip(*pair)] for pair in zip(curves[0], references)])
+        # side by side, so that bars do not hide each other
+        places = np.arange(len(buckets)) + 0.5 * ((i + 0.5) / len(variants) - 0.5)
         for panel, curve in zip(by_position, curves):
-            mean = curve.mean(1)
-            (line,) = panel.plot(places, mean, marker="o", markersize=3, label=name)
-            if curve.shape[1] > 1:
-                deviation = curve.std(1, ddof=1)
-                panel.fill_between(places, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
+            found = [interval(values) for values in curve]
+            bars = [one.high - one.mean if one.n > 1 else 0 for one in found]
+            means = [one.mean for one in found]
+            panel.errorbar(places, means, bars, label=name, linewidth=1, elinewidth=0.8, capsize=2, **drawn[name])
     labels = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
     for panel in by_position:
-        panel.set_xticks(places, labels, rotation=30)
+        panel.set_xticks(range(len(buckets)), labels, rotation=30)
         panel.set(xlabel="position in the block (tokens before)", ylabel="held-out loss (nats per token)")
+    for order, line in zip(NAMES.values(), (":", "--")):
+        if order in results.get("ngrams", {}):
+            loss = math.log(results["ngrams"][order]["mean"])
+            by_position[0].axhline(loss, color="red", linestyle=line, label=f"{order}, counted")
     if baseline:
-        by_position[1].set(title=f"difference from {baseline}, seed by seed", ylabel="nats per token")
+        ylabel = f"nats per token above {baseline}"
+        by_position[1].set(title=f"difference from {baseline}, seed by seed", ylabel=ylabel)
     if len(lengths) > 1:
-        _plot_course(panels[0, -1], variants)
+        _plot_course(panels[0, -1], variants, drawn)
     for panel in panels[0]:
         panel.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=8)
+    legend_below(figure, panels[0])
     figure.savefig(image, dpi=150)
     plt.close(figure)
 
 
-def _plot_course(panel, variants: dict[str, dict]):
+def _plot_course(panel, variants: dict[str, dict], drawn: dict[str, dict]):
     """Held-out loss against training FLOPs, a line for each seed and one for their mean."""
-    for i, result in enumerate(variants.values()):
+    for name, result in variants.items():
         flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
         curve = result["curve"][1:]  # without the loss before training
         places, losses = [flops * point["step"] for point in curve], [point["eval_loss"] for point in curve]
-        panel.plot(places, [loss["values"] for loss in losses], color=f"C{i}", alpha=0.35, linewidth=1)
-        panel.plot(places, [loss["mean"] for loss in losses], color=f"C{i}", linewidth=2)
+        style = {key: value for key, value in drawn[name].items() if "marker" not in key}
+        panel.plot(places, [loss["values"] for loss in losses], alpha=0.35, linewidth=0.8, **style)
+        panel.plot(places, [loss["mean"] for loss in losses], linewidth=2, **style)
     panel.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
+
+
+def pretrain(options: VariantOptions, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> int:
+    """Pretrain a variant with the options that it shares with others, or go on; a finished run is kept.
+
+    Returns:
+        exit status.
+    """
+    if (folder / "results.json").exists():
+        print(f"{folder}: finished, kept")
+        return 0
+    overrides = {**options.config_overrides, **variant}
+    own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
+    own |= {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
+    return pretraining.run(parse_options(PretrainOptions, arguments({**shared, **own})))
 
 
 def run(options: CompareOptions) -> int:
@@ -280,14 +266,7 @@ def run(options: CompareOptions) -> int:
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for i, seed in enumerate(options.seeds):
         for name, (variant, steps) in variants.items():
-            folder = folders[name][i]
-            if (folder / "results.json").exists():
-                print(f"{folder}: finished, kept")
-                continue
-            overrides = {**options.config_overrides, **variant}
-            own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
-            own |= {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "auto"}
-            status = pretraining.run(parse_options(PretrainOptions, arguments({**common, **steps, **own})))
+            status = pretrain(options, variant, {**common, **steps, "seed": seed}, folders[name][i])
             if status:
                 return status
 
@@ -302,9 +281,7 @@ def run(options: CompareOptions) -> int:
         "seeds": options.seeds,
         "baseline": options.baseline,
         "variants": variants,
+        "ngrams": ngram_lines(shared, data, options.seeds),
     }
-    write_json(output_dir / "results.json", results)
-    write_text(output_dir / "results.md", markdown(results) + "\n")
-    plot(results, output_dir / "positions.png")
-    print(f"{markdown(results)}\n\nWritten: results.json, results.md and positions.png in {output_dir}")
+    write_results(output_dir, results, markdown, positions=plot)
     return 0

@@ -153,14 +153,28 @@ class BaselineOptions:
     output_dir: str = required("Folder for results.json.", section="output")
 
 
+@dataclass(kw_only=True)
+class NgramOptions:
+    results: str = required("Results file of compare.py or transfer.py whose text to count.", section="data")
+    pretrain: str | None = option(None, "Options of pretrain.py that win: where its text is.", action=MergeKeyValues)
+    seeds: list[int] | None = option(None, "Of the runs; default: those of the results.")
+    output_file: str = required("JSON.", section="output")
+
+
 # Options of finetune.py that are set for each run.
 OWN_OPTIONS = ("output_dir", "model_name_or_path", "seeds", "task_name", "dataset_path")
 
 
 @dataclass(kw_only=True)
 class TransferOptions(VariantOptions):
-    pretrain: str = required(
-        "Options of pretrain.py for all variants: max_steps=100.", section="training", action=MergeKeyValues
+    pretrain: str | None = option(
+        None,
+        "Options of pretrain.py for all variants without a source: max_steps=100.",
+        section="training",
+        action=MergeKeyValues,
+    )
+    linearize: str | None = option(
+        None, "Options of linearize.py for all variants with a source that are distilled.", action=MergeKeyValues
     )
     task_name: list[str] = option(
         ["sst2", "mrpc", "rte", "cola", "imdb"], f"Tasks to fine-tune on, of {', '.join(TASKS)}."
@@ -173,6 +187,15 @@ class TransferOptions(VariantOptions):
     def __post_init__(self):
         super().__post_init__()
         self.finetune, self.finetune_by_task = self.finetune or {}, self.finetune_by_task or {}
+        self.linearize = self.linearize or {}
+        self.started = {
+            name: made for name, made in self.variants.items() if isinstance(made, dict) and "source" in made
+        }
+        self.pretrained = {name: made for name, made in self.variants.items() if name not in self.started}
+        if self.pretrained and self.pretrain is None:
+            raise ScriptError(
+                f"variant {min(self.pretrained)} is pretrained: give --pretrain, or the source that it starts from"
+            )
         choose_tasks([*self.task_name, *self.finetune_by_task])
         for options in (self.finetune, *self.finetune_by_task.values()):
             own = [name for name in OWN_OPTIONS if name in options]

@@ -7,11 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import legend_below, of_variants, styles
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table, summarise, write_results
 from ordnung.scripts.experiments.options import TaskOptions
-from ordnung.scripts.experiments.task_training import Drawn, fit, train_all, write_results
+from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 
 # Sequences to measure on are drawn with this seed, those to train on with the run's.
 EVALUATION_SEED = 2**32
@@ -203,10 +205,10 @@ def markdown(results: dict) -> str:
             f"{result['parameters']:,}",
             f"{result['flops_per_step'] / 1e6:,.0f}",
             f"{point['step']:,}",
-            spread(point["seconds"], 0),
-            spread(point["answers"], 3),
-            *(spread(point["answers_by_hops"][k - 1], 3) for k in hops),
-            spread(point["sequences"], 3),
+            estimate(point["seconds"], 0),
+            estimate(point["answers"], 3),
+            *(estimate(point["answers_by_hops"][k - 1], 3) for k in hops),
+            estimate(point["sequences"], 3),
         ]
         for which in ("equal_steps", "equal_compute")
         for name, result in results["variants"].items()
@@ -214,12 +216,12 @@ def markdown(results: dict) -> str:
         if which == "equal_steps" or point["step"] != result["equal_steps"]["step"]
     ]
     sizes = ("symbols", "sequence_length") if settings["task"] == "triplets" else ("symbols", "hops", "queries")
+    longer = "the FLOPs of the dearest" if settings["equal_compute"] else "its own number of steps"
     task = ", ".join(f"{name} {settings[name]}" for name in sizes)
     return "\n\n".join(
         [
-            f"{settings['task']}, {task}: mean ± sample standard deviation over seeds "
-            f"{', '.join(map(str, results['seeds']))}, at equal steps and, where a variant appears twice, at the FLOPs "
-            f"of the dearest. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"{settings['task']}, {task}: {seeds_described(results['seeds'])}, at equal steps and, where a variant "
+            f"appears twice, at {longer}. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
             f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
             markdown_table(header, body),
         ]
@@ -233,19 +235,26 @@ def plot(results: dict, image: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for i, (name, result) in enumerate(results["variants"].items()):
+    settings = results["settings"]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    drawn = styles(of_variants(settings))
+    for name, result in results["variants"].items():
+        style = {key: value for key, value in drawn[name].items() if "marker" not in key}
         for panel, x in zip(panels, ("step", "flops")):
             places = [point[x] for point in result["curve"]]
             values = np.array([point["answers"]["values"] for point in result["curve"]])
-            panel.plot(places, values, color=f"C{i}", alpha=0.35, linewidth=1)
-            panel.plot(places, values.mean(1), color=f"C{i}", linewidth=2, label=name)
+            panel.plot(places, values, alpha=0.35, linewidth=0.8, **style)
+            panel.plot(places, values.mean(1), linewidth=2, label=name, **style)
+    symbols = settings["sequence_length" if settings["task"] == "triplets" else "symbols"]
     for panel, label in zip(panels, ("steps", "training FLOPs")):
-        panel.set(xscale="log", xlabel=label)
+        panel.axhline(1 / symbols, color="red", linestyle=":", linewidth=1, label=f"1 of {symbols} at random")
+        if "fewer_hops" in results:
+            best = max(results["fewer_hops"][:4])
+            panel.axhline(best, color="red", linestyle="--", linewidth=1, label="the best of at most 3 hops")
+        panel.set(xscale="log", xlabel=label, ylabel="share of answers that are right")
         panel.grid(alpha=0.3)
-    panels[0].axvline(results["settings"]["max_steps"], color="grey", linestyle="--", linewidth=1)
-    panels[0].set_ylabel("share of answers that are right")
-    panels[0].legend(fontsize=8)
+    panels[0].axvline(settings["max_steps"], color="grey", linestyle="--", linewidth=1)
+    legend_below(figure, panels)
     figure.savefig(image, dpi=150)
     plt.close(figure)
 
@@ -266,5 +275,5 @@ def run(options: TaskOptions) -> int:
     results["variants"] = {name: collect(options, flops[name], runs[name]) for name in configs}
     if options.task == "function":
         results["fewer_hops"] = fewer_hops(options)
-    write_results(options.output_dir, results, markdown, plot)
+    write_results(options.output_dir, results, markdown, accuracy=plot)
     return 0

@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table, summarise, write_results
 from ordnung.scripts.experiments.options import RecallOptions
-from ordnung.scripts.experiments.task_training import Drawn, fit, train_all, write_results
+from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 
 # Sequences to measure on are drawn with this seed and the number of pairs, those to train on with the run's seed.
 EVALUATION_SEED = 2**32
@@ -66,8 +67,10 @@ def train(options: RecallOptions, config: PreTrainedConfig, seed: int) -> tuple[
     job = Drawn(config, options.max_steps, draw)
     loop = fit(options, seed, job)
     tenths = np.array_split(job.losses, min(10, len(job.losses)))
-    return loop.model, {
+    model = loop.model
+    return model, {
         "parameters": loop.parameters,
+        "state_bytes": model.cache_bytes(options.sequence_length) if hasattr(model, "cache_bytes") else None,
         "seconds": loop.seconds,
         "loss_curve": [float(tenth.mean()) for tenth in tenths],
     }
@@ -124,6 +127,7 @@ def collect(options: RecallOptions, config: PreTrainedConfig, runs: list[dict]) 
     field = getattr(config, "receptive_field", None)
     return {
         "parameters": runs[0]["parameters"],
+        "state_bytes": runs[0].get("state_bytes"),  # runs of earlier versions do not tell
         "receptive_field": field,
         "training_seconds": summarise([run["seconds"] for run in runs]),
         "loss_curves": [run["loss_curve"] for run in runs],
@@ -150,12 +154,18 @@ def range_names(edges: list[int]) -> list[str]:
     return [f"{first}-{end - 1}" for first, end in zip(edges, edges[1:])]
 
 
+def state_size(result: dict) -> str:
+    """What a variant's generation state holds at the end of a sequence, in words; nothing where it is not known."""
+    size = result.get("state_bytes")
+    return "" if size is None else f"a generation state of {size:,} bytes, "
+
+
 def markdown(results: dict) -> str:
     """The tables of a results dictionary, and what to bear in mind with them."""
     settings, machine, variants = results["settings"], results["machine"], results["variants"]
     header = ["variant", "pairs", "all distances", *range_names(settings["distance_edges"])]
     body = [
-        [name, str(num_pairs), spread(total, 3), *("-" if cell is None else spread(cell, 3) for cell in cells)]
+        [name, str(num_pairs), estimate(total, 3), *("-" if cell is None else estimate(cell, 3) for cell in cells)]
         for name, result in variants.items()
         for num_pairs, total, cells in zip(settings["num_pairs"], result["accuracy"], result["accuracy_by_distance"])
     ]
@@ -163,7 +173,7 @@ def markdown(results: dict) -> str:
     notes = [
         f"Share of queries answered with the right value, by the distance from the query back to its key, after "
         f"{settings['max_steps']} steps of {settings['batch_size']} sequences of {settings['sequence_length']} tokens; "
-        f"mean ± sample standard deviation over seeds {', '.join(map(str, results['seeds']))}. {machine['cpu']}, "
+        f"{seeds_described(results['seeds'])}. {machine['cpu']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, "
         f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
         f"Chance: {results['chance']:.3f} for any value, and for one of the values shown {shown} pairs. What is not "
@@ -178,10 +188,11 @@ def markdown(results: dict) -> str:
         unsolved = [seed for seed in results["seeds"] if seed not in result["solved"]]
         learning = [seed for seed in unsolved if seed in result["still_learning"]]
         notes.append(
-            f"- {name}: {result['parameters']:,} parameters, {spread(result['training_seconds'], 0)} s of training, "
-            f"sees {sees}. "
+            f"- {name}: {result['parameters']:,} parameters, {state_size(result)}"
+            f"{estimate(result['training_seconds'], 0)} s of training, sees {sees}. "
             + (f"Not solved, within what it sees, by seeds {unsolved}" if unsolved else "Solved within what it sees")
-            + (f"; the loss of {learning or 'none'} of them still fell at the end. " if unsolved else ". ")
+            + (f"; the loss of {learning or 'none'} of them fell by {STILL_LEARNING:.0%} or more" if unsolved else "")
+            + (" from the last but one tenth of the steps to the last. " if unsolved else ". ")
             + f"Training loss by tenths of the steps: {', '.join(f'{loss:.2f}' for loss in curve)}."
         )
     return "\n\n".join(notes[:3]) + "\n\n" + "\n".join(notes[3:])
@@ -231,5 +242,5 @@ def run(options: RecallOptions) -> int:
         "chance_shown": [1 / num_pairs for num_pairs in options.num_pairs],
         "variants": {name: collect(options, configs[name], runs[name]) for name in configs},
     }
-    write_results(options.output_dir, results, markdown, plot)
+    write_results(options.output_dir, results, markdown, accuracy=plot)
     return 0

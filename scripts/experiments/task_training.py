@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ordnung.scripts.common.files import write_json, write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.experiments.options import TrainingOptions
 from ordnung.scripts.training.accelerator import make_accelerator
@@ -121,12 +120,3 @@ def train_all(
             runs[name].append(run(name, seed, output_dir / "runs" / f"{name}-seed{seed}.json"))
     settings |= {"variants": options.variants, "training_by_variant": own}
     return {"machine": machine_info(), "settings": settings, "seeds": options.seeds}, runs
-
-
-def write_results(output_dir: str, results: dict, markdown: Callable[[dict], str], plot: Callable[[dict, Path], None]):
-    """Write results.json, results.md and accuracy.png, and print the tables."""
-    folder, text = Path(output_dir), markdown(results)
-    write_json(folder / "results.json", results)
-    write_text(folder / "results.md", text + "\n")
-    plot(results, folder / "accuracy.png")
-    print(f"\n{text}\n\nWritten: results.json, results.md and accuracy.png in {folder}")

@@ -1,19 +1,18 @@
-"""Variants pretrained on the same text, then fine-tuned on the same tasks."""
+"""Variants pretrained on the same text, or started from a checkpoint, then fine-tuned on the same tasks."""
 
 from pathlib import Path
 from typing import Any
 
-from ordnung.scripts.common.files import read_json, write_json, write_text
+from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, spread
-from ordnung.scripts.experiments import baselines, compare
+from ordnung.scripts.common.tables import markdown_table, write_results
+from ordnung.scripts.experiments import baselines, compare, compare_data, starts
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
-from ordnung.scripts.pretraining import run as pretraining
-from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.runs import claim_output_dir
 
 
@@ -21,7 +20,7 @@ def finetune_options(options: TransferOptions, task: str, model: Path, output_di
     """The options of a variant's runs on a task."""
     own = {"model_name_or_path": str(model), "output_dir": str(output_dir), "seeds": options.seeds}
     own |= {"task_name": [task], "dataset_path": options.data_path(task)}
-    words = compare.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
+    words = compare_data.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
     return parse_options(FinetuneOptions, words)
 
 
@@ -32,7 +31,7 @@ def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str,
         own = {"task_name": [task], "dataset_path": options.data_path(task), "output_dir": str(output_dir)}
         shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
         own |= {name: shared[name] for name in ("dataset_name", "max_train_samples") if name in shared}
-        baselines.run(parse_options(BaselineOptions, compare.arguments(own)))
+        baselines.run(parse_options(BaselineOptions, compare_data.arguments(own)))
     return read_json(path)["tasks"][task]
 
 
@@ -44,72 +43,90 @@ def markdown(results: dict[str, Any]) -> str:
         [shown, *(f"{100 * results['baselines'][task][name]['score']:.1f}" for task in tasks)]
         for name, shown in names.items()
     ]
-    costs, below = [], {name: [] for name in names}
+    costs, begun, below = [], [], {name: [] for name in names}
     for variant, result in results["variants"].items():
-        scores.append([variant, *(spread(result["tasks"][task]["score"], 1, 100) for task in tasks)])
-        trained, seconds = result["pretraining"], sum(sum(t["seconds"]["values"]) for t in result["tasks"].values())
-        costs.append(
-            [
-                variant,
-                f"{trained['parameters']:,}",
-                f"{trained['tokens']:,}",
-                f"{trained['seconds']:,.0f}",
-                f"{trained['evaluation']['eval_bits_per_byte']:.4f}",
-                f"{seconds:,.0f}",
+        scores.append([variant, *(estimate(result["tasks"][task]["score"], 1, 100) for task in tasks)])
+        seconds = sum(sum(t["seconds"]["values"]) for t in result["tasks"].values())
+        trained = result.get("pretraining") or result["start"]
+        row = [variant, f"{trained['parameters']:,}", f"{trained['tokens']:,}", f"{trained['seconds']:,.0f}"]
+        if "pretraining" in result:
+            costs.append([*row, f"{trained['evaluation']['eval_bits_per_byte']:.4f}", f"{seconds:,.0f}"])
+        else:
+            measured = [
+                (trained.get("student"), "similarity"),
+                (trained.get("teacher"), "similarity"),
+                (trained.get("converted", {}).get("floor"), "similarity"),
             ]
-        )
+            shown = [f"{found[key]:.3f}" if found and key in found else "" for found, key in measured]
+            begun.append([variant, trained["source"], *row[1:], *shown, f"{seconds:,.0f}"])
         for name, cells in below.items():
             cells += [
                 f"{variant} on {task}"
                 for task in tasks
                 if result["tasks"][task]["score"]["mean"] <= results["baselines"][task][name]["score"]
             ]
+    tables = []
+    if costs:
+        header = ["model", "parameters", "pretraining tokens", "s", "held-out bits per byte", "fine-tuning s, all runs"]
+        tables.append(markdown_table(header, costs))
+    if begun:
+        header = ["model", "from", "parameters", "distillation tokens", "s"]
+        header += ["similarity without training", "its teacher's", "without mixing", "fine-tuning s, all runs"]
+        tables.append(markdown_table(header, begun))
     remarks = [f"Not above {names[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]
     return "\n\n".join(
         [
-            f"Scores in %, the mean of a task's metrics as GLUE averages them; mean ± sample standard deviation over "
-            f"fine-tuning seeds {', '.join(map(str, results['seeds']))} of one pretrained model each. "
+            f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
+            "fine-tuning one pretrained model each. "
             f"{described(results['machine'])}",
             markdown_table(["model", *tasks], scores),
             " ".join(remarks),
-            markdown_table(
-                ["model", "parameters", "pretraining tokens", "s", "held-out bits per byte", "fine-tuning s, all runs"],
-                costs,
-            ),
+            *tables,
         ]
     )
 
 
 def run(options: TransferOptions) -> int:
     """Train, score and write the results; returns the exit status, that of the run that was stopped if one was."""
-    output_dir, shared = Path(options.output_dir), compare.check_pretrain(options.pretrain)
+    output_dir = Path(options.output_dir)
     # wrong tables are told before anything is written
-    variant_configs(options.variants, options.config_overrides)
+    if options.pretrained:
+        shared = compare_data.check_pretrain(options.pretrain)
+        variant_configs(options.pretrained, options.config_overrides)
+    for name, variant in options.started.items():
+        starts.fields_of(name, variant)
+        if "distill" in variant:
+            starts.options_of(name, variant, options.linearize, Path("any"))
     for task in options.task_name:
         finetune_options(options, task, Path("any"), Path("any"))
     settings = {name: getattr(options, name) for name in ("pretrain", "config_overrides", "finetune")}
+    settings |= {"linearize": options.linearize} if options.started else {}
     by_task = {f"finetune {task}": options.finetune_by_task.get(task, {}) for task in options.task_name}
     claim_output_dir(output_dir, settings | by_task, options.variants)
     # first of all, as this reads every task's data: what is wrong with them is told before anything is trained
     scores = {task: baseline(options, task, output_dir / "baselines" / task) for task in options.task_name}
-    data = compare.prepare_data(output_dir, shared)
-    common = {name: value for name, value in options.pretrain.items() if name not in compare.DATA_OPTIONS} | data
-
-    variants: dict[str, dict[str, Any]] = {}
+    variants, folders = {name: {"tasks": {}} for name in options.variants}, {}
+    if options.pretrained:
+        data = compare_data.prepare_data(output_dir, shared)
+        own = {name: value for name, value in options.pretrain.items() if name not in compare_data.DATA_OPTIONS}
+        common = own | data
     for name, variant in options.variants.items():
-        folder = output_dir / "pretrain" / name
-        if not (folder / "results.json").exists():
-            overrides = {**options.config_overrides, **variant}
-            own = {"model_type": overrides.pop("model_type"), "config_overrides": overrides}
-            own |= {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
-            status = pretraining.run(parse_options(PretrainOptions, compare.arguments({**common, **own})))
-            if status:
-                return status
-        variants[name] = {"pretraining": read_json(folder / "results.json"), "tasks": {}}
+        if name in options.started:
+            folders[name] = output_dir / "start" / name
+            status = starts.start(name, variant, options.linearize, folders[name])
+        else:
+            folders[name] = output_dir / "pretrain" / name
+            status = compare.pretrain(options, variant, common, folders[name])
+        if status:
+            return status
+        if name in options.started:
+            variants[name]["start"] = starts.read(folders[name])
+        else:
+            variants[name]["pretraining"] = read_json(folders[name] / "results.json")
     for task in options.task_name:
         for name in options.variants:
             folder = output_dir / "finetune" / name / task
-            status = finetuning.run(finetune_options(options, task, output_dir / "pretrain" / name, folder))
+            status = finetuning.run(finetune_options(options, task, folders[name], folder))
             if status:
                 return status
             variants[name]["tasks"][task] = read_json(folder / "results.json")["tasks"][task]
@@ -121,7 +138,5 @@ def run(options: TransferOptions) -> int:
         "baselines": scores,
         "variants": variants,
     }
-    write_json(output_dir / "results.json", results)
-    write_text(output_dir / "results.md", markdown(results) + "\n")
-    print(f"{markdown(results)}\n\nWritten: results.json and results.md in {output_dir}")
+    write_results(output_dir, results, markdown)
     return 0

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.models import build_config
+from ordnung.scripts.experiments import control_attention  # noqa: F401 - controls that are no family
 
 
 def variant_configs(

@@ -172,7 +172,7 @@ class PredictOptions:
         least=0,
         most=1,
     )
-    no_answer: bool = option(False, "Questions may have no answer in their context.")
+    version_2_with_negative: bool = option(False, "Questions may have no answer in their context.")
     overwrite: bool = option(False, "Replace an output that is there already.")
 
     def __post_init__(self):

@@ -203,7 +203,7 @@ class Predictor:
             tags = tags_of(logits, examples, list(map(len, texts[self.columns[0]])))
             yield from ({"predicted_tags": " ".join(str(self.config.id2label[tag]) for tag in some)} for some in tags)
         elif self.head == "ForQuestionAnswering":
-            found = best_answers(logits, examples, texts[self.columns[1]], self.options.no_answer)
+            found = best_answers(logits, examples, texts[self.columns[1]], self.options.version_2_with_negative)
             yield from ({"predicted_answer": text} for text, _ in found)
         else:
             yield from answers(logits, self.config, self.options.top_k, self.options.threshold)

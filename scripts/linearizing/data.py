@@ -8,6 +8,7 @@ from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.pretraining import data as pretraining
+from ordnung.scripts.pretraining import perplexity
 from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, PlacedBlocks, ShuffledBlocks
 
 # Documents of an encoder are tokenized in groups of so many.
@@ -41,6 +42,15 @@ def documents_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         begins |= batch["position_ids"] == 0
     number = (begins & real).flatten().long().cumsum(0).view_as(begins) - 1
     return number.masked_fill(~real, -1)
+
+
+def mean_states(states: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """(documents, D), each document's mean state; `documents` (B, N) as `documents_of` numbers them."""
+    real = documents.flatten() >= 0
+    number = documents.flatten()[real]
+    sums = states.new_zeros(int(number.max()) + 1, states.shape[-1]).float()
+    sums = sums.index_add(0, number, states.flatten(0, 1)[real].float())
+    return sums / number.bincount()[:, None]
 
 
 def encoder_blocks(documents, tokenizer, block_size: int, several: bool) -> PlacedBlocks:
@@ -84,14 +94,53 @@ def load_blocks(
     if held_out is None:
         raise ScriptError("there is no held-out text: give --validation_file or --validation_fraction")
     if not encoder:
-        several = several and options.respect_document_boundaries
         blocks = pretraining.training_blocks(options, train, tokenizer, several)
         rest = pretraining.held_out_blocks(options, held_out, tokenizer, several)
         return blocks, rest.blocks, rest.lengths
     placed = encoder_blocks(train, tokenizer, options.block_size, several)
     rest = encoder_blocks(held_out, tokenizer, options.block_size, several)
-    some = np.arange(len(rest))[: options.max_eval_blocks]
+    # at random, as best fit puts the longest documents first
+    some = np.random.default_rng(options.seed).permutation(len(rest))[: options.max_eval_blocks]
     return ShuffledBlocks(placed, placed.lengths, options.seed), rest[some], rest.lengths[some]
+
+
+class Text:
+    """What is trained on and measured on.
+
+    Args:
+        encoder, several: as `load_blocks` takes them.
+        device: where batches go.
+    """
+
+    def __init__(self, options: LinearizeOptions, tokenizer, encoder: bool, several: bool, device: torch.device):
+        self.tokenizer, self.device = tokenizer, device
+        self.separate = options.respect_document_boundaries or encoder
+        self.make_batch = Batches(options, tokenizer, encoder, self.separate)
+        self.blocks, rows, lengths = load_blocks(options, tokenizer, encoder, several and self.separate)
+        size = options.per_device_eval_batch_size
+        self.held_out = [self.batch(rows[i : i + size], lengths[i : i + size], i) for i in range(0, len(rows), size)]
+        self.held_out_tokens = np.concatenate([row[:length] for row, length in zip(rows, lengths)])
+        self.held_out_tokens = np.where(self.held_out_tokens < 0, ~self.held_out_tokens, self.held_out_tokens)
+
+    def rows(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The training blocks from number `position` on, their lengths, and that number."""
+        self.blocks.load_state_dict({"position": position})
+        return *self.blocks.take(count), position
+
+    def batch(self, rows: np.ndarray, lengths: np.ndarray, first: int) -> dict[str, torch.Tensor]:
+        if self.separate:
+            rows = rows[:, : max(int(lengths.max()), 2)]
+        return {name: tensor.to(self.device) for name, tensor in self.make_batch(rows, lengths, first).items()}
+
+
+def load_long_text(options: LinearizeOptions, tokenizer) -> np.ndarray:
+    """The first `long_tokens` tokens of the long text, or all.
+
+    Raises:
+        ScriptError: as `corpus.load_files`.
+    """
+    documents = corpus.load_files(options.long_file, "long_file", options.text_column, streaming=False)
+    return perplexity.encode(documents, tokenizer, options.long_tokens)[0]
 
 
 def load_pairs(path: str) -> datasets.Dataset:
@@ -111,4 +160,14 @@ def load_pairs(path: str) -> datasets.Dataset:
     return pairs
 
 
-__all__ = ["IGNORED", "Batches", "documents_of", "encoder_blocks", "load_blocks", "load_pairs", "real_tokens"]
+__all__ = [
+    "IGNORED",
+    "Batches",
+    "Text",
+    "documents_of",
+    "load_blocks",
+    "load_long_text",
+    "load_pairs",
+    "mean_states",
+    "real_tokens",
+]

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, StaticCache
 
 from ordnung.scripts.finetuning.glue_metric import spearmanr
-from ordnung.scripts.linearizing.data import IGNORED, documents_of, real_tokens
-from ordnung.scripts.linearizing.stages import mean_states
+from ordnung.scripts.linearizing.data import IGNORED, documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.teacher import (
     Mixed,
     Pair,
@@ -27,6 +26,8 @@ from ordnung.scripts.pretraining.losses import position_buckets
 
 Batch = dict[str, torch.Tensor]
 STATE_LENGTHS = (512, 2048, 8192, 32768)
+FROM = (0, 256, 512, 1024)  # positions from which losses are told
+PIECE = 512  # tokens of a long text that are read at once
 DECODED = 16  # tokens generated to time one
 
 
@@ -136,22 +137,26 @@ def teacher_variances(pair: Pair, batches: list[Batch]) -> tuple[dict[int, float
 @torch.no_grad()
 def fidelity(pair: Pair, batches: list[Batch]) -> list[dict[str, float]]:
     """How near each new mixer's output is to the attention's, on the teacher's inputs: error over variance, cosine."""
-    variances, _ = teacher_variances(pair, batches)
-    errors, cosines, count = dict.fromkeys(pair.replaced, 0.0), dict.fromkeys(pair.replaced, 0.0), 0
+    errors, cosines = dict.fromkeys(pair.replaced, 0.0), dict.fromkeys(pair.replaced, 0.0)
+    moments = {number: Moments() for number in pair.replaced}
     for batch in batches:
         real = real_tokens(batch)
-        count += int(real.sum())
 
         def compare(call: Mixed, real=real):
             made = student_mixes(pair.student, call)
+            moments[call.layer].add(call.output[real])
             errors[call.layer] += float(((made - call.output).float().square().mean(-1) * real).sum())
             cosines[call.layer] += float((F.cosine_similarity(made, call.output, dim=-1) * real).sum())
 
         with watched(pair.teacher, pair.replaced, compare):
             base_of(pair.teacher)(**model_inputs(base_of(pair.teacher), batch))
     return [
-        {"layer": i, "relative_error": errors[i] / count / variances[i], "cosine": cosines[i] / count}
-        for i in pair.replaced
+        {
+            "layer": number,
+            "relative_error": errors[number] / moments[number].count / moments[number].variance,
+            "cosine": cosines[number] / moments[number].count,
+        }
+        for number in pair.replaced
     ]
 
 
@@ -214,6 +219,36 @@ def similarity(model: PreTrainedModel, tokenizer, pairs, batch_size: int, max_le
         means.append(torch.stack([found[i] for i in range(len(texts))]))
     cosines = F.cosine_similarity(*means).cpu().numpy()
     return float(spearmanr(cosines, np.array(pairs["label"], dtype=float)))
+
+
+@torch.no_grad()
+def long_losses(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """Losses (N - 1,) of one text, read in pieces from the generation state, which is all that is kept of it.
+
+    Args:
+        tokens: (N,) of any length.
+    """
+    ids = torch.from_numpy(tokens[None].astype(np.int64)).to(model.device)
+    past, before, losses = None, None, []
+    for part in ids.split(PIECE, dim=1):
+        out = model(part, past_key_values=past, use_cache=True)
+        logits = out.logits if before is None else torch.cat([before, out.logits], dim=1)
+        wanted = part[:, 1:] if before is None else part
+        losses.append(F.cross_entropy(logits[0, :-1].float(), wanted[0], reduction="none").cpu().numpy())
+        past, before = out.past_key_values, out.logits[:, -1:]
+    return np.concatenate(losses)
+
+
+def longer(pair: Pair, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """`long_losses` of student and teacher by position, beside the bytes of their states at its end."""
+    models = {"student": pair.student, "teacher": pair.teacher}
+    losses = {name: long_losses(model, tokens) for name, model in models.items()}
+    rows = []
+    for first, last in position_buckets(len(tokens)):
+        row = {"first": first, "last": last}
+        row |= {f"{name}_loss": float(found[first - 1 : last].mean()) for name, found in losses.items()}
+        rows.append(row | {f"{name}_state_bytes": base_of(model).cache_bytes(last) for name, model in models.items()})
+    return rows
 
 
 def state_bytes(model: PreTrainedModel) -> dict[str, int]:

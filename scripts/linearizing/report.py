@@ -13,7 +13,6 @@ from ordnung.scripts.hub.model_card import Subject, head_of, make_card
 from ordnung.scripts.linearizing import measure
 
 RESULTS, PICTURE, CARD = "linearize_results.json", "linearize.png", "README.md"
-FROM = (0, 256, 512, 1024)  # positions from which losses are told
 PROMPT, WRITTEN = 24, 48  # tokens of held-out text that a decoder goes on from, and that it writes
 
 
@@ -33,7 +32,7 @@ def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
         "keep_attention": options.keep_attention,
         "replaced_alone": before.get("replaced_alone"),
         "data": options.train_file or [options.dataset_name, options.dataset_config_name],
-        "held_out": {"data": options.validation_file or "a part of it", "tokens": run.held_out_tokens},
+        "held_out": {"data": options.validation_file or "a part of it", "tokens": len(run.text.held_out_tokens)},
         "block_size": options.block_size,
         "parameters": sum(p.numel() for p in student.parameters()),
         "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
@@ -51,22 +50,24 @@ def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
         "student": after["student"],
         "floor": after["floor"],
         "layers": {"converted": before["layers"], "student": layers},
-        "curve": run.curve,
+        "curve": run.curve(),
         "state_bytes": {"student": measure.state_bytes(student), "teacher": measure.state_bytes(teacher)},
         "options": options.record(),
         "machine": machine_info(),
     }
     if not pair.encoder:
-        made["decoding"] = measure.decode_times(pair, run.held_out_text, options.decode_lengths)
+        made["decoding"] = measure.decode_times(pair, run.text.held_out_tokens, options.decode_lengths)
         made["text"] = _written(run)
-    made["recovered"] = {str(start): share(made, start) for start in FROM}
+        if run.long_text is not None:
+            made["longer"] = measure.longer(pair, run.long_text)
+    made["recovered"] = {str(start): share(made, start) for start in measure.FROM}
     made["eval_results"] = _eval_results(made)
     made["sections"] = {"Linearized": text(made)}
     return made
 
 
 def _written(run) -> dict[str, str]:
-    ids = torch.from_numpy(run.held_out_text[None, :PROMPT].astype(np.int64)).to(run.pair.student.device)
+    ids = torch.from_numpy(run.text.held_out_tokens[None, :PROMPT].astype(np.int64)).to(run.pair.student.device)
     written = {"prompt": run.tokenizer.decode(ids[0])}
     for name, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=WRITTEN, do_sample=False)
@@ -137,16 +138,18 @@ def text(made: dict[str, Any]) -> str:
     worst = sorted(made["layers"]["student"], key=lambda layer: -layer["relative_error"])
     parts.append(
         "Layer by layer, on the teacher's inputs: the new mixers' error over the variance of the attention's output, "
-        "and cosine.\n\n" + _layer_table(made)
+        "and cosine.\n\n" + layer_table(made)
     )
     parts.append(f"Most is lost in layer {worst[0]['layer']}.")
     if not made["encoder"]:
         parts.append(_cost_tables(made))
+    if "longer" in made:
+        parts.append(f"One long text, read piece by piece:\n\n{long_table(made)}")
     return "\n\n".join(parts)
 
 
 def _decoder_table(rows: dict[str, dict]) -> str:
-    starts = [start for start in FROM if measure.loss_from(rows["student"], start) is not None]
+    starts = [start for start in measure.FROM if measure.loss_from(rows["student"], start) is not None]
     header = [
         "nats per token, by position",
         "all",
@@ -169,13 +172,24 @@ def _encoder_table(rows: dict[str, dict]) -> str:
     return markdown_table(header, body)
 
 
-def _layer_table(made: dict[str, Any]) -> str:
+def layer_table(made: dict[str, Any]) -> str:
     body = [
         [str(ours["layer"]), f"{first['relative_error']:.3f}", f"{first['cosine']:.3f}"]
         + [f"{ours['relative_error']:.3f}", f"{ours['cosine']:.3f}"]
         for first, ours in zip(made["layers"]["converted"], made["layers"]["student"])
     ]
     return markdown_table(["layer", "error as converted", "cosine", "error of the student", "cosine"], body)
+
+
+def long_table(made: dict[str, Any]) -> str:
+    """Losses along one long text, and the states' bytes."""
+    body = [
+        [f"{row['first']:,}-{row['last']:,}"]
+        + [f"{row[f'{name}_loss']:.3f}" for name in ("student", "teacher")]
+        + [f"{row[f'{name}_state_bytes'] / 2**20:,.2f}" for name in ("student", "teacher")]
+        for row in made["longer"]
+    ]
+    return markdown_table(["position", "student, nats", "teacher", "state of the student, MiB", "of the teacher"], body)
 
 
 def _cost_tables(made: dict[str, Any]) -> str:

@@ -1,157 +1,289 @@
 """The two stages of training: each mixer matched to the attention it replaces, and the whole to the teacher.
 
-A stage says what it trains and what a batch costs. Costs are sums; counts, by the same names, say what they are means
-over, so that a batch may be cut over processes and accumulation steps.
+Costs of a batch are sums, and its `scales` say what they are means over: so a step may be cut over processes and
+accumulation steps, whatever its rows hold.
 """
 
 import re
-from contextlib import nullcontext
-from types import MappingProxyType
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, load_checkpoint_in_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from ordnung.modeling.registration import LORA_TARGETS
-from ordnung.scripts.linearizing.data import IGNORED, documents_of, real_tokens
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.linearizing import measure
+from ordnung.scripts.linearizing.data import IGNORED, Text, documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.linearizing.teacher import (
     Mixed,
     Pair,
     TeacherOutputs,
     base_of,
+    load_student,
     model_inputs,
     student_mixes,
     watched,
 )
+from ordnung.scripts.training.accelerator import summed
+from ordnung.scripts.training.loop import Job, Step
+from ordnung.scripts.training.optimization import make_optimizer
 
 Batch = dict[str, torch.Tensor]
+SCALE = "scale of "  # what a batch holds besides a model's inputs: the scale of each cost
 
 
-class Transfer:
+class Stage(Job):
+    """What both stages share. Rows are taken in one order over both.
+
+    Args:
+        weights: of the costs by name.
+        first_step: steps of the stages before.
+    """
+
+    weights: dict[str, float]
+
+    def __init__(self, accelerator: Accelerator, options: LinearizeOptions, pair: Pair, text: Text, first_step: int):
+        self.accelerator, self.options, self.pair, self.text = accelerator, options, pair, text
+        self.tokenizer, self.first_step = text.tokenizer, first_step
+        self.max_steps = getattr(options, f"{self.name}_steps")
+        self.eval_steps, self.save_steps, self.save_total_limit = options.eval_steps, options.save_steps, 1
+        self.evaluates_first = first_step == 0
+        self.step_blocks = (
+            options.per_device_train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.data = {"rows a step": self.step_blocks}
+        self.about = f"{self.max_steps:,} steps of {self.step_blocks} x {options.block_size} tokens"
+
+    def choose(self):
+        """Say which of the student's parameters are trained."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """What the costs of a batch are sums over, by name."""
+        raise NotImplementedError
+
+    def load(self, folder: Path):
+        """The student as a checkpoint of this stage has it."""
+        self.choose()
+        load_checkpoint_in_model(self.pair.student, str(folder))
+
+    def build_model(self, folder: Path | None) -> nn.Module:
+        if folder is None:
+            self.choose()
+        else:
+            self.load(folder)
+        if not any(parameter.requires_grad for parameter in self.pair.student.parameters()):
+            raise ScriptError(f"--trainable {self.options.trainable} leaves nothing to train: take layers")
+        return self.pair.student
+
+    def optimizer(self, model, options, device):
+        """AdamW, with a higher rate for what the teacher does not have."""
+        optimizer = make_optimizer(model, options, device)
+        new = {id(p) for name, p in self.pair.student.named_parameters() if plain_name(name) in self.pair.new}
+        groups = []
+        for group in optimizer.param_groups:
+            for factor, chosen in ((1.0, False), (self.options.new_learning_rate, True)):
+                own = [p for p in group["params"] if (id(p) in new) == chosen]
+                groups += [{**group, "params": own, "lr": factor * group["lr"]}] if own else []
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def batches(self, step: int) -> Step:
+        rows, lengths, first = self.text.rows((self.first_step + step) * self.step_blocks, self.step_blocks)
+        size, processes = self.options.per_device_train_batch_size, self.accelerator.num_processes
+        starts = range(self.accelerator.process_index * size, self.step_blocks, size * processes)
+        batches = [self.text.batch(rows[i : i + size], lengths[i : i + size], first + i) for i in starts]
+        counts = [self.counts(batch) for batch in batches]
+        names = list(self.weights)
+        sums = torch.tensor([float(sum(count[name] for count in counts)) for name in names])
+        totals = summed(self.accelerator, sums.to(self.accelerator.device))
+        for batch in batches:
+            batch |= {SCALE + name: torch.tensor(1 / max(total, 1)) for name, total in zip(names, totals)}
+        return Step([(batch, 1.0) for batch in batches], tokens=int(lengths.sum()))
+
+    def total(self, costs: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        return sum(weight * batch[SCALE + name] * costs[name] for name, weight in self.weights.items())
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The student's held-out loss, and from positions on; an encoder's distance from the teacher."""
+        if self.pair.encoder:
+            found = measure.states_beside(self.plain(model), self.pair, self.text.held_out)
+            return {f"eval_{name}": value for name, value in found.items()}
+        summary = measure.score(self.plain(model), self.pair.student, self.text.held_out).summary()
+        found = {"eval_loss": summary["loss"]}
+        for start in measure.FROM[1:]:
+            if (loss := measure.loss_from(summary, start)) is not None:
+                found[f"eval_loss_from_{start}"] = loss
+        return found
+
+    def plain(self, model: nn.Module):
+        """What calls the student in a model that the loop has."""
+        return model
+
+    def take_back(self, model: nn.Module):
+        """The student of a finished loop, whole and as it was before: not sharded, and without its autocast."""
+        bare = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if any(isinstance(parameter, DTensor) for parameter in bare.parameters()):
+            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+            weights = {name.removeprefix("student."): value for name, value in weights.items()}
+            types = self.pair.student.config.layer_types
+            self.pair.student = load_student(self.options, self.pair.teacher, types)[0].to(self.accelerator.device)
+            self.choose()
+            self.pair.student.load_state_dict(weights, strict=False)
+
+
+class Transfer(Stage):
     """Each new mixer's output matched to that of the teacher's attention, on the teacher's own inputs to that layer.
 
-    The loss is the squared error over the variance of the teacher's outputs. Layers do not depend on each other: each
-    one's gradients are made while the teacher runs, so that memory is that of one layer. LoLCATs' first stage (Zhang et
-    al. 2024, arXiv 2410.10254).
+    The loss is the squared error over the variance of the teacher's outputs, a mean over layers. Layers do not depend
+    on each other: nothing is passed back through the stack. LoLCATs' first stage (Zhang et al. 2024, arXiv 2410.10254).
 
     Args:
         variances: of the teacher's mixer outputs, by layer.
     """
 
-    name, weights = "transfer", MappingProxyType({"transfer": 1.0})
+    name, weights = "transfer", {"transfer": 1.0}
 
-    def __init__(self, options: LinearizeOptions, pair: Pair, variances: dict[int, float]):
-        self.pair, self.variances = pair, variances
-        self.peak_rate = options.transfer_learning_rate
-        student = pair.student.requires_grad_(False)
-        for number in pair.replaced:
+    def __init__(self, *args, variances: dict[int, float]):
+        super().__init__(*args)
+        self.variances = variances
+
+    def choose(self):
+        student = self.pair.student.requires_grad_(False)
+        for number in self.pair.replaced:
             base_of(student).layers[number].mixer.requires_grad_(True)
         for name, parameter in student.named_parameters():
-            if name in pair.new:  # those that all mixers share lie outside of them
+            if name in self.pair.new:  # those that all mixers share lie outside of them
                 parameter.requires_grad_(True)
 
-    @staticmethod
-    def counts(batch: Batch) -> dict[str, int]:
+    def build_model(self, folder: Path | None) -> nn.Module:
+        super().build_model(folder)
+        return MixerTransfer(self.pair, self.variances, self.options.gradient_checkpointing)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
         return {"transfer": int(real_tokens(batch).sum())}
 
-    def backward(self, batch: Batch, scales: dict[str, float], accelerator, last: bool = True) -> dict[str, float]:
-        """Add a batch's gradients; its costs times `scales` are what they are gradients of.
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.total({"transfer": model(batch=batch)}, batch)
 
-        Returns:
-            the costs (sums), by name.
+    def plain(self, model: nn.Module):
+        return partial(model, batch=None)
+
+
+class MixerTransfer(nn.Module):
+    """A student whose call gives what its mixers cost beside the teacher's; saved as the student.
+
+    Args:
+        recompute: keep the activations of one mixer at a time.
+    """
+
+    def __init__(self, pair: Pair, variances: dict[int, float], recompute: bool = False):
+        super().__init__()
+        self.student, self.pair, self.variances, self.recompute = pair.student, (pair,), variances, recompute
+        self._no_split_modules = pair.student._no_split_modules
+
+    def forward(self, batch: Batch | None, **inputs):
+        """The mean over layers of the squared errors over their variance, summed over tokens.
+
+        Args:
+            batch: what the teacher takes; None to call the student itself with `inputs`.
         """
-        real, by_layer = real_tokens(batch), {}
+        if batch is None:
+            return self.student(**inputs)
+        (pair,), real, costs = self.pair, real_tokens(batch), []
+        training = torch.is_grad_enabled()
 
         def match(call: Mixed):
-            with torch.enable_grad(), accelerator.autocast():
-                made = student_mixes(self.pair.student, call)
-                error = (made - call.output).float().square().mean(-1)  # (B, N)
-                cost = (error * real).sum() / self.variances[call.layer]
-                (cost * scales["transfer"] / len(self.pair.replaced)).backward()
-            by_layer[call.layer] = float(cost.detach())
+            with torch.set_grad_enabled(training):
+                costs.append(checkpoint(cost, call, use_reentrant=False) if self.recompute else cost(call))
 
-        with watched(self.pair.teacher, self.pair.replaced, match), torch.no_grad(), accelerator.autocast():
-            base = base_of(self.pair.teacher)
+        def cost(call: Mixed) -> torch.Tensor:
+            error = (student_mixes(pair.student, call) - call.output).float().square().mean(-1)  # (B, N)
+            return (error * real).sum() / self.variances[call.layer]
+
+        with watched(pair.teacher, pair.replaced, match), torch.no_grad():
+            base = base_of(pair.teacher)
             base(**model_inputs(base, batch))
-        return {"transfer": sum(by_layer.values()) / len(by_layer)}
+        return sum(costs) / len(costs)
+
+    def save_pretrained(self, folder: Path, state_dict: dict[str, torch.Tensor]):
+        weights = {name.removeprefix("student."): value for name, value in state_dict.items()}
+        self.student.save_pretrained(folder, state_dict=weights)
 
 
-class Distillation:
+class Distillation(Stage):
     """The student matched to the teacher end to end.
 
     A decoder: the Kullback-Leibler divergence of its next-token predictions from the teacher's, at a temperature T and
     times T^2 (Hinton et al. 2015, arXiv 1503.02531), the loss on the text, and the states after each layer. An encoder:
     those states (squared error over the teacher's variance), and 1 - cosine of the mean state of each document.
+
+    Args:
+        variances: of the teacher's states after each layer.
     """
 
     name = "distill"
 
-    def __init__(self, options: LinearizeOptions, pair: Pair, outputs: TeacherOutputs, variances: list[float]):
-        self.options, self.pair, self.outputs = options, pair, outputs
-        self.variances = variances
-        self.peak_rate = options.learning_rate
-        self.hidden_weight = options.hidden_weight
-        if self.hidden_weight is None:
-            self.hidden_weight = 1.0 if pair.encoder else 0.0
-        student = pair.student.requires_grad_(False)
+    def __init__(self, *args, outputs: TeacherOutputs, variances: list[float]):
+        super().__init__(*args)
+        self.outputs, self.variances, options = outputs, variances, self.options
+        hidden = options.hidden_weight
+        if hidden is None:
+            hidden = 1.0 if self.pair.encoder else 0.0
+        weights = {"kl": options.kl_weight, "lm": options.lm_weight, "hidden": hidden}
+        if self.pair.encoder:
+            weights = {"hidden": hidden, "cosine": options.cosine_weight}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+
+    def choose(self):
+        options, student = self.options, self.pair.student.requires_grad_(False)
         wanted = {"all": r"", "layers": r"layers\.\d+\.", "mixers": r"layers\.\d+\.mixer\."}[options.trainable]
         if options.use_peft:
             add_adapters(student, options)
-        base = base_of(student)
-        head = {id(p) for p in student.parameters()} - {id(p) for p in base.parameters()} if pair.encoder else set()
+        inside = {id(parameter) for parameter in base_of(student).parameters()}
         for name, parameter in student.named_parameters():
-            adapter = ".lora_" in name
-            chosen = adapter if options.use_peft else re.search(wanted, name) and id(parameter) not in head
-            parameter.requires_grad_(bool(chosen or plain_name(name) in pair.new))
-        self.model: nn.Module = student  # what the accelerator made of it is put here
+            chosen = ".lora_" in name if options.use_peft else bool(re.search(wanted, name))
+            # an encoder's head has no part in what is matched
+            chosen = chosen and (id(parameter) in inside or not self.pair.encoder)
+            parameter.requires_grad_(chosen or plain_name(name) in self.pair.new)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        real = real_tokens(batch)
-        counts = {"hidden": int(real.sum())}
+        real = int(real_tokens(batch).sum())
         if self.pair.encoder:
-            return counts | {"cosine": int(documents_of(batch).max()) + 1}
-        return counts | {"kl": int(real.sum()), "lm": int((batch["labels"][:, 1:] != IGNORED).sum())}
+            return {"hidden": real, "cosine": int(documents_of(batch).max()) + 1}
+        return {"hidden": real, "kl": real, "lm": int((batch["labels"][:, 1:] != IGNORED).sum())}
 
-    @property
-    def weights(self) -> dict[str, float]:
-        options = self.options
-        if self.pair.encoder:
-            weights = {"cosine": options.cosine_weight}
-        else:
-            weights = {"kl": options.kl_weight, "lm": options.lm_weight}
-        return {name: weight for name, weight in (weights | {"hidden": self.hidden_weight}).items() if weight}
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.total(self.costs(model, batch), batch)
 
-    def backward(self, batch: Batch, scales: dict[str, float], accelerator, last: bool = True) -> dict[str, float]:
-        """As `Transfer.backward`; `last` is False where more batches of the step follow."""
-        with nullcontext() if last else accelerator.no_sync(self.model):
-            with accelerator.autocast():
-                costs = self.costs(batch)
-                loss = sum(weight * scales[name] * costs[name] for name, weight in self.weights.items())
-            accelerator.backward(loss)
-        return {name: float(cost.detach()) for name, cost in costs.items()}
-
-    def costs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def costs(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """The sums of each cost of a batch."""
-        real, weights = real_tokens(batch), self.weights
-        if not self.pair.encoder and "hidden" not in weights:
-            theirs = self.outputs.states(batch)
-            logits = self.model(**model_inputs(self.pair.student, batch)).logits
-            return self.predictions(batch, real, logits, theirs)
+        real, inputs = real_tokens(batch), model_inputs(self.pair.student, batch)
         if self.pair.encoder:
             theirs = self.outputs.states(batch)
-            out = self.model(**model_inputs(self.pair.student, batch), output_hidden_states=True)
-            costs = {"hidden": self.state_error(out.hidden_states[1:], theirs, real)}
-            if "cosine" in weights:
-                ours = mean_states(out.hidden_states[-1], documents_of(batch))
-                costs["cosine"] = (1 - F.cosine_similarity(ours, mean_states(theirs[-1], documents_of(batch)))).sum()
+            ours = model(**inputs, output_hidden_states=True).hidden_states[1:]
+            costs = {"hidden": self.state_error(ours, theirs, real)}
+            if "cosine" in self.weights:
+                means = [mean_states(states[-1], documents_of(batch)) for states in (ours, theirs)]
+                costs["cosine"] = (1 - F.cosine_similarity(*means)).sum()
             return costs
+        if "hidden" not in self.weights:
+            theirs = self.outputs.states(batch)
+            return self.predictions(batch, real, model(**inputs).logits, theirs)
         with torch.no_grad():
             base = base_of(self.pair.teacher)
             made = base(**model_inputs(base, batch), output_hidden_states=True)
-        out = self.model(**model_inputs(self.pair.student, batch), output_hidden_states=True)
+        out = model(**inputs, output_hidden_states=True)
         costs = {"hidden": self.state_error(out.hidden_states[1:], made.hidden_states[1:], real)}
         return costs | self.predictions(batch, real, out.logits, made.last_hidden_state)
 
@@ -176,15 +308,6 @@ class Distillation:
         return costs
 
 
-def mean_states(states: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    """(documents, D), each document's mean state; `documents` (B, N) as `data.documents_of` numbers them."""
-    real = documents.flatten() >= 0
-    number = documents.flatten()[real]
-    sums = states.new_zeros(int(number.max()) + 1, states.shape[-1]).float()
-    sums = sums.index_add(0, number, states.flatten(0, 1)[real].float())
-    return sums / number.bincount()[:, None]
-
-
 def plain_name(name: str) -> str:
     """A parameter's name in a model without adapters."""
     return name.replace(".base_layer.", ".")
@@ -193,7 +316,7 @@ def plain_name(name: str) -> str:
 def add_adapters(student: nn.Module, options: LinearizeOptions):
     """Put LoRA adapters into every linear layer of those that are trained, in place."""
     targets = LORA_TARGETS if options.trainable != "mixers" else LORA_TARGETS.replace("(mixer|mlp)", "mixer")
-    config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=targets)
+    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets)
     get_peft_model(student, config)
     if hasattr(student, "peft_config"):
         del student.peft_config

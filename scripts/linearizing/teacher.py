@@ -105,6 +105,8 @@ def load_student(options: LinearizeOptions, teacher: PreTrainedModel, layer_type
     """
     overrides = check_overrides(CONFIG_MAPPING[options.model_type], options.config_overrides)
     overrides |= {} if layer_types is None else {"layer_types": layer_types}
+    # dropout is noise beside a teacher; `run.restore_dropout` writes it into the config again
+    overrides |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     student, report = _convert(options, options.source, options.model_type, head=head_of(teacher), **overrides)
     ours, theirs = student.config.attends_causally, teacher.config.attends_causally
     if ours != theirs and "is_decoder" not in overrides:

@@ -6,12 +6,12 @@ from typing import Literal
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, option, required
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
-from ordnung.scripts.training.options import LoopOptions
+from ordnung.scripts.training.options import LoopOptions, TextOptions
 
 
 @dataclass(kw_only=True)
-class PretrainOptions(LoopOptions, HubOptions):
-    """The loop's options and these."""
+class PretrainOptions(LoopOptions, TextOptions, HubOptions):
+    """The loop's options, those of its text, and these."""
 
     model_type: str | None = option(None, "A new model of this type, e.g. conv_lm or softmax_lm.", section="model")
     config_name: str | None = option(None, "A new model with this config: JSON file, folder or Hub name.")
@@ -21,31 +21,8 @@ class PretrainOptions(LoopOptions, HubOptions):
     )
     objective: Literal["causal", "masked"] = option("causal", "Predict the next token, or masked tokens.")
     mlm_probability: float = option(0.15, "Share of tokens that the masked objective hides.", least=0, below=1)
-
-    train_file: list[str] | None = option(
-        None, "Files, folders or glob patterns: .txt (a document each), .jsonl, .parquet, .csv or .tsv.", section="data"
-    )
-    train_weights: list[float] | None = option(
-        None, "How often documents are drawn from each entry of train_file; default: each document once.", above=0
-    )
-    validation_file: list[str] | None = option(None, "Held-out files, as train_file.")
-    dataset_name: str | None = option(None, "A data set of the Hub, or a folder `datasets` can load.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
-    text_column: str = option("text", "Column that holds a document's text.")
-    streaming: bool = option(False, "Read and tokenize while training, and keep nothing on the disk.")
-    validation_fraction: float = option(
-        0.05, "Share held out of the training data if there is no validation data; 0: no evaluation.", least=0, below=1
-    )
-    max_eval_blocks: int | None = option(None, "Evaluate on at most this many blocks.", least=1)
-    tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: model_name_or_path.")
     train_tokenizer_vocab_size: int | None = option(
-        None, "Train a byte-level BPE tokenizer of this size on the training data instead."
-    )
-    block_size: int = option(512, "Tokens in a training sequence.", least=2)
-    respect_document_boundaries: bool = option(
-        False,
-        "No token sees another document. Blocks hold several documents side by side, each where it fits best; for "
-        "cubic_prefix_lm, and models of other packages, one, and the rest of its last block is empty.",
+        None, "Train a byte-level BPE tokenizer of this size on the training data, in place of tokenizer_name."
     )
 
     output_dir: str = required("Folder for checkpoints, the model, metrics.jsonl and results.json.", section="output")
@@ -71,13 +48,7 @@ class PretrainOptions(LoopOptions, HubOptions):
     def __post_init__(self):
         if sum(value is not None for value in (self.model_type, self.config_name, self.model_name_or_path)) != 1:
             raise ScriptError("give one of --model_type, --config_name and --model_name_or_path")
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ScriptError("give one of --train_file and --dataset_name")
-        if self.train_weights is not None and len(self.train_weights) != len(self.train_file or []):
-            raise ScriptError(
-                f"--train_weights has {len(self.train_weights)} numbers and --train_file {len(self.train_file or [])} "
-                "entries: give a weight for each"
-            )
+        self.check_text()
         if self.tokenizer_name and self.train_tokenizer_vocab_size:
             raise ScriptError("give --tokenizer_name or --train_tokenizer_vocab_size, not both")
         if not (self.tokenizer_name or self.train_tokenizer_vocab_size or self.model_name_or_path):

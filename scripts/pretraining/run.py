@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.files import write_json, write_text
@@ -110,14 +110,8 @@ class Pretraining(Job):
         starts = range(accelerator.process_index * size, self.step_blocks, size * accelerator.num_processes)
         batches = [self.make_batch(blocks[i : i + size], lengths[i : i + size], first + i) for i in starts]
         counts = [self.make_batch.targets(batch) for batch in batches]
-        (targets,) = self._summed(sum(counts))
+        (targets,) = summed(accelerator, torch.tensor([sum(counts)]))
         return Step([(batch, count / targets) for batch, count in zip(batches, counts)], int(lengths.sum()), targets)
-
-    def _summed(self, *values: float) -> list[float]:
-        """The values summed over processes."""
-        if self.accelerator.num_processes == 1:
-            return list(values)
-        return summed(self.accelerator, torch.tensor(values, dtype=torch.float64, device=self.accelerator.device))
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss over a batch's target tokens."""
@@ -138,11 +132,10 @@ class Pretraining(Job):
             batch = self.make_batch(blocks[rows % len(blocks)], lengths[rows % len(blocks)], begin)
             batch["labels"][torch.from_numpy(rows >= len(blocks))] = IGNORED
             count = self.make_batch.targets(batch)
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            loss = float(self.loss(model, batch))
+            loss = float(self.loss(model, send_to_device(batch, accelerator.device)))
             if count:
                 nll, targets = nll + loss * count, targets + count
-        nll, targets = self._summed(nll, targets)
+        nll, targets = summed(accelerator, torch.tensor([nll, targets], dtype=torch.float64))
         loss = nll / targets
         result = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
         if self.options.objective == "causal":
@@ -169,17 +162,10 @@ class Pretraining(Job):
                     "model_type": accelerator.unwrap_model(loop.model).config.model_type,
                     "objective": options.objective,
                     **describe_data(options),
-                    "parameters": loop.parameters,
-                    "steps": loop.step,
-                    "tokens": loop.tokens,
-                    "seconds": loop.seconds,
+                    **loop.results(),
                     "evaluation": evaluation,
                     "eval_results": describe_evaluation(options, evaluation),
                     "best": loop.best,
-                    "seed": options.seed,
-                    "num_processes": accelerator.num_processes,
-                    "distributed_type": accelerator.distributed_type.value,
-                    "mixed_precision": accelerator.mixed_precision,
                     "machine": machine_info(),
                 }
                 write_json(self.output_dir / "results.json", results)

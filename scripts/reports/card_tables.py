@@ -1,87 +1,39 @@
 """The tables and figures of README.md and the model cards by name, each made from files of model_cards/results."""
 
 from functools import partial
-from pathlib import Path
 
+from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks import prefix as bench_prefix
+from ordnung.scripts.benchmarks import quadratic as bench_quadratic
 from ordnung.scripts.benchmarks import report as bench_report
-from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
+from ordnung.scripts.experiments.verdicts import changes, estimate
+from ordnung.scripts.reports import claims, patterns, rank
 from ordnung.scripts.reports import mixing as plot_mixing
-from ordnung.scripts.reports import patterns
-
-RESULTS = Path(__file__).resolve().parents[2] / "model_cards" / "results"
-CONV_BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768", "_decode", "_mixer")]
-ENCODER_BENCHMARKS = ["linformer_lm_encoder", "linformer_lm_encoder_512"]
-CAUSAL_BENCHMARKS = ["linformer_lm_causal", "linformer_lm_causal_512"]
-
-
-def load(name: str) -> dict:
-    """A results file by its stem.
-
-    Raises:
-        ScriptError: there is no such file.
-    """
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise ScriptError(f"there is no {path}: make it with the command that the card names")
-    return read_json(path)
-
-
-def load_benchmark(*names: str) -> dict:
-    """Results of several runs of benchmark.py as one: a later run's rows replace all of the same task and length.
-
-    So the rows of a task and length, and the ratios between them, always come from one run.
-    """
-    runs = [load(name) for name in names]
-    rows: dict[tuple[str, int], list[dict]] = {}
-    for run in runs:
-        for key in {(row["task"], row["length"]) for row in run["results"]}:
-            rows[key] = [row for row in run["results"] if (row["task"], row["length"]) == key]
-    return {**runs[0], "results": [row for key in sorted(rows) for row in rows[key]]}
-
-
-class Timings:
-    """The timed rows of a benchmark's results."""
-
-    def __init__(self, results: dict):
-        self.rows = {(row["task"], row["name"], row["length"]): row for row in results["results"] if "seconds" in row}
-
-    def ratio(self, task: str, name: str, other: str, length: int) -> str:
-        """How many times faster `name` is than `other`: measured (predicted from FLOPs)."""
-        rows = [self.rows.get((task, which, length)) for which in (other, name)]
-        if None in rows:
-            return "not run"
-        measured, predicted = ((a / b) for a, b in zip(*((r["seconds"]["median"], r["flops"]) for r in rows)))
-        return f"{measured:.2f}× ({predicted:.2f}×)"
-
-    def memory(self, task: str, name: str, other: str, length: int) -> str:
-        """Peak memory of `name`, in units of that of `other`."""
-        rows = [self.rows.get((task, which, length)) for which in (name, other)]
-        if None in rows:
-            return "not run"
-        return f"{rows[0]['peak_bytes'] / rows[1]['peak_bytes']:.2f}"
-
-    def growth(self, task: str, name: str) -> str:
-        """How many times longer a token takes after the longest context than after the shortest."""
-        rows = {length: row for (kind, which, length), row in self.rows.items() if (kind, which) == (task, name)}
-        shortest, longest = min(rows), max(rows)
-        ratio = rows[longest]["seconds"]["median"] / rows[shortest]["seconds"]["median"]
-        return f"{ratio:.2f}× from {shortest} to {longest} tokens"
+from ordnung.scripts.reports.results import (
+    CAUSAL_BENCHMARKS,
+    CONV_BENCHMARKS,
+    ENCODER_BENCHMARKS,
+    FUNCTION,
+    Timings,
+    has_results,
+    load,
+    load_benchmark,
+    load_compare,
+)
 
 
 def perplexity_change(results: dict, name: str, other: str) -> str:
     """How much higher the perplexity of `name` is than that of `other` with the same seed."""
-    pairs = zip(*(results["variants"][which]["eval_perplexity"]["values"] for which in (name, other)))
-    return spread(summarise([own / reference - 1 for own, reference in pairs]), 1, scale=100) + " %"
+    own, reference = (results["variants"][which]["eval_perplexity"]["values"] for which in (name, other))
+    return changes(own, reference).text(1, 100, " %")
 
 
 def conv_claims() -> str:
     """What the article claims and the design aims at, beside what was measured."""
-    timings, body = Timings(load_benchmark(*CONV_BENCHMARKS)), []
+    timings, body = Timings(*CONV_BENCHMARKS), []
 
     for part, what in (("mixer", "the mixer alone"), ("model", "the whole model, forward")):
         for kind, which in (("eager", "unfused"), ("sdpa", "fused")):
@@ -118,7 +70,7 @@ def conv_claims() -> str:
 
 def linformer_claims() -> str:
     """What the paper and the design aim at, beside what was measured."""
-    encoder, body = Timings(load_benchmark(*ENCODER_BENCHMARKS)), []
+    encoder, body = Timings(*ENCODER_BENCHMARKS), []
     for length in (512, 4096, 16384, 65536):
         ratio = encoder.ratio("forward", "linformer_encoder", "softmax_encoder_sdpa", length)
         body.append([f"encoder layer against fused attention (SDPA), {length} tokens", ratio])
@@ -127,7 +79,7 @@ def linformer_claims() -> str:
             if encoder.rows.get(("forward", f"softmax_encoder_{kind}", length)):
                 ratio = encoder.ratio("forward", "linformer_encoder", f"softmax_encoder_{kind}", length)
                 body.append([f"paper: {paper}× against attention that stores its scores{how}, {length} tokens", ratio])
-    returned = Timings(load("linformer_lm_encoder_returned"))
+    returned = Timings("linformer_lm_encoder_returned")
     for timings, lengths, how in (
         (encoder, (512, 4096, 16384, 65536), ""),
         (returned, (512, 4096, 16384), ", freed memory returned at once"),
@@ -139,15 +91,15 @@ def linformer_claims() -> str:
     share = encoder.memory("forward", "linformer_encoder", "softmax_encoder_eager", 4096)
     body.append(["its peak memory, share of that of stored scores, 4096 tokens (paper: 1 / 14)", share])
 
-    causal = Timings(load_benchmark(*CAUSAL_BENCHMARKS))
+    causal = Timings(*CAUSAL_BENCHMARKS)
     for length in (512, 4096, 16384, 65536):
         ratio = causal.ratio("forward", "linformer_lm", "softmax_lm", length)
         body.append([f"causal model of one layer against SDPA, {length} tokens", ratio])
     for length in (4096, 16384):
-        ratio = Timings(load("linformer_lm_training")).ratio("train", "linformer_lm", "softmax_lm", length)
+        ratio = Timings("linformer_lm_training").ratio("train", "linformer_lm", "softmax_lm", length)
         body.append([f"causal training step of two layers against SDPA, {length} tokens", ratio])
     for run, how in (("", ""), ("_returned", ", freed memory returned at once")):
-        training = Timings(load(f"linformer_lm_training{run}"))
+        training = Timings(f"linformer_lm_training{run}")
         for length in (4096, 16384):
             share = training.memory("train", "linformer_lm", "softmax_lm", length)
             body.append([f"its peak memory, share of SDPA's{how}, {length} tokens", share])
@@ -179,7 +131,7 @@ def prefix_claims() -> str:
             for name, result in load(f"cubic_prefix_lm_{run}")["variants"].items():
                 point = result[when]
                 score = point["answers_by_hops"][-1] if run == "pointer" else point["answers"]
-                cells.append(f"{name} {spread(score, 3)}")
+                cells.append(f"{name} {estimate(score, 3)}")
             body.append([f"{what}, {how}", "; ".join(cells)])
     text = load("cubic_prefix_lm_compare")
     for name, how in (("cubic", "equal steps"), ("stride_8", "stride 8, equal steps")):
@@ -189,9 +141,20 @@ def prefix_claims() -> str:
     return markdown_table(["insanely more powerful?", "measured"], body)
 
 
+def function_table() -> str:
+    """Hops along a function, with what fewer hops would answer, and the figure; in words that it is not there yet."""
+    if not has_results(FUNCTION):
+        return "Not run to its end yet: `python scripts/prefix_tasks.py --config scripts/configs/tasks_function.yaml`."
+    results = load(FUNCTION)
+    shares = ", ".join(f"{hops} hops {share:.2f}" for hops, share in enumerate(results["fewer_hops"]))
+    lines = f"A walk along a random function soon goes round, so fewer hops give many answers too: {shares}."
+    figure = f"![Share of right answers against steps and FLOPs](../figures/{FUNCTION}.png)"
+    return f"{prefix_tasks.markdown(results)}\n\n{lines}\n\n{figure}"
+
+
 def headline_claims() -> str:
     """The bold claim of each idea's source, beside what was measured; all of it is in the cards."""
-    conv, encoder = Timings(load_benchmark(*CONV_BENCHMARKS)), Timings(load_benchmark(*ENCODER_BENCHMARKS))
+    conv, encoder = Timings(*CONV_BENCHMARKS), Timings(*ENCODER_BENCHMARKS)
     body = []
     for part, what in (("mixer", "the mixer"), ("model", "the whole model")):
         for kind, other in (("eager", "attention that stores its scores"), ("sdpa", "fused attention")):
@@ -213,7 +176,7 @@ def headline_claims() -> str:
     tasks, text = load("cubic_prefix_lm_pointer")["variants"], load("cubic_prefix_lm_compare")
     for when, how in (("equal_steps", "steps"), ("equal_compute", "FLOPs")):
         cubic, softmax = (tasks[name][when]["answers_by_hops"][-1] for name in ("cubic", "softmax"))
-        result = f"{spread(cubic, 3)} of answers right; attention {spread(softmax, 3)}"
+        result = f"{estimate(cubic, 3)} of answers right; attention {estimate(softmax, 3)}"
         body.append(["CubicPrefixLM, insanely more powerful: pointers", f"attention, equal {how}", result])
     for name, how in (("softmax_rope", "steps"), ("softmax_rope_equal_compute", "FLOPs")):
         change = perplexity_change(text, "cubic", name)
@@ -270,38 +233,53 @@ TABLES = {
     "prefix_transfer": partial(transfer_table, "cubic_stride_32", "softmax"),
     "claims": conv_claims,
     "benchmark": partial(benchmark_table, *CONV_BENCHMARKS),
-    "compare": lambda: compare.markdown(load("conv_lm_compare")),
+    "compare": lambda: compare.markdown(load_compare("conv_lm_compare")),
     "recall": lambda: recall.markdown(load("conv_lm_recall")),
     "linformer_claims": linformer_claims,
     "linformer_encoder": partial(benchmark_table, *ENCODER_BENCHMARKS),
     "linformer_causal": partial(benchmark_table, *CAUSAL_BENCHMARKS),
     "linformer_training": partial(benchmark_table, "linformer_lm_training"),
-    "linformer_compare": lambda: compare.markdown(load("linformer_lm_compare")),
+    "linformer_compare": lambda: compare.markdown(load_compare("linformer_lm_compare")),
     "linformer_recall": lambda: recall.markdown(load("linformer_lm_recall")),
     "linformer_spectrum": lambda: plot_mixing.markdown(load("linformer_lm_spectrum")),
     "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
     "prefix_pointer": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_pointer")),
+    "prefix_function": function_table,
     "prefix_memory": partial(benchmark_table, "cubic_prefix_lm_memory"),
     "prefix_claims": prefix_claims,
     "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
-    "prefix_compare": lambda: compare.markdown(load("cubic_prefix_lm_compare")),
+    "prefix_compare": lambda: compare.markdown(load_compare("cubic_prefix_lm_compare")),
     "sparse_patterns": patterns.markdown,
+    "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
+    "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
+    "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
+    "quadratic_compare": lambda: compare.markdown(load("quadratic_kernel_lm_compare")),
+    "growth": lambda: growth.markdown(load("growth")),
+    "all_claims": lambda: claims.markdown(claims.all_claims()),
+    "claims_evidence": lambda: claims.evidence(claims.all_claims()),
+    **{f"verdicts_{family}": partial(claims.of_family, family) for family in claims.FAMILIES},
 }
 
 
 FIGURES = {
     "conv_lm_benchmark": lambda image: bench_report.plot(load_benchmark(*CONV_BENCHMARKS), image),
-    "conv_lm_compare": lambda image: compare.plot(load("conv_lm_compare"), image),
+    "conv_lm_compare": lambda image: compare.plot(load_compare("conv_lm_compare"), image),
     "conv_lm_recall": lambda image: recall.plot(load("conv_lm_recall"), image),
     "linformer_lm_encoder": lambda image: bench_report.plot(load_benchmark(*ENCODER_BENCHMARKS), image),
     "linformer_lm_causal": lambda image: bench_report.plot(load_benchmark(*CAUSAL_BENCHMARKS), image),
-    "linformer_lm_compare": lambda image: compare.plot(load("linformer_lm_compare"), image),
+    "linformer_lm_compare": lambda image: compare.plot(load_compare("linformer_lm_compare"), image),
     "linformer_lm_recall": lambda image: recall.plot(load("linformer_lm_recall"), image),
     "linformer_lm_spectrum": lambda image: plot_mixing.draw_spectrum(load("linformer_lm_spectrum"), image),
+    "cubic_prefix_lm_function": lambda image: prefix_tasks.plot(load(FUNCTION), image),
     "cubic_prefix_lm_pointer": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_pointer"), image),
     "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
-    "cubic_prefix_lm_compare": lambda image: compare.plot(load("cubic_prefix_lm_compare"), image),
+    "cubic_prefix_lm_compare": lambda image: compare.plot(load_compare("cubic_prefix_lm_compare"), image),
     "sparse_attention_lm_patterns": patterns.plot,
+    "quadratic_kernel_lm_bench": lambda image: bench_quadratic.plot(load("quadratic_kernel_lm_bench"), image),
+    "quadratic_kernel_lm_rank": lambda image: rank.plot(load("quadratic_kernel_lm_rank"), image),
+    "quadratic_kernel_lm_recall": lambda image: recall.plot(load("quadratic_kernel_lm_recall"), image),
+    "quadratic_kernel_lm_compare": lambda image: compare.plot(load("quadratic_kernel_lm_compare"), image),
+    "growth": lambda image: growth.plot(load("growth"), image),
 }

@@ -19,8 +19,11 @@ from ordnung.scripts.finetuning.predicting import find_head
 from ordnung.scripts.finetuning.predicting import load as load_labeller
 
 
-def load(name: str):
+def load(name: str, **fields):
     """Base model, with attention that returns its weights, and tokenizer of a folder or Hub name.
+
+    Args:
+        fields: config fields of a checkpoint of another architecture, for its conversion.
 
     Returns:
         both, and a function that tells what a classifier says of a text; of another model None.
@@ -33,9 +36,9 @@ def load(name: str):
         config, head = find_head(name)
         model_type, answer = config.model_type, None
         if model_type in SOURCES:
-            model = ordnung.convert(name, "softmax_lm", head="Model", output_report=True, attn_implementation="eager")[
-                0
-            ]
+            family = "sparse_attention_lm" if SOURCES[model_type].windows(config) else "softmax_lm"
+            fields |= {"head": "Model", "output_report": True, "attn_implementation": "eager"}
+            model, _ = ordnung.convert(name, family, **fields)
         elif head is not None:
             model = load_labeller(name, attn_implementation="eager")[0]
         else:
@@ -225,7 +228,7 @@ def draw_spectrum(results: dict, image: Path):
     shown = table.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     table.set(xlabel="head", ylabel="layer", title=f"at rank {rank}", xticks=range(width), yticks=range(len(rows)))
     figure.suptitle(results["model"], fontsize=9)
-    figure.colorbar(shown, ax=table)
+    figure.colorbar(shown, ax=table, label=f"share held by {rank} singular values")
     figure.savefig(image, dpi=120)
     plt.close(figure)
 

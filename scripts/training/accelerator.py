@@ -48,4 +48,5 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
 
 def summed(accelerator: Accelerator, values: torch.Tensor) -> list[float]:
     """A vector's numbers, each summed over processes."""
-    return (values if accelerator.num_processes == 1 else accelerator.reduce(values.double(), "sum")).tolist()
+    several = accelerator.num_processes > 1
+    return (accelerator.reduce(values.to(accelerator.device).double(), "sum") if several else values).tolist()

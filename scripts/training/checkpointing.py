@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -192,7 +193,7 @@ class CheckpointWriter:
         name = f"checkpoint-{state['step']}"
         weights = get_model_state_dict(model, options=_FULL)
         optimizer_state = get_optimizer_state_dict(model, optimizer.optimizer, options=_FULL)
-        random_states = self._gather(_random_state())
+        random_states = gather_object([_random_state()])
         with _Saving(self, name) as temporary:
             if temporary is not None:
                 self._write_model(model, weights, temporary)
@@ -211,13 +212,6 @@ class CheckpointWriter:
         unwrapped.save_pretrained(folder, state_dict=weights)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-
-    def _gather(self, value):
-        gathered = [None] * self.accelerator.num_processes
-        if self.accelerator.num_processes == 1:
-            return [value]
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
 
 
 class _Saving:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from tqdm import tqdm
 
 from ordnung.scripts.common.errors import ScriptError
@@ -89,6 +89,10 @@ class Job:
         """The mean loss of a batch, which is on the model's device."""
         return model(**batch).loss
 
+    def optimizer(self, model: torch.nn.Module, options: LoopOptions, device: torch.device) -> torch.optim.Optimizer:
+        """What updates the model's parameters."""
+        return make_optimizer(model, options, device)
+
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """Results by name, `eval_...`, the same on every process; called without gradients and dropout."""
         raise NotImplementedError
@@ -140,7 +144,8 @@ class Loop:
         seed: int,
         checkpoint: Path | None = None,
     ):
-        self.accelerator, self.options, self.job, self.folder = accelerator, options, job, folder
+        self.accelerator, self.options, self.job = accelerator, options, job
+        self.folder, self.seed = folder, seed
         self.is_main, self.said = accelerator.is_main_process, f"{job.name}: " if job.name else ""
         state = checkpointing.load_trainer_state(checkpoint) if checkpoint else {}
         for name, value in state.get("data", {}).items():
@@ -180,7 +185,7 @@ class Loop:
 
     def _prepare(self, model: torch.nn.Module):
         options, steps = self.options, self.job.max_steps
-        optimizer = make_optimizer(model, options, self.accelerator.device)
+        optimizer = self.job.optimizer(model, options, self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         warmup = options.warmup_steps
         warmup = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
@@ -251,7 +256,7 @@ class Loop:
         accelerator, device = self.accelerator, self.accelerator.device
         taken, loss = self.job.batches(self.step), 0.0
         for i, (batch, share) in enumerate(taken.batches):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            batch = send_to_device(batch, device, non_blocking=True)
             last = i == len(taken.batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 part = self.job.loss(self.model, batch) * share
@@ -366,6 +371,21 @@ class Loop:
     def save_model(self, name: str, notes: dict[str, Any] | None = None):
         """Save model and tokenizer to a folder in that of the run, or into it itself: `CheckpointWriter.save_model`."""
         self.writer.save_model(self.model, name, notes)
+
+    def results(self) -> dict[str, Any]:
+        """What the results of every program say of a run."""
+        accelerator = self.accelerator
+        return {
+            "seed": self.seed,
+            "parameters": self.parameters,
+            "trainable_parameters": self.trainable,
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "num_processes": accelerator.num_processes,
+            "distributed_type": accelerator.distributed_type.value,
+            "mixed_precision": accelerator.mixed_precision,
+        }
 
     def _save_checkpoint(self):
         names = ("step", "tokens", "seconds", "logged_at", "window", "evaluation", "best", "stale")

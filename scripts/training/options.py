@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, required
 
 # The schedules of transformers' SchedulerType that need no further program. Not that class itself: it imports torch,
@@ -73,3 +74,41 @@ class LoopOptions:
     def record(self) -> dict[str, Any]:
         """What a run's outcome depends on, as plain values that make it again when given as a --config file."""
         return {name: value for name, value in asdict(self).items() if name not in self.not_recorded}
+
+
+@dataclass(kw_only=True)
+class TextOptions:
+    """What text a language model is trained on and measured on, in rows of tokens."""
+
+    train_file: list[str] | None = option(
+        None, "Files, folders or glob patterns: .txt (a document each), .jsonl, .parquet, .csv or .tsv.", section="data"
+    )
+    train_weights: list[float] | None = option(
+        None, "How often documents are drawn from each entry of train_file; default: each document once.", above=0
+    )
+    validation_file: list[str] | None = option(None, "Held-out files, as train_file.")
+    dataset_name: str | None = option(None, "A data set of the Hub, or a folder `datasets` can load.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    text_column: str = option("text", "Column that holds a document's text.")
+    streaming: bool = option(False, "Read and tokenize while training, and keep nothing on the disk.")
+    validation_fraction: float = option(
+        0.05, "Share held out of the training data if there is no validation data; 0: no evaluation.", least=0, below=1
+    )
+    max_eval_blocks: int | None = option(None, "Evaluate on at most this many blocks.", least=1)
+    tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: model_name_or_path.")
+    block_size: int = option(512, "Tokens in a training sequence.", least=2)
+    respect_document_boundaries: bool = option(
+        False,
+        "No token sees another document. Blocks hold several documents side by side, each where it fits best; for "
+        "cubic_prefix_lm, and models of other packages, one, and the rest of its last block is empty.",
+    )
+
+    def check_text(self):
+        """Raise a ScriptError where the options do not name one text."""
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ScriptError("give one of --train_file and --dataset_name")
+        if self.train_weights is not None and len(self.train_weights) != len(self.train_file or []):
+            raise ScriptError(
+                f"--train_weights has {len(self.train_weights)} numbers and --train_file {len(self.train_file or [])} "
+                "entries: give a weight for each"
+            )

@@ -37,7 +37,7 @@ def retention(query, key, value, log_decay, state, lengths=None, chunk_size=64):
     for q, k, v, decay in [inputs] if is_graph() else zip(*(x.split(chunk_size, dim=2) for x in inputs)):
         total = decay.cumsum(2)  # (R, H, C, 1)
         outputs.append(weigh(q, k, total) @ v + total.exp() * q @ state)
-        last = total[:, :, -1:]
+        last = decay.sum(2, keepdim=True)
         state = last.exp() * state + ((last - total).exp() * k).transpose(2, 3) @ v
     return torch.cat(outputs, 2).transpose(1, 2).to(value.dtype), state
 

@@ -1,0 +1,108 @@
+"""How the FLOPs of every family grow with the length: counted by the models, and exponents fitted to them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ordnung.modeling.registration import FAMILIES
+from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, Variant
+from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, styles
+from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.tables import markdown_table
+
+TASKS = {"train": "training step", "prefill": "prompt", "decode": "one more token", "state": "generation state, bytes"}
+
+
+def variant_of(name: str) -> Variant:
+    """A family as benchmark.py has it, or with its defaults."""
+
+    def config(shape: Shape) -> PreTrainedConfig:
+        heads = {"num_attention_heads": shape.num_attention_heads, "max_position_embeddings": shape.max_length}
+        return AutoConfig.for_model(name, **shape.common(), **heads)
+
+    return VARIANTS.get(name) or Variant(f"{name}, default configuration", AutoModelForCausalLM, config)
+
+
+def count(name: str, shape: Shape, lengths: list[int]) -> dict[str, list[int]]:
+    """FLOPs, and bytes of the state, of one sequence of each length (tokens); the weights take no memory."""
+    variant, counted = variant_of(name), {task: [] for task in TASKS}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(variant.config(shape))
+    for length in lengths:
+        for task in TASKS:
+            state = task == "state"
+            counted[task].append(model.cache_bytes(length) if state else variant.count_flops(model, task, length))
+    return counted
+
+
+def exponents(lengths: list[int], values: list[int]) -> dict[str, float]:
+    """The slope of log value on log length: least squares over all lengths, and of the last two alone."""
+    x, y = np.log(lengths), np.log(values)
+    return {"all": float(np.polyfit(x, y, 1)[0]), "last": float((y[-1] - y[-2]) / (x[-1] - x[-2]))}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The exponents, by family and task."""
+    lengths, shape = results["lengths"], results["settings"]["shape"]
+    body = [
+        [name, *(f"{e['last']:.2f} ({e['all']:.2f})" for e in (of[task]["exponent"] for task in TASKS))]
+        for name, of in results["families"].items()
+    ]
+    return (
+        f"Exponent of N from {lengths[-2]:,} to {lengths[-1]:,} tokens (and fitted from {lengths[0]:,} on), by the "
+        f"FLOPs that each model counts: width {shape['hidden_size']}, {shape['num_hidden_layers']} layers, one "
+        "sequence.\n\n" + markdown_table(["family", *TASKS.values()], body)
+    )
+
+
+def plot(results: dict[str, Any], image: Path):
+    """Log-log: each task against N, with slopes 1, 2 and 3 to compare."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lengths, families = results["lengths"], results["families"]
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(5 * len(TASKS), 5), layout="constrained")
+    drawn = styles({name: name for name in families})
+    for i, style in enumerate(drawn.values()):  # curves of the same height show through each other
+        style |= {"linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
+    for panel, (task, title) in zip(panels, TASKS.items()):
+        for name, of in families.items():
+            panel.plot(lengths, of[task]["values"], label=name, **drawn[name])
+        lowest = min(of[task]["values"][0] for of in families.values())
+        highest = max(of[task]["values"][-1] for of in families.values())
+        for slope in (1, 2, 3):
+            ends = [lowest / 2, lowest / 2 * (lengths[-1] / lengths[0]) ** slope]
+            panel.plot([lengths[0], lengths[-1]], ends, color="#DDDDDD", linewidth=1, zorder=0)
+            if ends[1] < 2 * highest:
+                power = f"N^{slope}" if slope > 1 else "N"
+                panel.annotate(power, (lengths[-1], ends[1]), color="grey", fontsize=8, ha="right", va="top")
+        panel.set(xscale="log", yscale="log", xlabel="tokens N", ylim=(lowest / 3, 3 * highest), title=title)
+        panel.set_ylabel("bytes" if task == "state" else "FLOPs")
+        panel.set_xticks(lengths[::2], [f"{n:,}" for n in lengths[::2]])
+        panel.xaxis.minorticks_off()
+    legend_below(figure, panels, columns=len(families))
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+
+
+def run(options) -> int:
+    """Count as growth.py's options say, print and write the results; returns the exit status."""
+    lengths = [options.shortest * 2**i for i in range(1 + int(math.log2(options.longest / options.shortest)))]
+    shape = Shape(max_length=2 * lengths[-1])
+    families = {}
+    for name in FAMILIES:
+        counted = count(name, shape, lengths)
+        families[name] = {
+            task: {"values": values, "exponent": exponents(lengths, values)} for task, values in counted.items()
+        }
+    results = {"machine": machine_info(), "settings": {"shape": vars(shape)}, "lengths": lengths, "families": families}
+    write_json(options.output_file, results)
+    print(markdown(results))
+    return 0

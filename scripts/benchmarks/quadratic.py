@@ -1,0 +1,220 @@
+"""What attention with a squared kernel costs, beside fused softmax attention."""
+
+import math
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+
+from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel
+from ordnung.modeling.ops.symmetric_square import num_features
+from ordnung.scripts.benchmarks.measure import in_turns, summarise, timed
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.machine import described, machine_info
+from ordnung.scripts.common.tables import markdown_table
+
+KERNEL = Kernel(0.5, 1.0)
+TASKS = {"forward": "Forward", "gradients": "Forward and gradients"}
+CACHES = ("state", "dynamic", "static")
+
+
+def make_inputs(options, d: int, length: int) -> list[torch.Tensor]:
+    """Queries, keys and values (1, N, H, d), the first two of norm sqrt(d) as after a norm of them."""
+    generator = torch.Generator().manual_seed(options.seed)
+    query, key, value = (torch.randn(1, length, options.heads, d, generator=generator) for _ in range(3))
+    return [torch.nn.functional.rms_norm(query, (d,)), torch.nn.functional.rms_norm(key, (d,)), value]
+
+
+def squared(options, query, key, value, gate=None, **more):
+    return quadratic_kernel(query, key, value, KERNEL, gate, chunk_size=options.chunk_size, **more)[0]
+
+
+def softmax(query, key, value):
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+
+
+def check(options, d: int) -> None:
+    """
+    Raises:
+        ScriptError: the chunked form differs from the weights of all pairs.
+    """
+    query, key, value = (x.double() for x in make_inputs(options, d, 2 * options.chunk_size + 3))
+    scores = 0.5 * torch.einsum("rihc,rjhc->rhij", query, key) / math.sqrt(d) + 1
+    weights = (scores.square() + 1e-4).tril()
+    expected = torch.einsum("rhij,rjhc->rihc", weights / weights.sum(-1, keepdim=True), value)
+    error = (squared(options, query, key, value) - expected).abs().max()
+    if not error < 1e-10:
+        raise ScriptError(f"the squared kernel differs from its formula by {error:.1e} at head size {d}")
+
+
+def measure_length(options, d: int, length: int) -> dict:
+    """Seconds of both operators by task; each with the inputs of the other."""
+    inputs = [x.requires_grad_() for x in make_inputs(options, d, length)]
+    gate = logsigmoid(torch.randn(1, length, options.heads) + 4) if options.decay_gate else None
+    competitors = {"squared": partial(squared, options, *inputs, gate), "softmax": partial(softmax, *inputs)}
+    seed = torch.randn(1, length, options.heads, d)
+
+    def forward(compute):
+        with torch.no_grad():
+            return timed(compute)
+
+    def gradients(compute):
+        return timed(lambda: torch.autograd.grad(compute(), inputs, seed))
+
+    row = {"head_size": d, "length": length}
+    for task, run in (("forward", forward), ("gradients", gradients)):
+        seconds = in_turns({name: partial(run, compute) for name, compute in competitors.items()}, options.repeats)
+        row[task] = {name: summarise(values) for name, values in seconds.items()}
+    return row
+
+
+@torch.no_grad()
+def measure_decoding(options, d: int, length: int) -> dict:
+    """Seconds of one token after a context, median over samples of `decode_steps`."""
+    heads, steps = options.heads, options.decode_steps
+    query, key, value = make_inputs(options, d, steps)
+    state = torch.rand(1, heads, num_features(d + 1), d + 1)
+    full = [torch.randn(1, heads, length + steps, d) for _ in range(2)]
+
+    def with_state():
+        now = state
+        for t in range(steps):
+            token = (x[:, t : t + 1] for x in (query, key, value))
+            now = quadratic_kernel(*token, KERNEL, None, now, return_state=True)[1]
+
+    def with_cache(grows):
+        held = [x[:, :, :length] for x in full] if grows else full
+        for t in range(steps):
+            one = [x[:, t : t + 1].transpose(1, 2) for x in (query, key, value)]
+            if grows:
+                held = [torch.cat([x, new], dim=2) for x, new in zip(held, one[1:])]
+            else:
+                for x, new in zip(held, one[1:]):
+                    x[:, :, length + t : length + t + 1] = new
+            scaled_dot_product_attention(one[0], *(x[:, :, : length + t + 1] for x in held))
+
+    runs = {"state": with_state, "dynamic": partial(with_cache, True), "static": partial(with_cache, False)}
+    seconds = in_turns({name: partial(timed, run) for name, run in runs.items()}, options.repeats)
+    times = {name: summarise([x / steps for x in values]) for name, values in seconds.items()}
+    return {"head_size": d, "length": length, **times}
+
+
+def crossover(rows: list[dict], d: int, task: str) -> float | None:
+    """Tokens from which on the squared kernel is the faster one, between two lengths along the logarithms.
+
+    None where it is at no length; the shortest length where it is at all.
+    """
+    points = []
+    for row in sorted(rows, key=lambda row: row["length"]):
+        if row["head_size"] == d:
+            points.append((row["length"], row[task]["softmax"]["median"] / row[task]["squared"]["median"]))
+    slower = [i for i, (_, ratio) in enumerate(points) if ratio < 1]
+    if not slower:
+        return points[0][0]
+    last = slower[-1]
+    if last + 1 == len(points):
+        return None
+    (n, low), (m, high) = points[last], points[last + 1]
+    return n * (m / n) ** (-math.log(low) / (math.log(high) - math.log(low)))
+
+
+def state_tokens(d: int) -> float:
+    """Tokens whose keys and values, in the same dtype, are as large as the state."""
+    return num_features(d + 1) * (d + 1) / (2 * d)
+
+
+def markdown(results: dict) -> str:
+    settings, rows = results["settings"], results["lengths"]
+    parts = [
+        f"{described(results['machine'])} One sequence, {settings['heads']} heads, values as wide as queries and keys, "
+        f"chunks of {settings['chunk_size']} tokens, {'with' if settings['decay_gate'] else 'without'} a decay gate. "
+        f"Medians of {settings['repeats']} runs in turns; above 1 the squared kernel is faster than fused softmax."
+    ]
+    sizes, lengths = settings["head_sizes"], settings["lengths"]
+    for task, title in TASKS.items():
+        ratio = {
+            (row["head_size"], row["length"]): row[task]["softmax"]["median"] / row[task]["squared"]["median"]
+            for row in rows
+        }
+        header = ["tokens", *(f"d = {d}" for d in sizes)]
+        body = [[f"{n:,}", *(f"{ratio[d, n]:.2f}×" for d in sizes)] for n in lengths]
+        found = [crossover(rows, d, task) for d in sizes]
+        body.append(["faster from", *("not reached" if n is None else f"{n:,.0f} tokens" for n in found)])
+        parts.append(f"**{title}**\n\n{markdown_table(header, body)}")
+    header = ["d", "tokens before", "state, µs", "growing cache, µs", "static cache, µs"]
+    body = [
+        [str(row["head_size"]), f"{row['length']:,}", *(f"{1e6 * row[name]['median']:,.0f}" for name in CACHES)]
+        for row in results["decoding"]
+    ]
+    parts.append(f"**One decoded token**\n\n{markdown_table(header, body)}")
+    held = ", ".join(f"{tokens:,.0f} at d = {d}" for d, tokens in results["state_tokens"].items())
+    parts.append(f"The state is as large as the keys and values of this many tokens: {held}.")
+    return "\n\n".join(parts)
+
+
+def plot(results: dict, image: Path) -> None:
+    """Speed against fused softmax, and time of a decoded token, by length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = results["settings"]["head_sizes"]
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for panel, (task, title) in zip(panels, TASKS.items()):
+        for i, d in enumerate(sizes):
+            rows = [row for row in results["lengths"] if row["head_size"] == d]
+            ratios = [row[task]["softmax"]["median"] / row[task]["squared"]["median"] for row in rows]
+            panel.plot(
+                [row["length"] for row in rows], ratios, marker="o", markersize=3, color=f"C{i}", label=f"d = {d}"
+            )
+        panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+        panel.set(title=f"{title}: times faster than fused softmax", xlabel="tokens", xscale="log", yscale="log")
+    for i, d in enumerate(sizes):
+        rows = [row for row in results["decoding"] if row["head_size"] == d]
+        for name, line in zip(CACHES, ("-", ":", "--")):
+            label = f"d = {d}, {name if name == 'state' else name + ' cache'}"
+            times = [1e6 * row[name]["median"] for row in rows]
+            panels[2].plot([row["length"] for row in rows], times, line, color=f"C{i}", label=label)
+    panels[2].set(title="one decoded token, µs", xlabel="tokens before", xscale="log", yscale="log")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+
+
+def run(options) -> int:
+    """Measure as bench_quadratic.py's options say; returns the exit status.
+
+    Raises:
+        ScriptError: as `check`.
+    """
+    torch.set_num_threads(options.threads)
+    for d in options.head_sizes:
+        check(options, d)
+    results = {
+        "machine": machine_info(),
+        "settings": {name: value for name, value in asdict(options).items() if name != "output"},
+        "state_tokens": {str(d): state_tokens(d) for d in options.head_sizes},
+        "lengths": [],
+        "decoding": [],
+    }
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for key, lengths, measure in (
+        ("lengths", options.lengths, measure_length),
+        ("decoding", options.decode_lengths, measure_decoding),
+    ):
+        for d in options.head_sizes:
+            for length in lengths:
+                results[key].append(measure(options, d, length))
+                write_json(output, results)
+                print(f"{key}: head size {d}, {length} tokens", flush=True)
+    plot(results, output.with_suffix(".png"))
+    print(markdown(results))
+    return 0

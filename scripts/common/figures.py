@@ -1,0 +1,55 @@
+"""What all figures share: one colour a family, everywhere, and legends beside the curves."""
+
+from collections.abc import Mapping, Sequence
+
+# Of people who cannot tell red from green too: Okabe and Ito's, and dark grey for attention, which is held against.
+COLOURS = {
+    "softmax_lm": "#333333",
+    "conv_lm": "#0072B2",
+    "linformer_lm": "#D55E00",
+    "cubic_prefix_lm": "#009E73",
+    "quadratic_kernel_lm": "#CC79A7",
+    "sparse_attention_lm": "#E69F00",
+    "gpt2": "#999999",
+    "lfm2": "#56B4E9",
+    "mamba": "#8C564B",
+}
+OTHER = "#BBBBBB"
+LINES, MARKERS = ("-", "--", ":", "-."), "osv^Dx"
+
+
+def family_of(name: str) -> str:
+    """The family of a competitor of benchmark.py, by the word that its name begins with; of a part, by what it is."""
+    first, last = name.partition("_")[0], name.rpartition("_")[2]
+    if last in ("sdpa", "eager") and first == "source":
+        return "softmax_lm"
+    if first in ("source", "convolution", "block"):
+        first = "conv"
+    return next((family for family in COLOURS if family.partition("_")[0] == first), name)
+
+
+def styles(families: Mapping[str, str]) -> dict[str, dict]:
+    """Colour, line and marker of curves by name: the colour of the family, the rest tells its members apart.
+
+    Args:
+        families: the family of each name, from `COLOURS` or another.
+    """
+    seen: dict[str, int] = {}
+    chosen = {}
+    for name, family in families.items():
+        i = seen[family] = seen.get(family, -1) + 1
+        marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
+        chosen[name] = {"color": COLOURS.get(family, OTHER), "linestyle": line, "marker": marker, "markersize": 4}
+    return chosen
+
+
+def of_variants(settings: dict) -> dict[str, str]:
+    """The family of each variant of an experiment, from the settings in its results; of those trained longer too."""
+    families = {name: variant["model_type"] for name, variant in settings["variants"].items()}
+    return families | {f"{name}_equal_compute": family for name, family in families.items()}
+
+
+def legend_below(figure, panels: Sequence, columns: int = 4):
+    """One legend of all curves of the panels, below them."""
+    labels = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns, fontsize=8)

@@ -1,0 +1,95 @@
+"""Variants that start from a checkpoint: converted, and where they ask for it linearized."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import ordnung
+from ordnung.modeling.registration import FAMILIES
+from ordnung.scripts.common import limits
+from ordnung.scripts.common.errors import ScriptError, closest
+from ordnung.scripts.common.files import read_json, write_json
+from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.models import check_overrides
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.experiments.compare_data import arguments
+from ordnung.scripts.linearizing import report
+from ordnung.scripts.linearizing import run as linearizing
+from ordnung.scripts.linearizing.options import LinearizeOptions
+
+# What the table of a variant holds besides fields of its config.
+OWN = ("source", "model_type", "distill", "keep_attention")
+
+
+def fields_of(name: str, variant: dict[str, Any]) -> dict[str, Any]:
+    """The config fields of a variant, checked.
+
+    Raises:
+        ScriptError: no family of ours, or a field that it does not have.
+    """
+    model_type = variant.get("model_type")
+    if model_type not in FAMILIES:
+        hint = closest(str(model_type), FAMILIES)
+        raise ScriptError(f"variant {name}: model_type {model_type!r} is none of {', '.join(FAMILIES)}{hint}")
+    if "distill" not in variant and "keep_attention" in variant:
+        raise ScriptError(f"variant {name}: keep_attention chooses layers by text that is held out: add distill")
+    fields = {field: value for field, value in variant.items() if field not in OWN}
+    try:
+        return check_overrides(CONFIG_MAPPING[model_type], fields)
+    except ScriptError as error:
+        raise ScriptError(f"variant {name}: {error}") from error
+
+
+def options_of(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> LinearizeOptions:
+    """The options of linearize.py for a variant."""
+    own = {"source": variant["source"], "model_type": variant["model_type"], "output_dir": str(folder)}
+    own |= {"config_overrides": fields_of(name, variant), "keep_attention": variant.get("keep_attention")}
+    return parse_options(LinearizeOptions, arguments({**shared, **(variant["distill"] or {}), **own}))
+
+
+def start(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> int:
+    """Make a variant's checkpoint, once; returns the exit status.
+
+    Args:
+        shared: options of linearize.py.
+    """
+    if "distill" in variant:
+        return linearizing.run(options_of(name, variant, shared, folder))
+    if not (folder / report.RESULTS).exists():
+        convert(name, variant, folder)
+    return 0
+
+
+def convert(name: str, variant: dict[str, Any], folder: Path):
+    """Write the variant as its source is converted, without a head."""
+    source = variant["source"]
+    try:
+        model = ordnung.convert(source, variant["model_type"], head="Model", **fields_of(name, variant))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (ImportError, OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise ScriptError(f"variant {name}: {' '.join(str(error).split())}") from error
+    limits.check_vocabulary(tokenizer, model.config)
+    model.save_pretrained(folder)
+    limits.fit_tokenizer(tokenizer, model).save_pretrained(folder)
+    made = {"source": Path(source).name, "model_type": variant["model_type"], "parameters": model.num_parameters()}
+    write_json(folder / report.RESULTS, made | {"tokens": 0, "seconds": 0.0, "machine": machine_info()})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What is known of a variant that was started."""
+    found = read_json(folder / report.RESULTS)
+    names = (
+        "source",
+        "model_type",
+        "parameters",
+        "tokens",
+        "seconds",
+        "layer_types",
+        "teacher",
+        "student",
+        "converted",
+    )
+    return {name: found[name] for name in names if found.get(name) is not None}

@@ -1,0 +1,104 @@
+"""Intervals over seeds, and verdicts that are computed from them: no table types its own.
+
+A verdict is `HOLDS`, `PART` (one of several conditions holds and one does not), `FAILS` or `OPEN` (the interval lies on
+both sides of what is claimed, there is but one run, or the measurement cannot tell).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+HOLDS, PART, FAILS, OPEN = "holds", "holds in part", "does not hold", "not decided"
+MARGIN = 0.02  # relative: closer than that counts as equal
+# 97.5 % quantiles of Student's t with 1 to 30 degrees of freedom; the last serves for more
+T_QUANTILES = (
+    (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    + (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
+    + (2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of `n` values and its 95 % t-interval; of a single value, everything."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def text(self, decimals: int, scale: float = 1.0, unit: str = "") -> str:
+        """The mean, the interval and n."""
+        if self.n == 1:
+            return f"{self.mean * scale:,.{decimals}f}{unit} (n = 1)"
+        low, high = (f"{value * scale:,.{decimals}f}" for value in (self.low, self.high))
+        return f"{self.mean * scale:,.{decimals}f}{unit} ({low} to {high}, n = {self.n})"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % t-interval of one value a seed."""
+    n, mean = len(values), fmean(values)
+    if n == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def estimate(summary: dict[str, Any], decimals: int, scale: float = 1.0) -> str:
+    """A summary, times `scale`, as text: mean ± half its 95 % t-interval; of a single value, that there is but one."""
+    found = interval(summary["values"])
+    if found.n == 1:
+        return f"{found.mean * scale:,.{decimals}f} (n = 1)"
+    return f"{found.mean * scale:,.{decimals}f} ± {(found.high - found.mean) * scale:,.{decimals}f}"
+
+
+def seeds_described(seeds: Sequence[int]) -> str:
+    """What `estimate` shows, in words for the head of a table."""
+    return f"mean ± half the 95 % t-interval over n = {len(seeds)} seeds ({', '.join(map(str, seeds))})"
+
+
+def changes(own: Sequence[float], reference: Sequence[float]) -> Interval:
+    """By how much `own` exceeds `reference`, relative to it, seed by seed.
+
+    Of the logarithms of the ratios, so that a half and a double are equally far from nothing.
+    """
+    logs = interval([math.log(a / b) for a, b in zip(own, reference)])
+    return Interval(*(math.exp(min(value, 700)) - 1 for value in (logs.mean, logs.low, logs.high)), logs.n)
+
+
+def at_least(found: Interval, bound: float) -> str:
+    """Whether a quantity is `bound` or more: its whole interval must be, or must not."""
+    if found.low >= bound:
+        return HOLDS
+    return FAILS if found.high < bound else OPEN
+
+
+def at_most(found: Interval, bound: float) -> str:
+    return at_least(Interval(-found.mean, -found.high, -found.low, found.n), -bound)
+
+
+def equal(found: Interval, margin: float = MARGIN) -> str:
+    """Whether a difference is nothing but for `margin`: its whole interval lies within, or without."""
+    if -margin <= found.low and found.high <= margin:
+        return HOLDS
+    return FAILS if found.low > margin or found.high < -margin else OPEN
+
+
+def together(verdicts: Sequence[str]) -> str:
+    """Of a claim with several conditions: all hold, none does, or some do."""
+    kinds = set(verdicts)
+    if len(kinds) == 1:
+        return kinds.pop()
+    return PART if PART in kinds or {HOLDS, FAILS} <= kinds else OPEN
+
+
+def everywhere(verdicts: Sequence[str]) -> str:
+    """Of a claim about all cases: one that fails is enough."""
+    return FAILS if FAILS in verdicts else together(verdicts)
+
+
+def beyond_counting(verdict: str, perplexities: Sequence[float], trigram: float) -> str:
+    """A verdict from language modelling: none unless each model's mean perplexity is below the trigram's."""
+    return verdict if max(perplexities) < trigram else OPEN

@@ -1,0 +1,271 @@
+"""The rank of attention below the diagonal, and what a token costs."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_utils import PreTrainedModel
+
+from ordnung import QuadraticKernelLMConfig, QuadraticKernelLMModel
+from ordnung.modeling.mixers.attention import Attention
+from ordnung.scripts.common.corpus import find_files, read_text
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.machine import described, machine_info
+from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.reports.mixing import load, mixing_weights
+
+KERNELS = ("softmax", "shifted", "square")
+
+
+def num_products(d: int) -> int:
+    """Features of the shifted kernel: products of two of d entries and a constant one."""
+    return (d + 1) * (d + 2) // 2
+
+
+def rank(block: torch.Tensor, threshold: float) -> torch.Tensor:
+    """(...) of blocks (..., m, n), as far as `threshold` tells."""
+    values = torch.linalg.svdvals(block.double())
+    return (values > threshold * values[..., :1]).sum(-1)
+
+
+def block_of(kernel: str, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(..., n / 2, n / 2) of queries and keys (..., n, d): later queries, earlier keys.
+
+    A row's sum, which all of its weights are divided by, does not change the rank.
+    """
+    half = query.shape[-2] // 2
+    scores = query[..., half:, :] @ key[..., :half, :].mT / math.sqrt(query.shape[-1])
+    if kernel == "softmax":
+        return scores.softmax(-1)
+    return (0.5 * scores + 1).square() if kernel == "shifted" else scores.square()
+
+
+def random_ranks(options) -> list[dict]:
+    rows = []
+    for d in options.head_sizes:
+        for n in options.lengths:
+            found = {kernel: [] for kernel in KERNELS}
+            for seed in options.seeds:
+                generator = torch.Generator().manual_seed(seed)
+                query, key = (torch.randn(n, d, dtype=torch.float64, generator=generator) for _ in range(2))
+                for kernel in KERNELS:
+                    found[kernel].append(int(rank(block_of(kernel, query, key), options.threshold)))
+            rows.append({"d": d, "n": n, "bound": num_products(d), **found})
+    return rows
+
+
+@torch.no_grad()
+def queries_and_keys(model: PreTrainedModel, ids: torch.LongTensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(H, n, d) each, of every softmax layer, as the scores take them."""
+    calls = []
+    hooks = [
+        layer.mixer.register_forward_pre_hook(
+            lambda mixer, args, kwargs: calls.append((mixer, args[0], kwargs.get("position_embeddings"))),
+            with_kwargs=True,
+        )
+        for layer in model.layers
+        if isinstance(layer.mixer, Attention)
+    ]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    projected = [(mixer.num_key_value_groups, *mixer.project(x, angles)[:2]) for mixer, x, angles in calls]
+    return [(query[0], key[0].repeat_interleave(groups, dim=0)) for groups, query, key in projected]
+
+
+def model_ranks(options, name: str, text: str) -> dict:
+    """Ranks of every head of a checkpoint, by length: [layer][head]; of its own weights, and of "shifted" ones.
+
+    The latter of the queries and keys of softmax layers, with d their size.
+
+    Raises:
+        ScriptError: as `load`; the text is too short.
+    """
+    model, tokenizer, _ = load(name)
+    longest = max(options.lengths)
+    if (model.config.longest_row or longest) < longest:  # the learned positions of a source can be repeated
+        model, *_ = load(name, max_position_embeddings=longest + model.config.position_offset)
+    model = model.double()
+    if model.config.longest_row is not None:
+        longest = max((n for n in options.lengths if n <= model.config.longest_row), default=0)
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=longest, add_special_tokens=False)
+    ids = ids["input_ids"]
+    lengths = [n for n in options.lengths if n <= min(longest, ids.shape[1])]
+    if not lengths:
+        raise ScriptError(f"{name} reads {min(longest, ids.shape[1])} tokens of the text: give less in --lengths")
+    d = model.config.head_dim
+    result = {"model": Path(name).name, "d": d, "bound": num_products(d), "layer_types": model.config.layer_types}
+    result["lengths"] = []
+    for n in lengths:
+        part = ids[:, :n]
+        own = [
+            rank(weights[:, n // 2 :, : n // 2], options.threshold).tolist() for weights in mixing_weights(model, part)
+        ]
+        row = {"n": n, "own": own}
+        shifted = [
+            rank(block_of("shifted", *pair), options.threshold).tolist() for pair in queries_and_keys(model, part)
+        ]
+        if shifted:
+            row["shifted"] = shifted
+        result["lengths"].append(row)
+        print(f"{name}: {n} tokens", flush=True)
+    return result
+
+
+@torch.no_grad()
+def costs(options) -> list[dict]:
+    """Counted and predicted FLOPs of a token in a layer's mixing, one head, without its projections."""
+
+    def in_place(added, a, b, out_shape=None, **_):  # torch's counter does not know products added in place
+        return 2 * math.prod(a) * b[2]
+
+    rows = []
+    for d in options.cost_head_sizes:
+        config = QuadraticKernelLMConfig.csq_preset(
+            hidden_size=d, num_attention_heads=1, head_dim=d, num_hidden_layers=1, vocab_size=8, centering=None
+        )
+        for n in options.cost_lengths:
+            counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})
+            with FakeTensorMode(), counter:
+                mixer = QuadraticKernelLMModel(config).layers[0].mixer.eval()
+                mixer(torch.empty(1, n, d))
+            counts = counter.get_flop_counts()["Global"]
+            counted = sum(flops for op, flops in counts.items() if "bmm" in str(op))
+            predicted = mixer.flops(n) - 4 * 2 * n * d**2
+            rows.append(
+                {"d": d, "n": n, "counted": counted / n, "predicted": predicted / n, "softmax": 2 * d * (n + 1)}
+            )
+    return rows
+
+
+def exponent(first: dict, second: dict) -> float:
+    """Of d, in the growth of the counted FLOPs from a row to another."""
+    return math.log(second["counted"] / first["counted"]) / math.log(second["d"] / first["d"])
+
+
+def markdown(results: dict) -> str:
+    settings = results["settings"]
+    parts = [
+        f"{described(results['machine'])} Rank of the block of the later half's queries and the earlier half's keys: "
+        f"singular values above {settings['threshold']:.0e} of the first, in float64."
+    ]
+    body = [
+        [str(row["d"]), f"{row['n']:,}", f"{row['n'] // 2:,}", *(shown(row[kernel]) for kernel in KERNELS)]
+        + [str(row["bound"])]
+        for row in results["random"]
+    ]
+    header = ["d", "n", "rows of the block", *KERNELS, "(d + 1)(d + 2) / 2"]
+    parts.append(f"**Random queries and keys** (all seeds)\n\n{markdown_table(header, body)}")
+    for model in results["models"]:
+        body = []
+        for row in model["lengths"]:
+            own = [f"{min(layer)} to {max(layer)}" for layer in row["own"]]
+            shifted = [max(layer) for layer in row.get("shifted", [])]
+            body.append([f"{row['n']:,}", f"{row['n'] // 2:,}", ", ".join(own), str(max(shifted)) if shifted else "-"])
+        header = ["n", "rows of the block", "its heads, layer by layer", "squared kernel on its queries and keys, most"]
+        title = f"**{model['model']}**, d = {model['d']}, (d + 1)(d + 2) / 2 = {model['bound']}"
+        parts.append(f"{title}\n\n{markdown_table(header, body)}")
+    lengths, sizes = settings["cost_lengths"], settings["cost_head_sizes"]
+    cells = {(row["d"], row["n"]): row for row in results["costs"]}
+    body = [
+        [f"{n:,}"] + [f"{cells[d, n]['counted']:,.0f} ({cells[d, n]['softmax']:,.0f})" for d in sizes] for n in lengths
+    ]
+    longest = [cells[d, lengths[-1]] for d in sizes]
+    grows = ", ".join(f"{exponent(a, b):.2f}" for a, b in zip(longest, longest[1:]))
+    parts.append(
+        "**FLOPs of a token and head, in brackets those of softmax attention**\n\n"
+        + markdown_table(["n", *(f"d = {d}" for d in sizes)], body)
+        + f"\n\nExponents of d at the longest, from size to size: {grows}."
+    )
+    return "\n\n".join(parts)
+
+
+def shown(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
+
+
+def plot(results: dict, image: Path) -> None:
+    """Ranks against n for random and for trained heads; FLOPs of a token against n and against d."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    (random, trained), (by_length, by_size) = axes
+    settings = results["settings"]
+    for i, d in enumerate(settings["head_sizes"]):
+        rows = [row for row in results["random"] if row["d"] == d]
+        for kernel, line in zip(KERNELS, ("-", "--", ":")):
+            means = [sum(row[kernel]) / len(row[kernel]) for row in rows]
+            random.plot([row["n"] for row in rows], means, line, marker="o", markersize=3, color=f"C{i}",
+                        label=f"{kernel}, d = {d}")  # fmt: skip
+    random.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], color="grey", linewidth=0.8, label="n / 2")
+    random.set(title="random queries and keys", ylabel="rank of the block")
+    for i, model in enumerate(results["models"]):
+        for kind, line in (("own", "-"), ("shifted", "--")):
+            rows = [row for row in model["lengths"] if kind in row]
+            if not rows:
+                continue
+            heads = [[value for layer in row[kind] for value in layer] for row in rows]
+            lengths = [row["n"] for row in rows]
+            label = model["model"] if kind == "own" else f"{model['model']}: squared kernel on its q, k"
+            trained.plot(lengths, [sum(x) / len(x) for x in heads], line, marker="o", markersize=3, color=f"C{i}",
+                         label=label)  # fmt: skip
+            trained.fill_between(lengths, [min(x) for x in heads], [max(x) for x in heads], color=f"C{i}", alpha=0.12)
+        trained.axhline(model["bound"], color=f"C{i}", linewidth=0.7, linestyle=":")
+    trained.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], color="grey", linewidth=0.8, label="n / 2")
+    trained.set(title="heads of checkpoints: mean, least and most", ylabel="rank of the block")
+    for i, d in enumerate(settings["cost_head_sizes"]):
+        rows = [row for row in results["costs"] if row["d"] == d]
+        for name, line in (("counted", "-"), ("softmax", "--")):
+            label = f"{'squared' if name == 'counted' else name}, d = {d}"
+            by_length.plot([row["n"] for row in rows], [row[name] for row in rows], line, color=f"C{i}", label=label)
+    by_length.set(title="FLOPs of a token and head, by length", ylabel="FLOPs")
+    longest = [row for row in results["costs"] if row["n"] == max(settings["cost_lengths"])]
+    sizes = [row["d"] for row in longest]
+    by_size.plot(sizes, [row["counted"] for row in longest], marker="o", label="squared kernel")
+    for power, line in ((2, ":"), (3, "--")):
+        scale = longest[0]["counted"] / sizes[0] ** power
+        by_size.plot(sizes, [scale * d**power for d in sizes], line, color="grey", label=f"grows as d^{power}")
+    by_size.set(title="FLOPs of a token and head, by head size", ylabel="FLOPs", xlabel="d", xticks=sizes)
+    for panel in axes.flat:
+        panel.set(xscale="log", yscale="log")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+        if panel is not by_size:
+            panel.set_xlabel("n")
+    by_size.set_xticks(sizes, map(str, sizes))
+    by_size.minorticks_off()
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+
+
+def run(options) -> int:
+    """Measure, write and print what plot_rank.py's options ask for; returns the exit status.
+
+    Raises:
+        ScriptError: as `model_ranks`.
+    """
+    text = ""
+    if options.text_file is not None:
+        text = "".join(read_text(path) for path in find_files([options.text_file], "text_file"))
+    results = {
+        "machine": machine_info(),
+        "settings": {name: value for name, value in asdict(options).items() if name != "output_dir"},
+        "models": [model_ranks(options, name, text) for name in options.model_name_or_path],
+        "random": random_ranks(options),
+        "costs": costs(options),
+    }
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "rank.json", results)
+    plot(results, output_dir / "rank.png")
+    print(markdown(results))
+    for name in ("rank.png", "rank.json"):
+        print(output_dir / name)
+    return 0

@@ -1,0 +1,46 @@
+"""bench_sparse.py on tiny sizes: what it compares is equal, its tables, and wrong results."""
+
+import json
+
+import pytest
+import torch
+
+from ordnung.scripts import bench_sparse
+from ordnung.scripts.benchmarks import sparse
+from ordnung.scripts.common.errors import ScriptError
+
+
+def test_program_from_end_to_end(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    sizes = {"lengths": "100 200", "backward_lengths": "90", "encoder_lengths": "64", "decode_lengths": "50 70"}
+    argv = [word for name, value in sizes.items() for word in (f"--{name}", *value.split())]
+    argv += ["--window", "32", "--num_attention_heads", "2", "--decode_steps", "2", "--rounds", "2", "--flex", "False"]
+    assert bench_sparse.main([*argv, "--output", str(path)]) == 0
+    results, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert sparse.markdown(results) in printed and "Its peak memory, forward and backward" in printed
+    assert [row["length"] for row in results["attention"]] == [100, 200, 90]
+    for row in (*results["attention"], *results["encoders"], *results["decoding"]):
+        assert all(each["seconds"] > 0 and len(each["all_seconds"]) == 2 for each in row["competitors"].values())
+    states = [row["competitors"] for row in results["decoding"]]
+    assert states[0]["local"]["state_bytes"] == states[1]["local"]["state_bytes"]
+    assert states[0]["full attention, dynamic"]["state_bytes"] < states[1]["full attention, dynamic"]["state_bytes"]
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    options = bench_sparse.SparseBenchOptions(window=16, num_attention_heads=2, rounds=1, encoder_lengths=[32])
+    right = sparse.LongformerModel.forward
+
+    def wrong(self, *args, **kwargs):
+        output = right(self, *args, **kwargs)
+        return (output[0] + 0.01,)
+
+    monkeypatch.setattr(sparse.LongformerModel, "forward", wrong)
+    with pytest.raises(ScriptError, match="SparseAttentionLM differs by .*nothing is timed"):
+        sparse.measure_encoders(options, 32, backward=False)
+    with pytest.raises(ScriptError, match="x differs"):
+        sparse.check("x", torch.tensor([1.0, torch.nan]), torch.ones(2))
+
+
+def test_exponent_is_that_of_the_last_two_lengths():
+    rows = [{"length": n, "competitors": {"a": {"seconds": n**2.0}}} for n in (1, 10, 20)]
+    assert sparse.growth(rows, "a") == "2.00" and sparse.growth(rows, "b") == "-"

@@ -1,0 +1,56 @@
+"""The controls of experiments against the formula, and against SoftmaxLM."""
+
+import math
+
+import pytest
+import torch
+from family_tester import FamilyTester
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from ordnung import SoftmaxLMConfig
+from ordnung.modeling.ops.causal_conv import causal_conv_naive
+from ordnung.scripts.experiments.control_attention import ControlAttentionConfig
+
+ARGUMENTS = {**FamilyTester.base_arguments, "num_key_value_heads": 2, "qk_norm": True}
+
+
+@pytest.mark.parametrize("weights", ["softmax", "elu"])
+def test_mixer_equals_the_formula(weights):
+    fields = {**ARGUMENTS, "position_embedding_type": "none"}
+    config = ControlAttentionConfig(**fields, weights=weights, short_conv_kernel=3, decay_gate=True)
+    mixer = AutoModelForCausalLM.from_config(config).double().model.layers[0].mixer
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    joined = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
+    joined = causal_conv_naive(joined, mixer.conv_kernel)[0].unflatten(-1, (8, 8))  # 4 heads of queries, 2 and 2
+    total = torch.nn.functional.logsigmoid(mixer.decay_proj(x)[0] + mixer.decay_bias).cumsum(0)
+    outputs = torch.zeros(9, 4, 8, dtype=torch.float64)
+    for h in range(4):
+        query, key = mixer.q_norm(joined[:, h]), mixer.k_norm(joined[:, 4 + h // 2])
+        for i in range(9):
+            if weights == "softmax":
+                each = torch.exp(key[: i + 1] @ query[i] / math.sqrt(8))
+            else:
+                each = (torch.nn.functional.elu(key[: i + 1]) + 1) @ (torch.nn.functional.elu(query[i]) + 1)
+            each = each * torch.exp(total[i, h] - total[: i + 1, h])
+            outputs[i, h] = each @ joined[: i + 1, 6 + h // 2] / each.sum()
+    expected = mixer.out_proj(outputs.flatten(1))[None]
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_softmax_without_extras_is_softmax_lm():
+    ours = AutoModelForCausalLM.from_config(ControlAttentionConfig(**ARGUMENTS)).double()
+    other = AutoModelForCausalLM.from_config(SoftmaxLMConfig(**ARGUMENTS)).double()
+    other.load_state_dict(ours.state_dict())
+    ids = torch.randint(1, 50, (2, 11))
+    got, expected = ours(ids, use_cache=False).logits, other(ids).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    assert ours.cache_bytes(30) == other.cache_bytes(30)
+
+
+def test_padding_and_states_are_refused():
+    model = AutoModelForCausalLM.from_config(ControlAttentionConfig(**ARGUMENTS))
+    ids = torch.randint(1, 50, (2, 6))
+    with pytest.raises(ValueError, match="give no padding, and use_cache=False"):
+        model(ids, past_key_values=DynamicCache(), use_cache=True)
+    with pytest.raises(ValueError, match="give no padding"):
+        model(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6]), use_cache=False)
