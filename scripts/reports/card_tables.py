@@ -1,6 +1,7 @@
 """The tables and figures of README.md and the model cards by name, each made from files of model_cards/results."""
 
 from functools import partial
+from statistics import median
 
 from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks import prefix as bench_prefix
@@ -205,6 +206,21 @@ def throughput_table() -> str:
     return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
 
 
+def recipes_table() -> str:
+    """Ways to fine-tune against the plain loop, and prediction against a loop over batches in the file's order."""
+    results = load("finetune_recipes")
+    speeds, body = results["examples_per_second"], []
+    timed = {name: (recipe["each"], "the plain loop") for name, recipe in results["recipes"].items()}
+    timed = {"the plain loop": (results["ratios"], "a bare accelerate loop"), **timed}
+    timed["predict"] = (results["predict"]["ratios"], "a bare batched loop")
+    for name, (ratios, other) in timed.items():
+        speed = speeds["ours" if name == "the plain loop" else name]
+        ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        body.append([name, f"{speed:,.0f}", other, ratio])
+    header = ["", "examples/s", "beside", f"time, median ratio of {len(results['ratios'])} rounds"]
+    return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
+
+
 def packing_table(name: str) -> str:
     """Time of a packed token against one of a full row, and one of the padded batch of the same documents."""
     results = load(name)
@@ -226,6 +242,7 @@ TABLES = {
     "packing_reviews": partial(packing_table, "packing_reviews"),
     "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
+    "finetune_recipes": recipes_table,
     "transfer": transfer_table,
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
