@@ -131,7 +131,7 @@ ROWS = {
     ),
     "linformer_lm-modern": Row(
         "linformer_lm",
-        config={**MODERN, "is_decoder": True, "projected_size": 8, "local_block_size": 4},
+        config={**MODERN, "is_decoder": True, "projected_size": 8, "local_block_size": 4, "num_global_tokens": 2},
         flags={"has_attentions": False},
         excluded=STATE_LAYERS,
     ),
