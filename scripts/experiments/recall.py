@@ -208,10 +208,14 @@ def plot(results: dict, image: Path):
     settings, variants = results["settings"], results["variants"]
     edges, rows = settings["distance_edges"], range(len(settings["num_pairs"]))
     names = range_names(edges)
+    columns = min(5, len(variants))
+    lines = -(-len(variants) // columns)
     figure, panels = plt.subplots(
-        1, len(variants), figsize=(4.2 * len(variants) + 0.8, 3.6), layout="constrained", sharey=True, squeeze=False
+        lines, columns, figsize=(4.2 * columns + 0.8, 3.6 * lines), layout="constrained", sharey=True, squeeze=False
     )
-    for panel, (name, result) in zip(panels[0], variants.items()):
+    for panel in panels.flat[len(variants) :]:
+        panel.remove()
+    for panel, (name, result) in zip(panels.flat, variants.items()):
         means = [[np.nan if cell is None else cell["mean"] for cell in line] for line in result["accuracy_by_distance"]]
         colours = panel.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
         for row, line in enumerate(means):
@@ -224,8 +228,9 @@ def plot(results: dict, image: Path):
         panel.set_xticks(range(len(names)), names, rotation=30)
         panel.set_yticks(rows, map(str, settings["num_pairs"]))
         panel.set(title=name, xlabel="tokens from query back to key")
-    panels[0, 0].set_ylabel("key-value pairs")
-    figure.colorbar(colours, ax=panels, label=f"accuracy (chance {results['chance']:.3f})")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("key-value pairs")
+    figure.colorbar(colours, ax=panels.flat[: len(variants)], label=f"accuracy (chance {results['chance']:.3f})")
     figure.savefig(image, dpi=150)
     plt.close(figure)
 
