@@ -11,7 +11,7 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.experiments.verdicts import changes, estimate
-from ordnung.scripts.reports import claims, patterns, rank
+from ordnung.scripts.reports import claims, linearized, patterns, rank
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports.results import (
     CAUSAL_BENCHMARKS,
@@ -272,6 +272,8 @@ TABLES = {
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
     "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
     "quadratic_compare": lambda: compare.markdown(load("quadratic_kernel_lm_compare")),
+    "linearized_encoders": lambda: linearized.encoders({"gated convolution": load("linearized_minilm_conv")}),
+    "linearized_encoder_layers": lambda: linearized.layers(load("linearized_minilm_conv")),
     "growth": lambda: growth.markdown(load("growth")),
     "all_claims": lambda: claims.markdown(claims.all_claims()),
     "claims_evidence": lambda: claims.evidence(claims.all_claims()),
