@@ -13,6 +13,7 @@ COLOURS = {
     "gpt2": "#999999",
     "lfm2": "#56B4E9",
     "mamba": "#8C564B",
+    "mistral": "#7F3C8D",
 }
 OTHER = "#BBBBBB"
 LINES, MARKERS = ("-", "--", ":", "-."), "osv^Dx"
