@@ -7,6 +7,7 @@ from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks import prefix as bench_prefix
 from ordnung.scripts.benchmarks import quadratic as bench_quadratic
 from ordnung.scripts.benchmarks import report as bench_report
+from ordnung.scripts.benchmarks import sparse as bench_sparse
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
@@ -268,6 +269,8 @@ TABLES = {
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
     "prefix_compare": lambda: compare.markdown(load_compare("cubic_prefix_lm_compare")),
     "sparse_patterns": patterns.markdown,
+    "sparse_bench": lambda: bench_sparse.markdown(load("sparse_attention_lm_bench")),
+    "sparse_recall": lambda: recall.markdown(load("sparse_attention_lm_recall")),
     "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
     "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
