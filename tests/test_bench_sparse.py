@@ -44,3 +44,21 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
 def test_exponent_is_that_of_the_last_two_lengths():
     rows = [{"length": n, "competitors": {"a": {"seconds": n**2.0}}} for n in (1, 10, 20)]
     assert sparse.growth(rows, "a") == "2.00" and sparse.growth(rows, "b") == "-"
+
+
+def test_claims_say_what_was_reached():
+    def row(length, backward, **faster):
+        return {"length": length, "backward": backward, "competitors": {k: {"faster": v} for k, v in faster.items()}}
+
+    results = {
+        "attention": [row(4096, False, local=3.7, all=2.2), row(4096, True, local=9.0)],
+        "decoding": [{"length": 32768, "competitors": {"local": {"faster": 5.5}, "local + global": {"faster": 4.9}}}],
+    }
+    lines = {line.split("|")[1].strip(): line.split("|")[3:5] for line in sparse.claims(results).splitlines()}
+    verdicts = {what: [cell.strip() for cell in cells] for what, cells in lines.items()}
+    assert verdicts["local, forward, 4,096 tokens"] == ["3.70×", "no"]
+    assert verdicts["all, forward, 4,096 tokens"] == ["2.20×", "yes"]
+    assert verdicts["local, forward and backward, 4,096 tokens"] == ["9.00×", "yes"]
+    assert verdicts["local, forward, 8,192 tokens"] == ["-", "not run"]
+    assert verdicts["local, one more token of a layer, 32,768 tokens"] == ["5.50×", "yes"]
+    assert verdicts["local + global, one more token of a layer, 32,768 tokens"] == ["4.90×", "no"]

@@ -335,6 +335,32 @@ def markdown(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+# what was aimed at: (part, backward, length, competitor) -> how many times faster than full attention at least
+AIMS = {
+    ("attention", False, 256, "local"): 1.0,
+    ("attention", False, 2048, "local"): 2.1,
+    ("attention", False, 4096, "local"): 3.8,
+    ("attention", False, 8192, "local"): 7.0,
+    ("attention", False, 16384, "local"): 9.5,
+    ("attention", False, 4096, "all"): 2.2,
+    ("attention", True, 4096, "local"): 4.5,
+    ("decoding", None, 32768, "local"): 5.0,
+    ("decoding", None, 32768, "local + global"): 5.0,
+}
+
+
+def claims(results: dict) -> str:
+    """What was aimed at beside what was measured."""
+    body = []
+    for (part, backward, length, name), least in AIMS.items():
+        rows = [row for row in results[part] if row["length"] == length and row.get("backward") == backward]
+        what = {True: "forward and backward", False: "forward", None: "one more token of a layer"}[backward]
+        got = rows[0]["competitors"][name]["faster"] if rows else None
+        verdict = "not run" if got is None else "yes" if got >= least else "no"
+        body.append([f"{name}, {what}, {length:,} tokens", f"{least:g}×", f"{got:.2f}×" if got else "-", verdict])
+    return markdown_table(["as fast as full attention, or a static cache", "aim", "measured", "reached"], body)
+
+
 def run(options) -> int:
     """Measure as bench_sparse.py's options say, print and write the results; returns the exit status."""
     torch.set_num_threads(options.threads)

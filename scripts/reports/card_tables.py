@@ -269,6 +269,7 @@ TABLES = {
     "prefix_triplets": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets")),
     "prefix_compare": lambda: compare.markdown(load_compare("cubic_prefix_lm_compare")),
     "sparse_patterns": patterns.markdown,
+    "sparse_claims": lambda: bench_sparse.claims(load("sparse_attention_lm_bench")),
     "sparse_bench": lambda: bench_sparse.markdown(load("sparse_attention_lm_bench")),
     "sparse_recall": lambda: recall.markdown(load("sparse_attention_lm_recall")),
     "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
