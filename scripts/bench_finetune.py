@@ -7,7 +7,8 @@ backward, clipping, AdamW and the schedule, and nothing else. Both take the same
 other in each round, and change places from round to round. The ratio is the median over rounds of ours to theirs.
 
 `--recipes` times further ways to train beside them, a token of each against a token of ours: `group_by_length`,
-`packing`, `bf16`, `torch_compile`.
+`packing`, `bf16`, `torch_compile`, and `adamw_torch`, AdamW that is not fused. `--beside` fine-tunes another checkpoint
+by the same loop.
 `--predict_rows` times `ordnung predict` on so many rows beside a loop that reads, tokenizes, pads, predicts and writes
 them batch by batch.
 """
@@ -28,7 +29,10 @@ class FinetuneBenchOptions:
     max_length: int | None = option(None, "Tokens of an example.")
     per_device_train_batch_size: int = option(32, "Examples in a batch.", section="timing")
     steps: int = option(50, "Steps of a round.")
-    recipes: list[str] | None = option(None, "Further ways to train: group_by_length, packing, bf16, torch_compile.")
+    recipes: list[str] | None = option(
+        None, "Further ways to train: group_by_length, packing, bf16, adamw_torch, torch_compile."
+    )
+    beside: str | None = option(None, "Another checkpoint, in the same rounds.")
     predict_rows: int = option(0, "Rows to predict.", least=0)
     rounds: int = option(5, "Rounds; one more before them is not counted.")
     output_file: str | None = option(None, "JSON file for the results.", section="output")

@@ -372,7 +372,8 @@ def test_the_benchmark_runs(tasks, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = ["--model_name_or_path", tasks / "conv", "--dataset_path", tasks, "--task_name", "rte", "--steps", 2]
     argv += ["--rounds", 2, "--per_device_train_batch_size", 8, "--output_file", tmp_path / "bench.json", "--use_cpu"]
-    argv += ["--recipes", "group_by_length", "packing", "bf16", "--predict_rows", 20]
+    argv += ["--recipes", "group_by_length", "packing", "bf16", "--predict_rows", 20, "--beside", tmp_path / "other"]
+    shutil.copytree(tasks / "conv", tmp_path / "other")
     assert bench_finetune.main(list(map(str, argv))) == 0
     measured = json.loads((tmp_path / "bench.json").read_text())
     assert len(measured["ratios"]) == 2 and min(measured["ratios"]) > 0
@@ -381,5 +382,6 @@ def test_the_benchmark_runs(tasks, tmp_path, monkeypatch):
         "group_by_length": 2,
         "packing": 2,
         "bf16": 2,
+        str(tmp_path / "other"): 2,
     }
     assert measured["predict"]["rows"] == 20 and len(measured["predict"]["ratios"]) == 2

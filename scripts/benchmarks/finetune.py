@@ -59,6 +59,7 @@ RECIPES = {
     "group_by_length": {"group_by_length": True},
     "packing": {"packing": True},
     "bf16": {"mixed_precision": "bf16"},
+    "adamw_torch": {"optim": "adamw_torch"},
     "torch_compile": {"torch_compile": True},
 }
 
@@ -133,11 +134,11 @@ def run(bench) -> int:
         names = ("model_name_or_path", "dataset_path", "max_length", "per_device_train_batch_size", "use_cpu")
         shared = {name: getattr(bench, name) for name in names}
         recipes = {}
-        for name in ("ours", *(bench.recipes or [])):
-            options = FinetuneOptions(
-                output_dir=folder, task_name=[task.name], max_steps=10**6, **shared, **RECIPES.get(name, {})
-            )
-            recipes[name] = Recipe(task, options, Path(folder) / name, bench.steps)
+        others = [*(bench.recipes or []), *([bench.beside] if bench.beside else [])]
+        for name in ("ours", *others):
+            own = {"model_name_or_path": name} if name == bench.beside else RECIPES.get(name, {})
+            options = FinetuneOptions(output_dir=folder, task_name=[task.name], max_steps=10**6, **shared | own)
+            recipes[name] = Recipe(task, options, Path(folder) / str(len(recipes)), bench.steps)
             if name == "ours":
                 plain = recipes[name]
                 bare = bare_loop(plain.accelerator, options, plain.data, plain.tokenizer, plain.rows)
@@ -162,7 +163,7 @@ def run(bench) -> int:
         scale = tokens[other] / tokens[name]
         return [scale * a / b for a, b in zip(seconds[name], seconds[other])]
 
-    of_bare, others = ratios("ours", "bare"), bench.recipes or []
+    of_bare = ratios("ours", "bare")
     results = {
         "model": bench.model_name_or_path,
         "task": task.name,
