@@ -276,7 +276,12 @@ TABLES = {
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
     "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
     "quadratic_compare": lambda: compare.markdown(load("quadratic_kernel_lm_compare")),
-    "linearized_encoders": lambda: linearized.encoders({"gated convolution": load("linearized_minilm_conv")}),
+    "linearized_encoders": lambda: linearized.encoders(
+        {
+            "gated convolution": load("linearized_minilm_conv"),
+            "the same, attention in layers 3 to 5": load("linearized_minilm_hybrid"),
+        }
+    ),
     "linearized_encoder_layers": lambda: linearized.layers(load("linearized_minilm_conv")),
     "growth": lambda: growth.markdown(load("growth")),
     "all_claims": lambda: claims.markdown(claims.all_claims()),
