@@ -5,7 +5,7 @@
 A model below these has learned nothing that counting words would not. TF-IDF counts words and pairs of words with
 sublinear term frequencies; a pair of texts gives the weights of both, their absolute difference and their product.
 The regularisation is chosen on a tenth of the training data. Similarities (stsb) are predicted by ridge regression,
-and by their mean. Needs `pip install "ordnung[evidence]"` (scikit-learn).
+and by their mean.
 """
 
 from ordnung.scripts.common.errors import run_script

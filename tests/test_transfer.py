@@ -31,7 +31,6 @@ def test_majority(tasks, tmp_path):
 
 
 def test_tfidf_finds_the_telling_words(tasks, tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'ordnung[evidence]'")
     argv = ["--task_name", "sst2", "stsb", "mnli", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)]
     assert baselines_program.main(argv) == 0
     tasks = json.loads((tmp_path / "results.json").read_text())["tasks"]
@@ -39,12 +38,6 @@ def test_tfidf_finds_the_telling_words(tasks, tmp_path):
     assert learned > 0.8 > constant
     assert tasks["stsb"]["tfidf"]["score"] > 0.2 and tasks["stsb"]["majority"]["score"] == 0
     assert set(tasks["mnli"]["tfidf"]["metrics"]) == {"validation_matched", "validation_mismatched"}
-
-
-def test_without_scikit_learn(tasks, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
-    with pytest.raises(ScriptError, match="scikit-learn cannot be imported.*ordnung\\[evidence\\]"):
-        baselines_program.main(["--task_name", "sst2", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)])
 
 
 @pytest.fixture

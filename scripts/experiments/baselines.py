@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info, package_version
 from ordnung.scripts.common.tables import markdown_table
@@ -27,17 +26,10 @@ def fit_majority(train: dict, task: Task):
 
 
 def fit_tfidf(train: dict, task: Task):
-    """TF-IDF features and a linear model; see the top of this file.
-
-    Raises:
-        ScriptError: scikit-learn is missing.
-    """
-    try:
-        from scipy.sparse import hstack
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression, Ridge
-    except ImportError as error:
-        raise ScriptError(f'scikit-learn cannot be imported ({error}): pip install "ordnung[evidence]"') from error
+    """TF-IDF features and a linear model; see the top of this file."""
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression, Ridge
 
     def features(rows):
         parts = [vectorizer.transform(rows[column]) for column in task.columns]
