@@ -32,12 +32,12 @@ def graph_batches():
 
 
 class Graphs(FamilyBase):
-    def test_graph_captures_whole_forward(self, variant):
-        model = self.model(variant)
+    def test_graph_captures_whole_forward(self, compiled_variant):
+        model = self.model(compiled_variant)
         ids = torch.randint(1, VOCAB, (2, 21))
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        self.assert_equal(compiled(ids, use_cache=False).logits, model(ids).logits, variant)
+        self.assert_equal(compiled(ids, use_cache=False).logits, model(ids).logits, compiled_variant)
 
     def test_exports_with_dynamic_length(self, variant):
         model = self.model(variant)

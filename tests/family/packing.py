@@ -87,16 +87,16 @@ class Packing(FamilyBase):
             alone = model(ids[row : row + 1, place]).logits[0]
             torch.testing.assert_close(outputs.logits[row, place], alone, rtol=0, atol=1e-5)  # its softmax is float32
 
-    def test_packed_documents_under_compile(self, variant):
+    def test_packed_documents_under_compile(self, compiled_variant):
         """Where documents lie is in the data: that part runs outside of the graphs."""
-        model = self.model(variant)
+        model = self.model(compiled_variant)
         ids, places = packed_batch()
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
         for mark in ("position_ids", "seq_idx"):
             marks = marks_of(mark, places)
             got, expected = compiled(ids, use_cache=False, **marks).logits, model(ids, use_cache=False, **marks).logits
-            self.assert_equal(got, expected, variant)
+            self.assert_equal(got, expected, compiled_variant)
 
     def test_packed_documents_are_refused_where_they_cannot_be(self):
         model = self.model()
