@@ -472,8 +472,8 @@ def test_accumulation_and_kept_outputs_change_nothing(run, data, tmp_path, kind)
 
 
 def test_kept_outputs_of_another_teacher_are_refused(run, data, tmp_path):
-    run(teacher_outputs=tmp_path / "kept")
     other = shutil.copytree(data / "llama", tmp_path / "other")
+    run(source=other, teacher_outputs=tmp_path / "kept")
     model = LlamaForCausalLM.from_pretrained(other)
     model.model.norm.weight.data[0] += 1
     model.save_pretrained(other)

@@ -130,8 +130,10 @@ def test_unscored_prefixes_are_not_computed(stride, shifted, monkeypatch):
     if not shifted:
         arguments, scored = {"labels": labels, "shift_labels": labels}, labels != -100
     expected = model.loss_function(full.logits, labels, VOCAB, shift_labels=None if shifted else labels)
-    passes, run_group = [], model.model.run_group
-    monkeypatch.setattr(model.model, "run_group", lambda first, g, *a: passes.append(g) or run_group(first, g, *a))
+    passes, run_group = [], Passes.run_group
+    monkeypatch.setattr(
+        Passes, "run_group", lambda self, first, g, *a: passes.append(g) or run_group(self, first, g, *a)
+    )
     outputs = model(ids, **arguments, use_cache=False)
     torch.testing.assert_close(outputs.loss, expected)
     torch.testing.assert_close(outputs.logits[scored], full.logits[scored])

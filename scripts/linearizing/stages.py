@@ -176,9 +176,8 @@ class Transfer(Stage):
 
     def first_rows(self) -> list[Batch]:
         """The first rows of the training text, the same on every process."""
-        size = self.options.per_device_eval_batch_size
-        starts = range(0, math.ceil(CALIBRATION / self.options.block_size), size)
-        return [self.text.batch(*self.text.rows(start, size)) for start in starts]
+        size, rows = self.options.per_device_eval_batch_size, math.ceil(CALIBRATION / self.options.block_size)
+        return [self.text.batch(*self.text.rows(start, min(size, rows - start))) for start in range(0, rows, size)]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"transfer": int(real_tokens(batch).sum())}
