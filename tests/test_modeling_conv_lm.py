@@ -134,23 +134,6 @@ def build(auto=AutoModelForCausalLM, **overrides):
     return auto.from_config(config).eval().double()
 
 
-@pytest.mark.parametrize("gate", ["none", "input_output"])
-@pytest.mark.parametrize("kernel_sharing", ["head", "channel"])
-def test_centred_mixer_equals_the_formula(gate, kernel_sharing):
-    fields = {"kernel_size": 7, "dilation": 2, "gate": gate, "kernel_sharing": kernel_sharing}
-    mixer = build(AutoModelForMaskedLM, is_decoder=False, **fields).model.layers[1].mixer
-    with torch.no_grad():
-        mixer.kernel_logits.normal_()
-    x = torch.randn(2, 40, 32, dtype=torch.float64)
-    v, after = mixer.v_proj(x), 1.0
-    if gate == "input_output":
-        before, after = mixer.gate_proj(x).chunk(2, dim=-1)
-        v = before * v
-    kernel = torch.exp(mixer.kernel_logits) / torch.exp(mixer.kernel_logits).sum(1, keepdim=True)
-    expected = mixer.out_proj(after * centred_conv_naive(v, kernel, dilation=2))
-    torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-12)
-
-
 def test_centred_kernels_start_as_means_around_the_token():
     kernel = build(AutoModelForMaskedLM, is_decoder=False, kernel_size=9).model.layers[0].mixer.kernel()
     torch.testing.assert_close(kernel, kernel.flip(1))
@@ -163,11 +146,13 @@ def test_kernel_size_follows_the_direction():
     assert ConvLMConfig(is_decoder=False, num_hidden_layers=2).layer_types == ["centred_conv"] * 2
 
 
+@pytest.mark.parametrize("is_decoder, naive", [(True, causal_conv_naive), (False, centred_conv_naive)])
 @pytest.mark.parametrize("gate", ["none", "input_output"])
 @pytest.mark.parametrize("kernel_sharing", ["head", "channel"])
-def test_mixer_equals_the_formula(gate, kernel_sharing):
-    model = build(kernel_size=7, dilation=2, gate=gate, kernel_sharing=kernel_sharing)
-    mixer = model.model.layers[1].mixer
+def test_mixer_equals_the_formula(gate, kernel_sharing, is_decoder, naive):
+    fields = {"kernel_size": 7, "dilation": 2, "gate": gate, "kernel_sharing": kernel_sharing}
+    auto = AutoModelForCausalLM if is_decoder else AutoModelForMaskedLM
+    mixer = build(auto, is_decoder=is_decoder, **fields).model.layers[1].mixer
     with torch.no_grad():
         mixer.kernel_logits.normal_()
     x = torch.randn(2, 40, 32, dtype=torch.float64)
@@ -176,7 +161,7 @@ def test_mixer_equals_the_formula(gate, kernel_sharing):
         before, after = mixer.gate_proj(x).chunk(2, dim=-1)
         v = before * v
     kernel = torch.exp(mixer.kernel_logits) / torch.exp(mixer.kernel_logits).sum(1, keepdim=True)
-    expected = mixer.out_proj(after * causal_conv_naive(v, kernel, dilation=2))
+    expected = mixer.out_proj(after * naive(v, kernel, dilation=2))
     torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-12)
 
 
