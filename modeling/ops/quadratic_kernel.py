@@ -27,7 +27,7 @@ from ordnung.modeling.ops.quadratic_sweep import Sweep, sweep
 # The least weight, before its decay: rows sum to one with it, no denominator vanishes, and gradients near a zero of the
 # kernel stay below alpha / sqrt(EPS) of the values. Much more would drown the scores of "square" while they are small.
 EPS = 1e-4
-# Entries of q~ and k~ that are larger in size count as this: no score, and no sum over 2^20 tokens, overflows.
+# Entries of queries and keys that are larger in size count as this: no score, and no sum of a million, overflows.
 LARGEST = 2.0**16
 
 
@@ -120,11 +120,11 @@ def quadratic_kernel(
     # scores of pairs may be small differences of large products
     exact = torch.float64 if query.device.type == "cpu" and not is_graph() else dtype
     alpha, beta = (torch.as_tensor(x, dtype=exact, device=query.device).expand(H) for x in kernel[:2])
-    q = query.to(exact).permute(0, 2, 3, 1) * (alpha / math.sqrt(d))[:, None, None]  # (R, H, d, N)
-    q = torch.cat([q, beta[:, None, None].expand(R, H, 1, N)], dim=2).flatten(0, 1)  # (X, p, N)
-    k, v = (x.to(dtype).permute(0, 2, 3, 1) for x in (key, value))
-    k, v = (torch.cat([x, x.new_ones(R, H, 1, N)], dim=2).flatten(0, 1) for x in (k, v))  # (X, p, N) and (X, e, N)
-    q, k = q.clamp(-LARGEST, LARGEST), k.clamp(-LARGEST, LARGEST)
+    factors = torch.cat([(alpha / math.sqrt(d))[:, None].expand(H, d), beta[:, None]], dim=1)[..., None]  # (H, p, 1)
+    factors = factors.expand(R, H, d + 1, 1).flatten(0, 1)
+    q, k, v = (x.to(dtype).permute(0, 2, 3, 1) for x in (query, key, value))
+    q, k, v = (torch.cat([x, x.new_ones(R, H, 1, N)], dim=2).flatten(0, 1) for x in (q, k, v))  # (X, p or e, N)
+    q, k = q.clamp_(-LARGEST, LARGEST), k.clamp_(-LARGEST, LARGEST)
     g = None
     if log_decay is not None:  # (X, N); exp(-100) is nothing beside the token's own weight, and differences stay finite
         g = log_decay.to(dtype).clamp(min=-100).transpose(1, 2).flatten(0, 1)
@@ -134,7 +134,7 @@ def quadratic_kernel(
         g = None if g is None else g.masked_fill(padding, 0)
     size = None if is_graph() else -(-chunk_size // 2)  # a graph for any length has no loop over a number of blocks
     S = None if state is None else state.to(dtype).flatten(0, 1)
-    arguments = q, k, v, g, S, kernel.gamma + EPS, size, return_state
+    arguments = q, k, v, g, S, factors, kernel.gamma + EPS, size, return_state
     traced = torch.compiler.is_compiling() or is_graph()
     U, S = Sweep.apply(*arguments) if torch.is_grad_enabled() and not traced else sweep(*arguments)
     # only rounding could bring the sum of the weights, of which the last is its own, below the least of them

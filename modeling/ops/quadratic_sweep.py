@@ -45,14 +45,15 @@ def steps(N, C, return_state):
         yield slice(done, N), None
 
 
-def sweep(q, k, v, g, S, gamma, C, return_state):
+def sweep(q, k, v, g, S, factors, gamma, C, return_state):
     """Sums of weighted values and of weights (X, e, N); and the state after all, or None.
 
     Args:
-        q, k: (X, p, N), q~ and k~. Scores of pairs are summed in the dtype of q~.
+        q, k: (X, p, N), queries and keys with an entry of 1 after theirs; k is k~.
         v: (X, e, N).
         g: (X, N) or None.
         S: (X, e, F) or None.
+        factors: (X, p, 1); q~ is q times these, and scores of pairs are summed in their dtype.
         gamma: what is added to a squared score.
         C: tokens of a block, or None for all.
         return_state: as `quadratic_kernel` takes it.
@@ -63,7 +64,7 @@ def sweep(q, k, v, g, S, gamma, C, return_state):
             S, own = add_to_state(S, k, v, g, entering, own), not torch.is_grad_enabled()
         if block is None:
             continue
-        q_c, v_c, decay = q[..., block.queries], v[..., block.keys], Decay.of(g, block)
+        q_c, v_c, decay = q[..., block.queries] * factors, v[..., block.keys], Decay.of(g, block)
         weights = weights_of(scores_of(q_c, k, block), gamma, block, v.dtype)
         U = torch.bmm(v_c, weights if decay is None else weights * decay.within)
         if S is not None:
@@ -115,8 +116,14 @@ def leaving(g):
 
 def read_state(S, q, gamma):
     """Sums (X, e, C) of the past's weighted values, for queries q~ (X, p, C)."""
-    constant = gamma * S[..., q.shape[1] - 1, None]  # the last of the squares is that of the constant entries
-    return torch.baddbmm(constant, S, counted(q.to(S.dtype)))
+    return torch.bmm(S, mapped_queries(q.to(S.dtype), gamma))
+
+
+def mapped_queries(q, gamma):
+    """`counted(q)`, and gamma with the last of the squares, that of the constant entries."""
+    mapped = counted(q)
+    mapped[:, q.shape[1] - 1] += gamma
+    return mapped
 
 
 def add_to_state(S, k, v, g, tokens, own):
@@ -142,27 +149,27 @@ class Sweep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, S, gamma, C, return_state):
-        U, after = sweep(q, k, v, g, S, gamma, C, return_state)
+    def forward(ctx, q, k, v, g, S, factors, gamma, C, return_state):
+        U, after = sweep(q, k, v, g, S, factors, gamma, C, return_state)
         gated = (U, after) if g is not None else (None, None)
-        ctx.save_for_backward(q, k, v, g, S, *gated)
+        ctx.save_for_backward(q, k, v, g, S, factors, *gated)
         ctx.gamma, ctx.C = gamma, C
         return U, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dU, dS):
-        q, k, v, g, S, U, after = ctx.saved_tensors
+        q, k, v, g, S, factors, U, after = ctx.saved_tensors
         gamma, first, end, own = ctx.gamma, S, dS, False
-        p, order = q.shape[1], list(steps(q.shape[2], ctx.C, dS is not None))
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        order = list(steps(q.shape[2], ctx.C, dS is not None))
+        dq, dk, dv, d_factors = torch.empty_like(q), *(torch.zeros_like(x) for x in (k, v, factors))
         for entering, block in order:
             if block is None:
                 continue
             if entering is not None:
                 S, own = add_to_state(S, k, v, g, entering, own), True
             queries, keys, decay = block.queries, block.keys, Decay.of(g, block)
-            q_c, dU_c = q[..., queries], dU[..., queries]
+            q_c, dU_c = q[..., queries] * factors, dU[..., queries]
             scores = scores_of(q_c, k, block)
             d_scores = torch.bmm(v[..., keys].mT, dU_c).mul_(2 * scores.to(v.dtype))
             weights = weights_of(scores, gamma, block, v.dtype)
@@ -175,13 +182,13 @@ class Sweep(torch.autograd.Function):
             if S is not None:
                 seen = dU_c if decay is None else dU_c * decay.since
                 dq_c += counted_vjp(q_c.to(k.dtype), torch.bmm(S.mT, seen))
-            dq[..., queries] = dq_c
+            dq[..., queries] = dq_c * factors
+            d_factors += (dq_c * q[..., queries]).sum(2, keepdim=True)
         for entering, block in reversed(order):
             if block is not None and (first is not None or block.near > 0):  # it has read a state
                 decay = Decay.of(g, block)
                 seen = dU[..., block.queries] if decay is None else dU[..., block.queries] * decay.since
-                read = torch.bmm(seen, counted(q[..., block.queries].to(k.dtype)).mT)
-                read[..., p - 1].add_(seen.sum(2), alpha=gamma)
+                read = torch.bmm(seen, mapped_queries((q[..., block.queries] * factors).to(k.dtype), gamma).mT)
                 dS = read if dS is None else dS + read
             if entering is not None and dS is not None:
                 k_c, v_c, whole = k[..., entering], v[..., entering], None
@@ -198,4 +205,4 @@ class Sweep(torch.autograd.Function):
             if end is not None:
                 dG[:, -1] += (end * after).sum((1, 2))
             dg = dG.flip(1).cumsum(1).flip(1)
-        return dq, dk, dv, dg, dS if first is not None else None, None, None, None
+        return dq, dk, dv, dg, dS if first is not None else None, d_factors, None, None, None
