@@ -3,7 +3,6 @@
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +25,7 @@ from transformers import (
 from ordnung.modeling.convert import convert
 from ordnung.modeling.ops.sparse_attention import sparse_attention
 from ordnung.modeling.ops.sparse_pattern import Pattern
-from ordnung.scripts.benchmarks.measure import PeakMemory, in_turns
+from ordnung.scripts.benchmarks.measure import PeakMemory, in_turns, thread_timer
 from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
@@ -71,16 +70,10 @@ def compiled_flex(window: int) -> Callable:
     return run
 
 
-def measured(run: Callable, clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return clock() - start
-
-
 def compared(runs: dict[str, Callable], baseline: str, options) -> dict[str, dict]:
     """Median seconds of each, and the median of how many times faster it is than `baseline` in the same turn."""
-    clock = time.thread_time if options.threads == 1 else time.perf_counter
-    seconds = in_turns({name: partial(measured, run, clock) for name, run in runs.items()}, options.rounds)
+    measured = thread_timer(options.threads)
+    seconds = in_turns({name: partial(measured, run) for name, run in runs.items()}, options.rounds)
     return {
         name: {
             "seconds": statistics.median(own),
