@@ -122,9 +122,13 @@ class SparseAttention(Projections, Mixer):
         def mix(query, key, value, *rest):
             *rest, lengths = rest
             if past_key_values is not None:
-                return self.go_on(self.state_of(past_key_values), query, key, value, lengths, rows, options)
-            is_global = rest.pop() if given else None
-            return self.attend((query, key, value, self.pattern, lengths, is_global, rest or None), N, options)
+                layer = self.state_of(past_key_values)
+                output, weights = self.go_on(layer, query, key, value, lengths, rows, options)
+            else:
+                is_global = rest.pop() if given else None
+                inputs = query, key, value, self.pattern, lengths, is_global, rest or None
+                output, weights = self.attend(inputs, N, options)
+            return output, weights if rows is None or weights is None else weights.transpose(1, 2)
 
         output, weights = over_rows(rows, mix, *inputs)
         if weights is not None:
@@ -156,11 +160,11 @@ class SparseAttention(Projections, Mixer):
         return [query, key, self.heads(self.v_global_proj(hidden_states))]
 
     def attend(self, inputs, N, options) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`sparse_attention` of `inputs`; with eager attention its weights too, (R, M, H, N)."""
+        """`sparse_attention` of `inputs`; with eager attention its weights too, (R, H, M, N)."""
         if self.config._attn_implementation != "eager":
             return sparse_attention(*inputs, **options), None
         output, weights = weighted_attention(*inputs, **options)
-        return output, F.pad(weights, (0, N - weights.shape[-1])).transpose(1, 2)
+        return output, widened(weights, N)
 
     def go_on(self, layer: SparseCacheLayer, query, key, value, lengths, rows: Rows | None, options):
         """Attention of more tokens, which enter the layer's generation state; in a graph no weights after the first."""
@@ -199,25 +203,33 @@ class SparseAttention(Projections, Mixer):
         return places * (self.k_proj.out_features + self.v_proj.out_features) * itemsize
 
 
-def of_batch(weights: torch.Tensor, rows: Rows | None, real: torch.BoolTensor | None = None) -> torch.Tensor:
-    """Weights (B, N, H, keys) of keys counted from the first of their row, as (B, H, N, tokens) of those of the batch.
+def widened(weights: torch.Tensor, keys: int) -> torch.Tensor:
+    """Weights (..., K) with zeros for the other keys; themselves if there are none, so that gradients come to them."""
+    return F.pad(weights, (0, keys - weights.shape[-1])) if weights.shape[-1] < keys else weights
 
-    `real` (B, tokens) says which of all tokens so far are no padding, where these are more than those of `rows`.
+
+def of_batch(weights: torch.Tensor, rows: Rows | None, real: torch.BoolTensor | None) -> torch.Tensor:
+    """Weights of keys counted from the first of their row as (B, H, N, tokens), of those of the batch.
+
+    Args:
+        weights: (B, H, N, keys) without `rows`, otherwise (B, N, H, keys).
+        real: (B, tokens), which of all tokens so far are no padding, where these are more than those of `rows`.
     """
-    if rows is not None and rows.packed:
+    if rows is None:
+        rows = Rows([])
+    else:
+        weights = weights.transpose(1, 2)
+    if rows.packed:
         position, document = rows.positions, rows.documents
         together = (document[:, :, None] == document[:, None]) & (document >= 0)[:, None]
-        weights = weights.gather(3, position[:, None, None].expand(weights.shape)) * together[:, :, None]
-        return weights.transpose(1, 2)
-    queries = None if rows is None else rows.real
-    real = queries if real is None else real
-    if real is not None:
-        weights = F.pad(weights, (0, real.shape[1] - weights.shape[-1]))
-        position = (real.long().cumsum(1) - 1).clamp(min=0)
-        weights = weights.gather(3, position[:, None, None].expand(weights.shape)) * real[:, None, None]
-    if queries is not None:
-        weights = weights * queries[:, :, None, None]
-    return weights.transpose(1, 2)
+        return weights.gather(3, position[:, None, None].expand(weights.shape)) * together[:, None]
+    real = rows.real if real is None else real
+    if real is None or (rows.real is None and bool(real.all())):
+        return weights if real is None else widened(weights, real.shape[1])
+    position = (real.long().cumsum(1) - 1).clamp(min=0)[:, None, None]
+    weights = widened(weights, real.shape[1])
+    weights = weights.gather(3, position.expand(weights.shape)) * real[:, None, None]
+    return weights if rows.real is None else weights * rows.real[:, None, :, None]
 
 
 def names_global_mask(head: type) -> type:

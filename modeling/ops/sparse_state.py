@@ -187,7 +187,6 @@ def add(pattern: Pattern, state: SparseState, query, pairs, lengths, in_place, w
             kept, tokens = weights, int(count.max())
             weights = kept.new_zeros(*kept.shape[:3], tokens)
             weights.scatter_add_(3, keys.clamp(0, tokens - 1)[:, None, None].expand(kept.shape), kept)
-            weights = weights.transpose(1, 2)
     if M == 1 and in_place:
         state = move_one(pattern, state, pairs, None if lengths is None else lengths > 0, count, drawn, leaves)
     else:
@@ -233,7 +232,7 @@ def step(pattern: Pattern, state: SparseState, query, key, value, lengths=None, 
         options: `dropout` and `scale`, as `attend` takes them.
 
     Returns:
-        (B, M, H, D) or None, the weights (B, M, H, tokens) or None, and the state after these tokens.
+        (B, M, H, D) or None, the weights (B, H, M, tokens) or None, and the state after these tokens.
     """
     pairs = torch.stack([key, value.to(key.dtype)], 2).to(state.pairs.dtype)
     size = min(STEP, pattern.random_block) if pattern.num_random else STEP
@@ -247,7 +246,7 @@ def step(pattern: Pattern, state: SparseState, query, key, value, lengths=None, 
     if query is None:
         return None, None, state
     tokens = seen[-1].shape[-1] if weigh else 0
-    weights = torch.cat([F.pad(x, (0, tokens - x.shape[-1])) for x in seen], 1) if weigh else None
+    weights = torch.cat([F.pad(x, (0, tokens - x.shape[-1])) for x in seen], 2) if weigh else None
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], weights, state
 
 

@@ -16,9 +16,6 @@ PASSES = {
     "test_training_gradient_checkpointing*": "The test has each layer called once in a forward pass and hands all its "
     "calls one mock; here a layer is called for each group of prefixes.",
 }
-# Sparse attention gives the weights of a prefill; those of later tokens are of keys that are not held in their order.
-NO_WEIGHTS_OF_STEPS = {"has_attentions": False}
-
 
 # What Llama, Qwen and their like are made of.
 MODERN = {
@@ -154,7 +151,6 @@ ROWS = {
             "random_block_size": 2,  # the tests set the window to 2
             "position_embedding_type": "rope",
         },
-        flags=NO_WEIGHTS_OF_STEPS,
         excluded=STATE_LAYERS,
     ),
     "sparse_attention_lm-modern": Row(
@@ -165,17 +161,12 @@ ROWS = {
             "global_stride": 5,
             "layer_types": ["sparse_attention", "full_attention"],
         },
-        flags=NO_WEIGHTS_OF_STEPS,
         excluded=STATE_LAYERS,
     ),
     "sparse_attention_lm-bidirectional": Row(
         "sparse_attention_lm",
         heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
         config={"is_decoder": False, "sliding_window": 3, "num_global_tokens": 2, "global_stride": 5},
-        excluded={
-            "test_retain_grad_hidden_states_attentions": "The weights that are returned are put where the padding of a "
-            "row leaves their tokens, after the output was made: no gradient comes to that copy."
-        },
     ),
     "quadratic_kernel_lm": Row(
         "quadratic_kernel_lm",
