@@ -207,7 +207,7 @@ def markdown(results: dict) -> str:
         for row in results["decoding"]
     ]
     parts.append(f"**One decoded token**\n\n{markdown_table(header, body)}")
-    if results["models"]:
+    if results.get("models"):
         header = ["tokens before", "state, µs", "growing cache, µs", "static cache, µs", "state, MiB", "cache, MiB"]
         body = [
             [f"{row['length']:,}", *(f"{1e6 * row[name]['median']:,.0f}" for name in CACHES)]
@@ -233,7 +233,7 @@ def claims(results: dict) -> str:
         verdict = "not run" if got is None else "yes" if got >= least else "no"
         body.append([f"d = {d}, {length:,} tokens", f"{least:g}×", f"{got:.2f}×" if rows else "-", verdict])
     for name, what in (("state", "QuadraticKernelLM"), ("dynamic", "SoftmaxLM, growing cache")):
-        rows = sorted(results["models"], key=lambda row: row["length"])
+        rows = sorted(results.get("models", []), key=lambda row: row["length"])
         if len(rows) > 1:
             got = rows[-1][name]["median"] / rows[0][name]["median"]
             aim, verdict = ("1.15× at most", "yes" if got <= 1.15 else "no") if name == "state" else ("-", "-")
