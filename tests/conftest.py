@@ -6,7 +6,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-pytest.register_assert_rewrite("family", "family_tester", "tiny_tasks")
+pytest.register_assert_rewrite(
+    "family", "family_tester", "tiny_tasks", "convert_sources", "tiny_runs", "linear_runs", "own_data", "launching"
+)
 
 
 def pytest_generate_tests(metafunc):
