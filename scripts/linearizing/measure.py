@@ -18,7 +18,6 @@ from ordnung.scripts.linearizing.teacher import (
     Pair,
     base_of,
     model_inputs,
-    replaced_output,
     student_mixes,
     watched,
 )
@@ -160,13 +159,6 @@ def fidelity(pair: Pair, batches: list[Batch]) -> list[dict[str, float]]:
     ]
 
 
-def loss_of(model: PreTrainedModel, pair: Pair, batches: list[Batch]) -> float:
-    """What is to be small: a decoder's loss, an encoder's distance from the teacher."""
-    if pair.encoder:
-        return states_beside(model, pair, batches)["loss"]
-    return float(score(model, model, batches).losses.mean())
-
-
 @torch.no_grad()
 def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
     """The teacher's loss with each layer's attention replaced alone, by layer.
@@ -179,7 +171,7 @@ def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
     if pair.encoder:
         wanted = [base(**model_inputs(base, batch)).last_hidden_state for batch in batches]
     for number in pair.replaced:
-        with replaced_output(pair.teacher, [number], lambda call: student_mixes(pair.student, call)):
+        with watched(pair.teacher, [number], lambda call: student_mixes(pair.student, call)):
             if not pair.encoder:
                 losses[number] = float(score(pair.teacher, pair.teacher, batches).losses.mean())
                 continue
@@ -193,7 +185,7 @@ def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
 
 def without_mixing(pair: Pair):
     """Context in which the student's new mixers give zero: what is left is the floor of its loss."""
-    return replaced_output(pair.student, pair.replaced, lambda call: torch.zeros_like(call.output))
+    return watched(pair.student, pair.replaced, lambda call: torch.zeros_like(call.output))
 
 
 @torch.no_grad()
