@@ -157,6 +157,7 @@ class TestRecallProgram:
             batch_size=4,
         )
 
+    @pytest.mark.draws
     def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
         recall_program.main(argv)
         folder = tmp_path / "out"
@@ -217,6 +218,7 @@ class TestCompareProgram:
             },
         )
 
+    @pytest.mark.draws
     def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
         assert compare_program.main(argv) == 0
         folder = tmp_path / "out"

@@ -32,6 +32,7 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.draws
 def test_rare_classes_are_found(model, tmp_path):
     """Where a rare class's words are more often in texts of the frequent one, only weights find it."""
     train = write_csv(tmp_path / "tickets.csv", tickets(800, 0, mixed=0.2))

@@ -17,6 +17,7 @@ def test_exponents_of_powers():
     assert found["last"] == pytest.approx(3) and found["all"] == pytest.approx(1.5)
 
 
+@pytest.mark.draws
 def test_families_grow_as_they_say(tmp_path, capsys):
     output = tmp_path / "growth.json"
     assert program.main(["--shortest", "128", "--longest", "2048", "--output_file", str(output)]) == 0

@@ -20,6 +20,7 @@ from ordnung.scripts.pretraining.losses import position_losses
 from ordnung.scripts.reports import linearized
 
 
+@pytest.mark.draws
 def test_a_decoder_is_linearized(run, data):
     out = run(transfer_steps=3, distill_steps=3, long_file=data / "text.txt", long_tokens=700)
     found = results(out)

@@ -20,6 +20,7 @@ from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.optimization import parameter_groups
 
 
+@pytest.mark.draws
 def test_a_run_leaves_a_model_and_its_record(run, data):
     out = run(tokenizer_name=None, train_tokenizer_vocab_size=290, max_steps=30, eval_steps=10, learning_rate=3e-3)
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
@@ -184,6 +185,7 @@ def test_trackers_get_what_metrics_jsonl_gets(run, monkeypatch):
     assert logged == metrics(out)
 
 
+@pytest.mark.draws
 def test_the_loss_curve_can_be_drawn_again(run, tmp_path, capsys):
     out = run(max_steps=2)
     (out / "loss_curve.png").unlink()
