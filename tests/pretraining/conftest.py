@@ -52,3 +52,11 @@ def run(data, tokenizer, tmp_path, monkeypatch):
         return tmp_path / output
 
     return run
+
+
+@pytest.fixture
+def whole(run, data):
+    """The folder of a run with `run`'s options that nothing stopped, which one test makes for all."""
+    if not (data / "whole" / "results.json").exists():
+        run(output_dir=data / "whole")
+    return data / "whole"

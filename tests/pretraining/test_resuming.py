@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny_runs import CUBIC, LINFORMER, SOFTMAX, TINY, assert_same_run, metrics
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from ordnung.scripts import pretrain
+from ordnung.scripts import cli, pretrain
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.pretraining.run import Pretraining
 from ordnung.scripts.training.loop import Loop
@@ -96,8 +97,7 @@ def test_damaged_checkpoints_are_skipped_or_refused(run, caplog):
         run(max_steps=6, resume_from_checkpoint="auto")
 
 
-def test_going_back_discards_what_came_after(run):
-    whole = run("whole", save_steps=2, save_total_limit=4)
+def test_going_back_discards_what_came_after(run, whole):
     out = run(save_steps=2, save_total_limit=4)
     run(save_steps=2, save_total_limit=4, resume_from_checkpoint=out / "checkpoint-2")
     assert_same_run(out, whole)
@@ -121,7 +121,7 @@ def test_resuming_another_run_is_refused(run):
     assert (out / "checkpoint-2").exists()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(run, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint(run, whole, tmp_path, monkeypatch):
     save = torch.save
 
     def save_until_full(value, path, **kwargs):
@@ -139,14 +139,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-2"] and not list(out.glob(".tmp*"))
     monkeypatch.undo()
-    whole = run("whole", save_steps=2)
     run(save_steps=2, resume_from_checkpoint="auto")
     assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_at_a_checkpoint(run, tmp_path, monkeypatch, number):
-    whole = run("whole")
+def test_a_signal_ends_the_run_at_a_checkpoint(run, whole, tmp_path, monkeypatch, number):
     step = Loop.take_step
 
     def step_with_signal(self):
@@ -180,29 +178,25 @@ def test_a_second_process_does_not_write_to_the_same_folder(run, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_the_command_that_is_told_after_a_stop_goes_on(data, tokenizer, tmp_path, overwrite):
+def test_the_command_that_is_told_after_a_stop_goes_on(data, tokenizer, tmp_path, monkeypatch, caplog, overwrite):
     """A config that begins anew each time, as that of `make demo`, is no hindrance."""
-    program = """
-import signal, sys
-from ordnung.scripts import pretrain
-from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.training.loop import Loop
-step = Loop.take_step
-Loop.take_step = lambda self: (self.step == 2 and signal.raise_signal(2)) or step(self)
-sys.argv[0] = "ordnung"
-run_script(lambda: pretrain.main(sys.argv[2:]))
-"""
     options = f"pretrain --model_type conv_lm --config_overrides {TINY} --train_file {data / 'text.txt'} --use_cpu "
     options += f"--tokenizer_name {tokenizer} --output_dir {tmp_path / 'out'} --max_steps 5 --block_size 32"
     options += " --overwrite_output_dir" * overwrite
-    stopped = subprocess.run([sys.executable, "-c", program, *options.split()], capture_output=True, text=True)
-    assert stopped.returncode == 130, stopped.stderr
-    (line,) = (line for line in stopped.stderr.splitlines() if "told to stop" in line)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/ordnung", *options.split()])
+    step = Loop.take_step
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(Loop, "take_step", lambda self: (self.step == 2 and signal.raise_signal(2)) or step(self))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main(options.split()) == 130
+    (line,) = (line for line in caplog.messages if "told to stop" in line)
     command = shlex.split(line.partition("to go on: ")[2])
     assert command[: len(options.split()) + 1] == ["ordnung", *options.split()]
-    again = subprocess.run([sys.executable, "-m", "ordnung.scripts.cli", *command[1:]], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stderr
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with caplog.at_level(logging.INFO):
+        assert cli.main(command[1:]) == 0
+    assert "going on from" in caplog.text
     assert json.loads((tmp_path / "out/results.json").read_text())["steps"] == 5
 
 
@@ -210,7 +204,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(data, tokenizer, tmp_path)
     """The process dies, without any cleaning up, when the second checkpoint is nearly written."""
     program = """
 import os, sys, torch
-from ordnung.scripts import pretrain
+from ordnung.scripts import cli, pretrain
 from ordnung.scripts.training import checkpointing
 digests = checkpointing._digests
 checkpointing._digests = lambda folder: os._exit(9) if "checkpoint-4" in folder.name else digests(folder)
@@ -242,8 +236,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
         run("wild", learning_rate=1e30, max_grad_norm=0, save_steps=100)
 
 
-def test_a_line_cut_short_by_a_crash_does_not_prevent_resuming(run):
-    whole = run("whole")
+def test_a_line_cut_short_by_a_crash_does_not_prevent_resuming(run, whole):
     out = run(max_steps=4)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "tokens": 640, "lo')
