@@ -22,17 +22,25 @@ from ordnung.scripts.training.loop import Loop
     [({}, 2), ({}, 4), ({"use_peft": True, "lora_rank": 2}, 6), ({"keep_attention": 1, "trainable": "mixers"}, 7)],
     ids=["transfer", "between", "adapters", "layers kept"],
 )
-def test_an_interrupted_run_goes_on_exactly(run, tmp_path, monkeypatch, options, steps):
-    check_resumed(run, tmp_path, monkeypatch, options, steps)
+def test_an_interrupted_run_goes_on_exactly(run, data, tmp_path, monkeypatch, options, steps):
+    check_resumed(run, data, tmp_path, monkeypatch, options, steps)
 
 
 def test_an_interrupted_encoder_goes_on_exactly(run, data, tmp_path, monkeypatch):
-    check_resumed(run, tmp_path, monkeypatch, encoder(data, mlm_probability=0.2), 6)
+    check_resumed(run, data, tmp_path, monkeypatch, encoder(data, mlm_probability=0.2), 6)
 
 
-def check_resumed(run, tmp_path, monkeypatch, options, steps):
+def uninterrupted(run, data, **options):
+    """The folder of a run that nothing stops: one for all tests with these options."""
+    folder = data / " ".join(["whole", *options])
+    if not (folder / "linearize_results.json").exists():
+        run(output_dir=folder, **options)
+    return folder
+
+
+def check_resumed(run, data, tmp_path, monkeypatch, options, steps):
     """Stop a run after so many steps over both stages, by a signal, or between the stages (4)."""
-    whole = run("whole", **options)
+    whole = uninterrupted(run, data, **options)
     own, begin, taken = Loop.take_step, Distillation.__init__, []
 
     def take_step(self):
@@ -86,6 +94,7 @@ def test_a_finished_run_is_kept(run, monkeypatch):
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_accumulation_and_kept_outputs_change_nothing(run, data, tmp_path, kind):
     options = encoder(data) if kind == "encoder" else {"lm_weight": 0.3}
+    options |= {"transfer_steps": 2, "distill_steps": 2}
     whole = run("whole", per_device_train_batch_size=4, **options)
     kept = tmp_path / "kept"
     parts = run("parts", gradient_accumulation_steps=4, per_device_train_batch_size=1, teacher_outputs=kept, **options)
@@ -100,20 +109,22 @@ def test_accumulation_and_kept_outputs_change_nothing(run, data, tmp_path, kind)
 
 def test_kept_outputs_of_another_teacher_are_refused(run, data, tmp_path):
     other = shutil.copytree(data / "llama", tmp_path / "other")
-    run(source=other, teacher_outputs=tmp_path / "kept")
+    short = {"transfer_steps": 1, "distill_steps": 1}
+    run(source=other, teacher_outputs=tmp_path / "kept", **short)
     model = LlamaForCausalLM.from_pretrained(other)
     model.model.norm.weight.data[0] += 1
     model.save_pretrained(other)
     with pytest.raises(ScriptError, match="holds outputs with teacher .* name another folder"):
-        run("second", source=other, teacher_outputs=tmp_path / "kept")
+        run("second", source=other, teacher_outputs=tmp_path / "kept", **short)
     shutil.copytree(tmp_path / "out", tmp_path / "third")
     with pytest.raises(ScriptError, match="holds runs with teacher .* name another folder, or delete this one"):
-        run("third", source=other)
+        run("third", source=other, **short)
 
 
-def test_two_processes_equal_one(run, arguments, tmp_path):
+@pytest.mark.slow
+def test_two_processes_equal_one(run, data, arguments, tmp_path):
     # no parameters without a gradient, whose first steps AdamW makes of rounding
-    single = run("single", per_device_train_batch_size=4, **SPARSE)
+    single = uninterrupted(run, data, per_device_train_batch_size=4, **SPARSE)
     launch("accelerate_cpu.yaml", SCRIPTS / "linearize.py", arguments("double", **SPARSE))
     double = tmp_path / "double"
     assert results(double)["num_processes"] == 2
@@ -139,8 +150,8 @@ end(run.run(parse_options(LinearizeOptions)))
 
 
 @pytest.mark.slow
-def test_fsdp2_equals_one_process(run, arguments, tmp_path):
-    single = run("single", per_device_train_batch_size=4, **SPARSE)
+def test_fsdp2_equals_one_process(run, data, arguments, tmp_path):
+    single = uninterrupted(run, data, per_device_train_batch_size=4, **SPARSE)
     launch_sharded(SHARDED, tmp_path, arguments("sharded", use_cpu=None, **SPARSE))
     sharded = tmp_path / "sharded"
     assert results(sharded)["num_processes"] == 2

@@ -34,8 +34,11 @@ import json
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.pretraining.run import Pretraining
 from ordnung.scripts.pretraining.options import PretrainOptions
+from accelerate.state import AcceleratorState
 PartialState.destroy_process_group = lambda *args: None
 for words, refusal in json.load(open(sys.argv[1])):
+    if AcceleratorState._shared_state:  # it remembers the layer classes of the last model
+        AcceleratorState().fsdp_plugin.transformer_cls_names_to_wrap = None
     run = Pretraining(parse_options(PretrainOptions, words))
     check_sharded(run.loop)
     try:
