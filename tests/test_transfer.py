@@ -195,6 +195,14 @@ def test_wrong_starts_are_told(started, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_recipe_of_pooling_differs_in_nothing_else():
+    options = parse_options(TransferOptions, ["--config", "transfer_pooling"])
+    assert options.pretrained == {} and len(options.seeds) >= 3
+    fields = {name: starts.fields_of(name, variant) for name, variant in options.started.items()}
+    assert fields == {name: {"classifier_pooling": name} for name in ("first", "last", "mean")}
+    assert len({(variant["source"], variant["model_type"]) for variant in options.started.values()}) == 1
+
+
 def test_the_shipped_starts_are_valid():
     options = parse_options(TransferOptions, ["--config", "transfer_minilm"])
     assert options.pretrained == {} and len(options.started) == 7
