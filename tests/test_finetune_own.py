@@ -201,6 +201,7 @@ def with_row(row, **cells):
             "row 2: x is '2'",
         ),
         (GOOD[:1] + [{"text": "b", "label": "b"}], {}, "2 rows, too few to hold some out"),
+        (GOOD, {"threshold": "best"}, "--threshold best is for texts with several labels, and this is single label"),
         (GOOD, {"validation_fraction": 0}, "--validation_fraction must be above 0|without --validation_file"),
     ],
 )
@@ -325,6 +326,8 @@ def test_options_of_own_data_are_checked(tmp_path):
         ({"task_name": ["sst2"], "train_file": ["a.csv"]}, "give one of"),
         ({"task_name": ["sst2"], "label_column": ["x"]}, "--label_column is for data of your own"),
         ({"train_file": ["a.csv"], "dataset_path": "x"}, "--dataset_path is for --task_name"),
+        ({"task_name": ["sst2"], "threshold": "best"}, "--threshold is for data of your own"),
+        ({"train_file": ["a.csv"], "threshold": "1"}, "--threshold 1 must be between 0 and 1, or best"),
         ({"train_file": ["a.csv"], "task": "qa", "packing": True}, "--packing: an answer's place is told by row"),
     ):
         with pytest.raises(ScriptError, match=message):

@@ -16,7 +16,7 @@ from ordnung.scripts.common.rows import load_rows, row_name
 from ordnung.scripts.finetuning import structured
 from ordnung.scripts.finetuning.labels import Labels, as_flag, find_labels, is_missing
 from ordnung.scripts.finetuning.options import FinetuneOptions
-from ordnung.scripts.finetuning.tasks import Task
+from ordnung.scripts.finetuning.tasks import THRESHOLD, Task
 
 logger = logging.getLogger("ordnung.finetune")
 
@@ -101,6 +101,9 @@ def read_task(options: FinetuneOptions) -> Task:
     if classes:
         _tell_classes(splits, sources["train"], labels)
     _tell_shared(splits, columns)
+    if options.threshold and form.problem_type != "multi_label_classification":
+        kind = form.problem_type.replace("_", " ")
+        raise ScriptError(f"--threshold {options.threshold} is for texts with several labels, and this is {kind}")
     return Task(
         name=name,
         dataset=options.dataset_name or name,
@@ -113,6 +116,7 @@ def read_task(options: FinetuneOptions) -> Task:
         split_off=split_off,
         value=used[-1],
         unanswerable=options.task == "qa" and not all(splits["train"]["label"]),
+        threshold=None if options.threshold == "best" else float(options.threshold or THRESHOLD),
     )
 
 

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -33,7 +33,7 @@ from ordnung.scripts.finetuning.model import bare, build_config, build_model, em
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.own import read_task
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
-from ordnung.scripts.finetuning.scores import class_weights, mean_score, score, weighted_loss
+from ordnung.scripts.finetuning.scores import best_threshold, class_weights, mean_score, score, weighted_loss
 from ordnung.scripts.finetuning.sharing import describe_run, find_targets, push_best
 from ordnung.scripts.finetuning.structured import encoder_of
 from ordnung.scripts.finetuning.tasks import Task, choose_tasks
@@ -236,6 +236,19 @@ class Finetuning(Job):
             self._finish()
         return status
 
+    def _with_threshold(self, model: torch.nn.Module) -> TaskData:
+        """The task's data with the threshold of several labels chosen, and the model's config with it."""
+        data, task = self.task_data, self.task_data.task
+        if task.problem_type != "multi_label_classification":
+            return data
+        if task.threshold is None:
+            chosen = best_threshold(self.predict(model, data.selection), data.selection)
+            data = replace(data, task=replace(task, threshold=chosen))
+            logger.info(f"{self.name}: labels from a probability of {chosen:.2f} on score best")
+        config = bare(self.accelerator.unwrap_model(self.loop.model, keep_torch_compile=False)).config
+        config.label_threshold = data.task.threshold
+        return data
+
     def _finish(self):
         """Score the chosen model, write predictions and the model, and results.json last of all."""
         loop, options, data, task = self.loop, self.options, self.task_data, self.task_data.task
@@ -244,6 +257,8 @@ class Finetuning(Job):
         with loop.evaluating() as model:
             if task.splits:
                 logits = {name: self.predict(model, examples) for name, examples in data.scored.items()}
+                data = self.task_data = self._with_threshold(model)
+                task = data.task
                 scores = {name: score(task, logits[name], examples) for name, examples in data.scored.items()}
             else:
                 scores = {
