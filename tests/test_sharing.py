@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from hub_server import READER, WRITER, File, HubServer, Repository
+from hub_server import READER, WRITER, File, HubServer, Repository, take_for_the_hub
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from safetensors.torch import load as load_tensors
 from strangers import REFUSE
@@ -65,13 +65,9 @@ def hub(monkeypatch, tmp_path):
     """A running server that huggingface_hub takes for the Hub, with a token that may write."""
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # retries without their pauses
     with HubServer() as server:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        take_for_the_hub(server, monkeypatch)
         yield server
 
 

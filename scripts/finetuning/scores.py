@@ -64,6 +64,13 @@ def loss(task: Task, logits: np.ndarray, examples: Examples) -> float:
     return float(F.cross_entropy(values, torch.from_numpy(labels.astype(np.int64))))  # -100 is left out
 
 
+def answer_loss(outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean loss of answers' starts and ends among real tokens; models of transformers' own count padding too."""
+    padding, ends = batch["attention_mask"] == 0, ("start", "end")
+    scores = [outputs[f"{end}_logits"].masked_fill(padding, torch.finfo(torch.float32).min) for end in ends]
+    return sum(F.cross_entropy(each.float(), batch[f"{end}_positions"]) for each, end in zip(scores, ends)) / 2
+
+
 def outcome(task: Task, logits: np.ndarray, examples: Examples) -> tuple[np.ndarray, ...]:
     """What `measure` takes: arrays with a row for each example, predictions first."""
     if task.problem_type == "regression":
