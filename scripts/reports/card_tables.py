@@ -12,7 +12,7 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.experiments.verdicts import changes, estimate
-from ordnung.scripts.reports import claims, linearized, patterns, rank
+from ordnung.scripts.reports import claims, linearized, patterns, pooling, rank
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports.results import (
     CAUSAL_BENCHMARKS,
@@ -244,6 +244,7 @@ TABLES = {
     "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
     "finetune_recipes": recipes_table,
+    "pooling": lambda: pooling.markdown(load("pooling")),
     "transfer": transfer_table,
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),

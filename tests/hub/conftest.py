@@ -4,7 +4,7 @@ import time
 import pytest
 from accelerate.state import AcceleratorState
 from hub_models import RESULTS, save_model
-from hub_server import WRITER, HubServer
+from hub_server import WRITER, HubServer, take_for_the_hub
 from huggingface_hub import constants
 
 from ordnung.scripts import pretrain
@@ -15,13 +15,9 @@ def hub(monkeypatch, tmp_path):
     """A running server that huggingface_hub takes for the Hub, with a token that may write."""
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # retries without their pauses
     with HubServer() as server:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        take_for_the_hub(server, monkeypatch)
         yield server
 
 
