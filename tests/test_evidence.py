@@ -19,6 +19,7 @@ from ordnung.scripts.experiments import compare, recall
 from ordnung.scripts.experiments.options import CompareOptions, RecallOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.training.loop import NotFiniteError
 from ordnung.scripts.training.runs import claim_output_dir
 
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
@@ -272,6 +273,30 @@ class TestCompareProgram:
             compare_program.main([*argv, "--variants", json.dumps(deeper)])
         assert not (tmp_path / "out" / "runs" / "deeper-seed0").exists()
 
+    def test_each_variant_trains_with_its_best_of_a_sweep(self, argv, tmp_path, monkeypatch, capsys):
+        argv += ["--seeds", "0", "--sweep", "learning_rate=[1e-5,3e-2,1e-2],max_steps=2,warmup_steps=1"]
+        ran, run = [], pretraining.run
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or run(options))
+        assert compare_program.main(argv) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [options.max_steps for options in ran] == [2] * 6 + [3] * 2 and len(results["sweep"]["conv"]) == 3
+        for name, taken in zip(VARIANTS, ran[6:]):
+            losses = {one["options"]["learning_rate"]: one["eval_loss"] for one in results["sweep"][name]}
+            assert taken.learning_rate == min(losses, key=losses.get) != 1e-5 and taken.warmup_steps != 1
+        # what variants are compared on has no part in it
+        assert all(options.validation_file is None and options.train_file == ran[0].train_file for options in ran[:6])
+        assert (
+            all(options.validation_file for options in ran[6:]) and "- conv: learning_rate" in capsys.readouterr().out
+        )
+
+        def diverges(options):
+            raise NotFiniteError("loss nan")
+
+        monkeypatch.setattr(pretraining, "run", diverges)
+        assert compare_program.main(argv) == 0  # all is kept
+        with pytest.raises(ScriptError, match="no loss of the sweep stayed finite"):
+            compare_program.main([*argv, "--output_dir", str(tmp_path / "other")])
+
     def test_a_stopped_run_stops_the_comparison(self, argv, tmp_path, monkeypatch):
         ran = []
         monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or 143)
@@ -286,6 +311,8 @@ class TestCompareProgram:
             (["--pretrain", "respect_document_boundaries=True"], "leave objective"),
             (["--pretrain", "max_step=3"], "did you mean 'max_steps'"),
             (["--pretrain", "validation_fraction=0"], "held-out text"),
+            (["--sweep", "learning_rate=0.1"], "--sweep has no list of values"),
+            (["--sweep", "learning_rat=[0.1,0.2]"], "did you mean 'learning_rate'"),
             (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
             (["--equal_compute", "conv_lm"], "--equal_compute conv_lm must be one of the variants conv, softmax"),
             (["--variants", "broken={model_type: conv_lm, kernel_size: 0}"], "variant broken: .*must be at least 1"),
