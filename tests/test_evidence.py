@@ -1,6 +1,7 @@
 """compare.py and recall.py: the task and the measures against their definitions, and both from end to end."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -9,14 +10,16 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
 
 from ordnung.scripts import compare as compare_program
 from ordnung.scripts import recall as recall_program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.common.tables import spread, summarise
-from ordnung.scripts.experiments import compare, recall
-from ordnung.scripts.experiments.options import CompareOptions, RecallOptions
+from ordnung.scripts.experiments import compare, recall, starts, sweep
+from ordnung.scripts.experiments.options import CompareOptions, RecallOptions, TransferOptions
+from ordnung.scripts.experiments.scores import SCORES
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.pretraining import run as pretraining
 from ordnung.scripts.training.loop import NotFiniteError
@@ -363,6 +366,42 @@ def test_a_folder_of_other_things_is_not_claimed(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ScriptError, match="something else"):
         claim_output_dir(tmp_path, {}, {})
+
+
+def shipped(name, options_type):
+    path = Path(recall_program.__file__).parent / "configs" / f"{name}.yaml"
+    return parse_options(options_type, ["--config", str(path)])
+
+
+def test_protocol_matches_parameters_and_tries_rates_and_warm_ups():
+    options = shipped("compare_protocol", CompareOptions)
+    choices = sweep.grid(options.sweep)
+    assert len(choices) == 9 and {choice["max_steps"] for choice in choices} == {600}
+    assert len(options.seeds) >= 5 and options.pretrain["max_steps"] >= 1500
+    with torch.device("meta"):
+        sizes = [
+            AutoModelForCausalLM.from_config(config).num_parameters()
+            for config in variant_configs(options.variants, options.config_overrides, vocab_size=2048).values()
+        ]
+    assert max(sizes) <= 1.02 * min(sizes)
+
+
+def test_ladder_takes_every_score_beside_a_convolution():
+    for options in (shipped("ladder_compare", CompareOptions), shipped("ladder_recall", RecallOptions)):
+        configs = variant_configs(options.variants, options.config_overrides)
+        scores = {name: getattr(config, "score", None) for name, config in configs.items()}
+        assert scores == {**{name: name for name in SCORES}, "convolution": None} and len(options.seeds) == 5
+
+
+def test_table_of_linformer_takes_every_way_to_share():
+    options = shipped("transfer_linformer", TransferOptions)
+    made = {(v.get("projection_sharing"), v.get("projected_size")) for v in options.variants.values()}
+    assert {share for share, _ in made} == {None, "none", "headwise", "key_value", "layerwise"}
+    assert {("layerwise", k) for k in (64, 128, 256)} <= made
+    assert set(options.task_name) >= {"sst2", "qnli", "imdb"} and len(options.seeds) == 5
+    for name in options.variants:
+        if name != "softmax":
+            starts.options_of(name, options.variants[name], {**options.linearize, "train_file": "any"}, Path("any"))
 
 
 @pytest.mark.parametrize("family", ["conv", "linformer"])
