@@ -23,6 +23,7 @@ class MixingOptions:
     text_file: str | None = option(None, "Or a file with the text.")
     max_length: int = option(512, "Tokens of it to use.", least=1)
     rank: int | None = option(None, "Rank of the figures; default: a quarter of the tokens.", least=1)
+    weights: bool = option(False, "Write the weights too, as mixing.json.")
     output_dir: str = required("Folder for the images and figures.", section="output")
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel
 from ordnung.modeling.ops.symmetric_square import num_features
+from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks.measure import in_turns, summarise, timed
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import new_figure
@@ -105,22 +106,10 @@ def measure_decoding(options, d: int, length: int) -> dict:
 
 
 def crossover(rows: list[dict], d: int, task: str) -> float | None:
-    """Tokens from which on the squared kernel is the faster one, between two lengths along the logarithms.
-
-    None where it is at no length; the shortest length where it is at all.
-    """
-    points = []
-    for row in sorted(rows, key=lambda row: row["length"]):
-        if row["head_size"] == d:
-            points.append((row["length"], row[task]["softmax"]["median"] / row[task]["squared"]["median"]))
-    slower = [i for i, (_, ratio) in enumerate(points) if ratio < 1]
-    if not slower:
-        return points[0][0]
-    last = slower[-1]
-    if last + 1 == len(points):
-        return None
-    (n, low), (m, high) = points[last], points[last + 1]
-    return n * (m / n) ** (-math.log(low) / (math.log(high) - math.log(low)))
+    """Tokens from which on the squared kernel is the faster one, as `growth.crossover` tells."""
+    rows = sorted((row for row in rows if row["head_size"] == d), key=lambda row: row["length"])
+    ratios = [row[task]["softmax"]["median"] / row[task]["squared"]["median"] for row in rows]
+    return growth.crossover([row["length"] for row in rows], ratios)
 
 
 def state_tokens(d: int) -> float:

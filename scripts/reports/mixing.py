@@ -98,6 +98,14 @@ def cumulative_share(weights: torch.Tensor) -> torch.Tensor:
     return values.cumsum(-1) / values.sum(-1, keepdim=True)
 
 
+def written_out(weights: list[torch.Tensor], layer_types: list[str]) -> list[dict]:
+    """For each layer: its type, and of each head of (H, N, keys) the rows of absolute weights, as words."""
+    return [
+        {"layer_type": layer_type, "weights": [[" ".join(f"{w:.3g}" for w in row) for row in head] for head in layer]}
+        for layer, layer_type in zip((layer.abs().tolist() for layer in weights), layer_types, strict=True)
+    ]
+
+
 def spectrum(shares: list[torch.Tensor], layer_types: list[str], rank: int) -> list[dict]:
     """For each layer: its type; the share at `rank`, mean over heads, least and of each head; the curve of the mean."""
     rows = []
@@ -248,6 +256,11 @@ def run(options) -> int:
         draw_weights(weights, model.config.layer_types, output_dir / f"mixing{ending}.png", title)
         results = {"machine": machine_info(), "model": name, "tokens": tokens, "rank": rank, "layers": rows}
         write_json(output_dir / f"spectrum{ending}.json", results)
+        if options.weights:
+            about = {"machine": results["machine"], "model": name, "model_type": model.config.model_type, "text": shown}
+            layers = written_out(weights, model.config.layer_types)
+            write_json(output_dir / f"mixing{ending}.json", {**about, "tokens": tokens, "layers": layers})
+            written.append(f"mixing{ending}.json")
         draw_spectrum(results, output_dir / f"spectrum{ending}.png")
         print(markdown(results))
         written += [f"mixing{ending}.png", f"spectrum{ending}.png", f"spectrum{ending}.json"]
