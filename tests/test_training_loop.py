@@ -201,3 +201,22 @@ def test_other_data_are_refused(loop):
 def test_without_a_folder_nothing_is_written(loop, tmp_path):
     trained = loop(None, Tiny(eval_steps=None, save_steps=None))
     assert trained.run() == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("names, chosen", [(["avx512_bf16"], "bf16"), (["amx_bf16"], "bf16"), (["avx2"], "no")])
+def test_precision_is_chosen_by_the_processor_once(loop, caplog, monkeypatch, names, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    with caplog.at_level("INFO", logger="ordnung"):
+        first = loop(job=Tiny(max_steps=3), mixed_precision="auto")
+    said = [record.message for record in caplog.records if record.message.startswith("--mixed_precision auto")]
+    has = "computes" if chosen == "bf16" else "does not compute"
+    assert said == [f"--mixed_precision auto: {chosen}, as the processor {has} in bf16"]
+    assert first.options.record()["mixed_precision"] == first.results()["mixed_precision"] == chosen
+    first.run()
+    losses = [line["loss"] for line in first.job.lines]
+    assert (losses == written_out("adamw_torch_fused", 0.5, 2, "cosine")[0][:3]) == (chosen == "no")
+    # on the other kind of processor it would go on otherwise
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": chosen == "no"})
+    with pytest.raises(ScriptError, match=f"was trained with mixed_precision {chosen}, not .*use the same"):
+        loop(job=Tiny(max_steps=6), mixed_precision="auto")
+    assert loop(job=Tiny(max_steps=6), mixed_precision=chosen).step == 3

@@ -34,6 +34,7 @@ def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
         "data": options.train_file or [options.dataset_name, options.dataset_config_name],
         "held_out": {"data": options.validation_file or "a part of it", "tokens": len(run.text.held_out_tokens)},
         "block_size": options.block_size,
+        "eval_block_size": options.eval_block_size,
         "parameters": sum(p.numel() for p in student.parameters()),
         "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
         "stages": {

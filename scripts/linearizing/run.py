@@ -100,7 +100,8 @@ class Linearization:
                 "layer_types in --config_overrides, or use `ordnung convert`"
             )
         for model in (teacher, student):
-            limits.check_length(model, options.block_size, "block_size", extrapolate=True)
+            for name in ("block_size", "eval_block_size"):
+                limits.check_length(model, getattr(options, name), name, extrapolate=True)
             model.to(self.accelerator.device)
         tell_of_state(self.pair)
 
@@ -214,7 +215,7 @@ class Linearization:
 
         def correlation(model):
             size = max(options.per_device_eval_batch_size, 16)
-            return measure.similarity(model, self.tokenizer, self.similar, size, options.block_size)
+            return measure.similarity(model, self.tokenizer, self.similar, size, options.eval_block_size)
 
         found["student"]["similarity"] = correlation(pair.student)
         with measure.without_mixing(pair):

@@ -23,18 +23,23 @@ def load_documents(options: PretrainOptions) -> tuple[corpus.Documents, corpus.D
     Raises:
         ScriptError: as `corpus.load_files`; a stream without validation data.
     """
+    how = {"text_column": options.text_columns, "streaming": options.streaming}
     if options.train_file:
-        # with weights, each pattern is a source of its own
-        sources = [[pattern] for pattern in options.train_file] if options.train_weights else [options.train_file]
-        sources = [corpus.load_files(files, "train_file", options.text_column, options.streaming) for files in sources]
+        # with weights, or joined, each pattern is a source of its own
+        alone = options.train_weights or options.join_rows
+        sources = [[pattern] for pattern in options.train_file] if alone else [options.train_file]
+        sources = [corpus.load_files(files, "train_file", **how) for files in sources]
         held_out = None
     else:
-        train, held_out = corpus.load_named(
-            options.dataset_name, options.dataset_config_name, options.text_column, options.streaming
-        )
+        train, held_out = corpus.load_named(options.dataset_name, options.dataset_config_name, **how)
         sources = [train]
     if options.validation_file:
-        held_out = corpus.load_files(options.validation_file, "validation_file", options.text_column, options.streaming)
+        held_out = corpus.load_files(options.validation_file, "validation_file", **how)
+    if options.exclude_file:
+        excluded = corpus.load_files(options.exclude_file, "exclude_file", **how)
+        sources = [corpus.exclude(source, excluded) for source in sources]
+    if options.join_rows:
+        sources, held_out = [corpus.join(source) for source in sources], held_out and corpus.join(held_out)
     if held_out is None and options.validation_fraction > 0:
         if options.streaming:
             raise ScriptError(

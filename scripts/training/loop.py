@@ -147,11 +147,12 @@ class Loop:
         self.accelerator, self.options, self.job = accelerator, options, job
         self.folder, self.seed = folder, seed
         self.is_main, self.said = accelerator.is_main_process, f"{job.name}: " if job.name else ""
+        self.made_with = {**job.data, "mixed_precision": accelerator.mixed_precision}
         state = checkpointing.load_trainer_state(checkpoint) if checkpoint else {}
         for name, value in state.get("data", {}).items():
-            if job.data[name] != value:
+            if self.made_with[name] != value:
                 raise ScriptError(
-                    f"{checkpoint} was trained with {name} {value}, not {job.data[name]}, so it cannot be resumed "
+                    f"{checkpoint} was trained with {name} {value}, not {self.made_with[name]}, so it cannot be resumed "
                     "exactly; use the same, or start a new run"
                 )
         self.step, self.tokens, self.seconds = (state.get(name, 0) for name in ("step", "tokens", "seconds"))
@@ -389,7 +390,7 @@ class Loop:
 
     def _save_checkpoint(self):
         names = ("step", "tokens", "seconds", "logged_at", "window", "evaluation", "best", "stale")
-        state = {**{name: getattr(self, name) for name in names}, "data": self.job.data, **self.job.state_dict()}
+        state = {**{name: getattr(self, name) for name in names}, "data": self.made_with, **self.job.state_dict()}
         self.writer.save_checkpoint(self.model, self.optimizer, self.scheduler, state)
 
     def _start_trackers(self):
