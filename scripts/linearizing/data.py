@@ -1,6 +1,7 @@
 """The text of a linearization: rows of tokens to train and to measure on."""
 
 import dataclasses
+import math
 
 import datasets
 import numpy as np
@@ -116,7 +117,7 @@ class Text:
     """
 
     def __init__(self, options: LinearizeOptions, tokenizer, encoder: bool, several: bool, device: torch.device):
-        self.tokenizer, self.device = tokenizer, device
+        self.tokenizer, self.device, self.options = tokenizer, device, options
         self.separate = options.respect_document_boundaries or encoder
         self.make_batch = Batches(options, tokenizer, encoder, self.separate)
         self.blocks, rows, lengths = load_blocks(options, tokenizer, encoder, several and self.separate)
@@ -129,6 +130,11 @@ class Text:
         """The training blocks from number `position` on, their lengths, and that number."""
         self.blocks.load_state_dict({"position": position})
         return *self.blocks.take(count), position
+
+    def first_rows(self, tokens: int) -> list[dict[str, torch.Tensor]]:
+        """Batches of the first training blocks, of so many tokens; the same on every process."""
+        size, count = self.options.per_device_eval_batch_size, math.ceil(tokens / self.options.block_size)
+        return [self.batch(*self.rows(start, min(size, count - start))) for start in range(0, count, size)]
 
     def batch(self, rows: np.ndarray, lengths: np.ndarray, first: int) -> dict[str, torch.Tensor]:
         if self.separate:

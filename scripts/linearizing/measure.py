@@ -160,13 +160,6 @@ def fidelity(pair: Pair, batches: list[Batch]) -> list[dict[str, float]]:
     ]
 
 
-def loss_of(model: PreTrainedModel, pair: Pair, batches: list[Batch]) -> float:
-    """What is to be small: a decoder's loss, an encoder's distance from the teacher."""
-    if pair.encoder:
-        return states_beside(model, pair, batches)["loss"]
-    return float(score(model, model, batches).losses.mean())
-
-
 @torch.no_grad()
 def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
     """The teacher's loss with each layer's attention replaced alone, by layer.

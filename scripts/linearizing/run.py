@@ -39,6 +39,7 @@ logger = logging.getLogger("ordnung.linearize")
 
 MEASURED = "before.json"  # what was measured before training
 STAGES = ("transfer", "distill")
+CHOOSING = 4096  # tokens, of those to train on, by which it is chosen where attention stays
 
 
 class Linearization:
@@ -166,7 +167,7 @@ class Linearization:
             return before
         pair, before = self.pair, {"layer_types": None}
         if self.options.keep_attention is not None:
-            before["replaced_alone"] = measure.replaced_alone(pair, self.text.held_out)
+            before["replaced_alone"] = measure.replaced_alone(pair, self.text.first_rows(CHOOSING))
             order = sorted(before["replaced_alone"], key=before["replaced_alone"].get, reverse=True)
             kept = sorted(order[: self.options.keep_attention])
             types = pair.student.config.layer_types

@@ -70,8 +70,8 @@ def layers(run: dict[str, Any]) -> str:
 def _made_on(runs: dict[str, dict[str, Any]]) -> str:
     first = next(iter(runs.values()))
     tokens = sorted({run["held_out"]["tokens"] for run in runs.values()})
-    held_out = " and ".join(f"{count:,}" for count in tokens)
-    return f"Measured on {held_out} held-out tokens, rows of {first.get('eval_block_size', first['block_size'])}. {described(first['machine'])}"
+    held_out, rows = " and ".join(f"{count:,}" for count in tokens), first.get("eval_block_size", first["block_size"])
+    return f"Measured on {held_out} held-out tokens, rows of {rows}. {described(first['machine'])}"
 
 
 def _loss(run: dict[str, Any], name: str, start: int) -> float | None:

@@ -13,7 +13,6 @@ from transformers.utils import logging as transformers_logging
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.training.options import LoopOptions
 
-
 logger = logging.getLogger("ordnung.training")
 
 

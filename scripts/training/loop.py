@@ -152,8 +152,8 @@ class Loop:
         for name, value in state.get("data", {}).items():
             if self.made_with[name] != value:
                 raise ScriptError(
-                    f"{checkpoint} was trained with {name} {value}, not {self.made_with[name]}, so it cannot be resumed "
-                    "exactly; use the same, or start a new run"
+                    f"{checkpoint} was trained with {name} {value}, not {self.made_with[name]}, so it cannot be "
+                    "resumed exactly; use the same, or start a new run"
                 )
         self.step, self.tokens, self.seconds = (state.get(name, 0) for name in ("step", "tokens", "seconds"))
         self.window = state.get("window", [])  # steps since the last logged line
