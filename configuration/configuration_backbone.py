@@ -66,7 +66,7 @@ class BackboneConfig(PreTrainedConfig):
     # Whether the causal model runs the bidirectional one on each prefix, so that an encoder's weights generate.
     encoder_generates: ClassVar[bool] = False
     # How pipelines cut the base model: its parts in order, with what they take and give.
-    base_model_pp_plan: ClassVar[Mapping] = MappingProxyType(
+    base_model_pp_plan: ClassVar[Mapping | None] = MappingProxyType(
         {
             "embed_tokens": (["input_ids"], ["inputs_embeds"]),
             "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

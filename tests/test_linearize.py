@@ -214,6 +214,18 @@ def built_blocks(out, data, tokenizer):
     return load_blocks(options, tokenizer, False, False)[1]
 
 
+def test_losses_are_told_by_position():
+    positions = np.arange(1, 1500)
+    found = measure.Scores(positions / 1000, positions, positions).summary()
+    ends = {"all": (1, 1500), "before 256": (1, 256), "256 to 511": (256, 512), "from 512": (512, 1500)}
+    ends["from 1024"] = (1024, 1500)
+    wanted = {name: np.mean(positions[first - 1 : end - 1]) / 1000 for name, (first, end) in ends.items()}
+    assert measure.told(found) == pytest.approx(wanted) and list(measure.told(found)) == list(ends)
+    assert measure.told(measure.Scores(positions[:99] / 1000, positions[:99], positions[:99]).summary()) == {
+        "all": pytest.approx(0.05)
+    }
+
+
 def test_transfer_makes_each_layer_more_like_the_teachers(run):
     steps = {"transfer_steps": 30, "distill_steps": 0, "eval_steps": 30, "per_device_train_batch_size": 8}
     found = results(run(transfer_learning_rate=2e-3, **steps))

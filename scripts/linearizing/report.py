@@ -150,16 +150,10 @@ def text(made: dict[str, Any]) -> str:
 
 
 def _decoder_table(rows: dict[str, dict]) -> str:
-    starts = [start for start in measure.FROM if measure.loss_from(rows["student"], start) is not None]
-    header = [
-        "nats per token, by position",
-        "all",
-        *(f"from {start}" for start in starts[1:]),
-        "top token as teacher's",
-    ]
+    header = ["nats per token, by position", *measure.told(rows["student"]), "top token as teacher's"]
     body = []
     for name, found in rows.items():
-        losses = [f"{measure.loss_from(found, start):.3f}" for start in starts]
+        losses = [f"{loss:.3f}" for loss in measure.told(found).values()]
         body.append([name, *losses, f"{100 * found['agreement']:.1f} %" if "agreement" in found else ""])
     return markdown_table(header, body)
 
