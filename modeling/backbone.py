@@ -135,8 +135,8 @@ class BackbonePreTrainedModel(PreTrainedModel):
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
         if getattr(distributed_config, "pp_size", 1) > 1 and not model._pp_plan:
             raise ValueError(
-                f"{cls.__name__} has no `pp_plan`: its layers do not run one after the other on the same states, so that "
-                "a pipeline cannot cut the stack. Load it with `fsdp_size` in place of `pp_size`."
+                f"{cls.__name__} has no `pp_plan`: its layers do not run one after the other on the same states, so "
+                "that a pipeline cannot cut the stack. Load it with `fsdp_size` in place of `pp_size`."
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
