@@ -34,7 +34,7 @@ from ordnung.scripts.linearizing import measure
 from ordnung.scripts.linearizing import run as running
 from ordnung.scripts.linearizing.data import documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.options import LinearizeOptions
-from ordnung.scripts.linearizing.stages import SCALE, Distillation, calibrate
+from ordnung.scripts.linearizing.stages import SCALE, calibrate
 from ordnung.scripts.linearizing.teacher import base_of, model_inputs, student_mixes, watched
 from ordnung.scripts.pretraining import perplexity
 from ordnung.scripts.pretraining.losses import position_losses
@@ -405,7 +405,7 @@ def test_attention_stays_where_it_is_missed_most(arguments, run):
 @pytest.mark.parametrize(
     "options, steps",
     [({}, 2), ({}, 4), ({"use_peft": True, "lora_rank": 2}, 6), ({"keep_attention": 1, "trainable": "mixers"}, 7)],
-    ids=["transfer", "between", "adapters", "layers kept"],
+    ids=["transfer", "last of transfer", "adapters", "layers kept"],
 )
 def test_an_interrupted_run_goes_on_exactly(run, tmp_path, monkeypatch, options, steps):
     check_resumed(run, tmp_path, monkeypatch, options, steps)
@@ -416,26 +416,18 @@ def test_an_interrupted_encoder_goes_on_exactly(run, data, tmp_path, monkeypatch
 
 
 def check_resumed(run, tmp_path, monkeypatch, options, steps):
-    """Stop a run after so many steps over both stages, by a signal, or between the stages (4)."""
+    """Stop a run after so many steps over both stages, by a signal."""
     whole = run("whole", **options)
-    own, begin, taken = Loop.take_step, Distillation.__init__, []
+    own, taken = Loop.take_step, []
 
     def take_step(self):
         own(self)
         taken.append(0)
-        if len(taken) == steps != 4:
+        if len(taken) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def between(self, *args, **kwargs):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(Loop, "take_step", take_step)
-    if steps == 4:
-        monkeypatch.setattr(Distillation, "__init__", between)
-        with pytest.raises(KeyboardInterrupt):
-            run(**options)
-    else:
-        run(status=128 + signal.SIGTERM, **options)
+    run(status=128 + signal.SIGTERM, **options)
     out = tmp_path / "out"
     left = [path.relative_to(out).as_posix() for path in sorted(out.glob("*/checkpoint-*"))]
     assert left[::-1] == (
@@ -443,7 +435,6 @@ def check_resumed(run, tmp_path, monkeypatch, options, steps):
     )
     assert not (out / "model.safetensors").exists()
     monkeypatch.setattr(Loop, "take_step", own)
-    monkeypatch.setattr(Distillation, "__init__", begin)
     # what was measured before training is not measured again
     monkeypatch.setattr(measure, "fidelity", once(measure.fidelity))
     assert_same(whole, run(**options))
@@ -625,3 +616,12 @@ def test_shipped_configs_are_valid(name):
     options = parse_options(LinearizeOptions, ["--config", name, "--train_file", "any"])
     config = AutoConfig.for_model(options.model_type, **options.config_overrides)
     assert config.model_type == options.model_type and options.transfer_steps and options.distill_steps
+
+
+def test_without_training_a_converted_model_is_measured_once(run, monkeypatch):
+    own, calls = measure.score, []
+    monkeypatch.setattr(measure, "score", lambda *args: calls.append(0) or own(*args))
+    out = run(transfer_steps=0, distill_steps=0)
+    found = results(out)
+    assert len(calls) == 3 and found["student"] == found["converted"]["student"] and found["recovered"]["0"] == 0
+    assert found["layers"]["student"] == found["layers"]["converted"] and found["tokens"] == 0 and found["curve"] == []

@@ -162,6 +162,20 @@ def test_a_run_stopped_between_lines_goes_on_exactly(loop, tmp_path, monkeypatch
     assert_same_weights(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize("where", ["take_step", "_evaluate", "_save_checkpoint"])
+def test_a_signal_in_the_last_step_is_told_to_what_follows(loop, monkeypatch, where):
+    finished, own = loop(job=Tiny(max_steps=3)), getattr(Loop, where)
+
+    def last(self):
+        own(self)
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert loop("other", job=Tiny(max_steps=3)).told == 0
+    monkeypatch.setattr(Loop, where, last)
+    assert finished.run() == 0 and finished.step == 3 and finished.told == 128 + signal.SIGTERM
+
+
 def test_patience(loop, tmp_path):
     """Evaluations that get worse from the second on: two of them are waited for."""
     scores = {2: 1.0, 4: 2.0}

@@ -133,6 +133,7 @@ class Linearization:
 
     def _run_stage(self, stage: Stage) -> int:
         """Run a stage, or take its end from where it was finished; returns the exit status."""
+        told = 0
         folder = self.output_dir / stage.name
         checkpoint = checkpointing.newest_checkpoint(folder)
         state = checkpointing.load_trainer_state(checkpoint) if checkpoint else {}
@@ -145,13 +146,13 @@ class Linearization:
             status = loop.run()
             if status:
                 return status
-            tokens, seconds = loop.tokens, loop.seconds
+            tokens, seconds, told = loop.tokens, loop.seconds, loop.told
             stage.take_back(loop.model)
             self.accelerator.free_memory()
         self.steps += stage.max_steps
         self.tokens += tokens
         self.seconds[stage.name] = seconds
-        return 0
+        return told
 
     # Stage 0: convert and measure
 
@@ -233,7 +234,10 @@ class Linearization:
         if self.is_main:
             pair.student = type(pair.student).from_pretrained(self.output_dir, dtype=torch.float32)
             pair.student.to(self.accelerator.device).eval()
-            results = report.results(self, self.compare_models(), measure.fidelity(pair, self.text.held_out))
+            after, layers = self.before, self.before["layers"]
+            if self.steps:
+                after, layers = self.compare_models(), measure.fidelity(pair, self.text.held_out)
+            results = report.results(self, after, layers)
             report.draw(results, self.output_dir / report.PICTURE)
             report.write_card(results, pair.student, self.output_dir)
             write_json(self.output_dir / report.RESULTS, results)
