@@ -198,12 +198,17 @@ def test_a_decoder_is_linearized(run, data):
     last = found["longer"][-1]
     assert last["last"] == 699 and last["student_loss"] == pytest.approx(whole[last["first"] - 1 :].mean(), abs=1e-5)
     assert last["student_state_bytes"] == model.model.cache_bytes(699) < last["teacher_state_bytes"]
+    student, teacher = found["converted"]["student"]["loss"], found["teacher"]["loss"]
+    table = linearized.converted({"tiny": found})
+    assert f"{student:.3f} | {student - teacher:.3f} |" in " ".join(table.split())
     table = linearized.decoders({"tiny": found})
     assert f"{found['student']['loss']:.3f}" in table and "tiny, no mixing" in table and "3 of 3" in table
     card = (out / "README.md").read_text()
     assert (
         "`llama`" in card and "(floor)" in card and "Layer by layer" in card and f"{found['tokens']:,} tokens" in card
     )
+    for who in ("student", "teacher"):
+        assert f"- {who}: {' '.join(found['text'][who].split())}" in card
 
 
 def built_blocks(out, data, tokenizer):
@@ -562,6 +567,8 @@ def test_a_broken_save_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
         ({"kl_weight": 0}, "nothing is left to train on"),
         ({"model_type": "cubic_prefix_lm", "config_overrides": None}, "over each prefix.*ordnung convert"),
         ({"max_steps": 5}, "the stages' lengths are --transfer_steps and --distill_steps; leave it out"),
+        ({"mlm_probability": 0.2}, "--mlm_probability 0.2 is for encoders, and .* is a language model: leave it out"),
+        ({"eval_block_size": 4096}, "held-out text holds .* than one block of 4096: give more by --validation_file"),
         ({"transfer_steps": -1}, "--transfer_steps must be at least 0"),
     ],
 )  # fmt: skip

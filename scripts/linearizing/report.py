@@ -143,10 +143,19 @@ def text(made: dict[str, Any]) -> str:
     )
     parts.append(f"Most is lost in layer {worst[0]['layer']}.")
     if not made["encoder"]:
-        parts.append(_cost_tables(made))
+        parts += [_cost_tables(made), written(made)]
     if "longer" in made:
         parts.append(f"One long text, read piece by piece:\n\n{long_table(made)}")
     return "\n\n".join(parts)
+
+
+def written(made: dict[str, Any]) -> str:
+    """How student and teacher go on from a held-out text, each token the likeliest."""
+    texts = {name: " ".join(text.split()) for name, text in made["text"].items()}
+    return (
+        f"From held-out text, each token the likeliest: *{texts['prompt']}*\n\n"
+        f"- student: {texts['student']}\n- teacher: {texts['teacher']}"
+    )
 
 
 def _decoder_table(rows: dict[str, dict]) -> str:

@@ -28,6 +28,7 @@ from ordnung.scripts.linearizing.teacher import (
     load_student,
     load_teacher,
     load_tokenizer,
+    writes_text,
 )
 from ordnung.scripts.training import checkpointing
 from ordnung.scripts.training.accelerator import make_accelerator
@@ -39,6 +40,9 @@ logger = logging.getLogger("ordnung.linearize")
 
 MEASURED = "before.json"  # what was measured before training
 STAGES = ("transfer", "distill")
+# options that only teachers of one kind have a use for
+OF_DECODERS = ("long_file", "temperature", "kl_weight", "lm_weight")
+OF_ENCODERS = ("mlm_probability", "similarity_file", "cosine_weight")
 CHOOSING = 4096  # tokens, of those to train on, by which it is chosen where attention stays
 
 
@@ -93,6 +97,7 @@ class Linearization:
                 f"--keep_attention {options.keep_attention} leaves none of the teacher's {layers} layers to replace: "
                 f"give at most {layers - 1}"
             )
+        check_kind(options, not writes_text(teacher))
         student, new = load_student(options, teacher)
         self.pair = Pair(teacher, student, new, fingerprint(teacher))
         if not self.pair.replaced:
@@ -167,6 +172,7 @@ class Linearization:
             self._set_layers(before["layer_types"])
             return before
         pair, before = self.pair, {"layer_types": None}
+        logger.info(f"measuring on {len(self.text.held_out_tokens):,} held-out tokens")
         if self.options.keep_attention is not None:
             before["replaced_alone"] = measure.replaced_alone(pair, self.text.first_rows(CHOOSING))
             order = sorted(before["replaced_alone"], key=before["replaced_alone"].get, reverse=True)
@@ -261,6 +267,15 @@ class Linearization:
             if lines:
                 before = {key: before[key] + lines[-1][key] for key in before}
         return points
+
+
+def check_kind(options: LinearizeOptions, encoder: bool):
+    """Raise a ScriptError where an option is of teachers of the other kind, and would have no effect."""
+    for name in OF_DECODERS if encoder else OF_ENCODERS:
+        value, default = getattr(options, name), options.__dataclass_fields__[name].default
+        if value != default:
+            kind, other = ("an encoder", "language models") if encoder else ("a language model", "encoders")
+            raise ScriptError(f"--{name} {value} is for {other}, and {options.source} is {kind}: leave it out")
 
 
 def restore_dropout(student, teacher, options: LinearizeOptions):

@@ -117,8 +117,8 @@ def held_out_blocks(options: PretrainOptions, documents, tokenizer, several: boo
     blocks, lengths, _ = pack(encoded, options.block_size, options.respect_document_boundaries, several=several)
     if len(blocks) == 0:
         raise ScriptError(
-            f"the held-out text holds {tokens} tokens, less than one block of {options.block_size}; raise "
-            "--validation_fraction, give --validation_file, or set --validation_fraction 0 for no evaluation"
+            f"the held-out text holds {tokens} tokens, less than one block of {options.block_size}: give more by "
+            "--validation_file or --validation_fraction, or make blocks smaller"
         )
     return HeldOut(blocks[: options.max_eval_blocks], lengths[: options.max_eval_blocks], tokens / size)
 

@@ -59,6 +59,21 @@ def encoders(runs: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join([_made_on(runs), markdown_table(header, body)])
 
 
+def converted(runs: dict[str, dict[str, Any]]) -> str:
+    """What replacing attention costs a language model before any training; `runs` by the name to show."""
+    columns = list(dict.fromkeys(name for run in runs.values() for name in measure.told(run["teacher"])))
+    first = next(iter(runs.values()))
+    rows = {"teacher": (first["teacher"], _state(first, "teacher"))}
+    rows |= {name: (run["converted"]["student"], _state(run, "student")) for name, run in runs.items()}
+    header = ["nats per token, untrained", *columns, "lost", "top token agrees", "state at 8,192, MiB"]
+    body = []
+    for name, (found, state) in rows.items():
+        lost = found["loss"] - first["teacher"]["loss"]
+        agreement = f"{100 * found['agreement']:.1f} %" if "agreement" in found else ""
+        body.append([name, *_losses(found, columns), f"{lost:.3f}" if agreement else "", agreement, state])
+    return "\n\n".join([_made_on(runs), markdown_table(header, body)])
+
+
 def layers(run: dict[str, Any]) -> str:
     """What was lost in each layer of one run."""
     return report.layer_table(run)
