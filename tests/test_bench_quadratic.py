@@ -13,6 +13,7 @@ TINY += ["--repeats", "2", "--heads", "2", "--chunk_size", "16"]
 
 
 @pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.draws
 def test_program_writes_what_its_tables_need(gate, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert bench_quadratic.main([*TINY, f"--decay_gate={gate}", "--output", str(out)]) == 0

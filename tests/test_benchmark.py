@@ -346,6 +346,7 @@ def arguments(folder, *more):
     return [*sizes.split(), *rest.split(), "--output", str(folder / "speed.json"), *more]
 
 
+@pytest.mark.draws
 def test_end_to_end(tmp_path, capsys):
     tasks = ["forward", "train", "decode", "memory"]
     assert benchmark.main(arguments(tmp_path, "--tasks", *tasks, "--lengths", "16", "32")) == 0

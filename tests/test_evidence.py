@@ -1,6 +1,7 @@
 """compare.py and recall.py: the task and the measures against their definitions, and both from end to end."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -9,16 +10,19 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
 
 from ordnung.scripts import compare as compare_program
 from ordnung.scripts import recall as recall_program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.common.tables import spread, summarise
-from ordnung.scripts.experiments import compare, recall
-from ordnung.scripts.experiments.options import CompareOptions, RecallOptions
+from ordnung.scripts.experiments import compare, recall, starts, sweep
+from ordnung.scripts.experiments.options import CompareOptions, RecallOptions, TransferOptions
+from ordnung.scripts.experiments.scores import SCORES
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.training.loop import NotFiniteError
 from ordnung.scripts.training.runs import claim_output_dir
 
 WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
@@ -157,6 +161,7 @@ class TestRecallProgram:
             batch_size=4,
         )
 
+    @pytest.mark.draws
     def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
         recall_program.main(argv)
         folder = tmp_path / "out"
@@ -217,6 +222,7 @@ class TestCompareProgram:
             },
         )
 
+    @pytest.mark.draws
     def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
         assert compare_program.main(argv) == 0
         folder = tmp_path / "out"
@@ -272,6 +278,30 @@ class TestCompareProgram:
             compare_program.main([*argv, "--variants", json.dumps(deeper)])
         assert not (tmp_path / "out" / "runs" / "deeper-seed0").exists()
 
+    def test_each_variant_trains_with_its_best_of_a_sweep(self, argv, tmp_path, monkeypatch, capsys):
+        argv += ["--seeds", "0", "--sweep", "learning_rate=[1e-5,3e-2,1e-2],max_steps=2,warmup_steps=1"]
+        ran, run = [], pretraining.run
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or run(options))
+        assert compare_program.main(argv) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [options.max_steps for options in ran] == [2] * 6 + [3] * 2 and len(results["sweep"]["conv"]) == 3
+        for name, taken in zip(VARIANTS, ran[6:]):
+            losses = {one["options"]["learning_rate"]: one["eval_loss"] for one in results["sweep"][name]}
+            assert taken.learning_rate == min(losses, key=losses.get) != 1e-5 and taken.warmup_steps != 1
+        # what variants are compared on has no part in it
+        assert all(options.validation_file is None and options.train_file == ran[0].train_file for options in ran[:6])
+        assert (
+            all(options.validation_file for options in ran[6:]) and "- conv: learning_rate" in capsys.readouterr().out
+        )
+
+        def diverges(options):
+            raise NotFiniteError("loss nan")
+
+        monkeypatch.setattr(pretraining, "run", diverges)
+        assert compare_program.main(argv) == 0  # all is kept
+        with pytest.raises(ScriptError, match="no loss of the sweep stayed finite"):
+            compare_program.main([*argv, "--output_dir", str(tmp_path / "other")])
+
     def test_a_stopped_run_stops_the_comparison(self, argv, tmp_path, monkeypatch):
         ran = []
         monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or 143)
@@ -286,6 +316,8 @@ class TestCompareProgram:
             (["--pretrain", "respect_document_boundaries=True"], "leave objective"),
             (["--pretrain", "max_step=3"], "did you mean 'max_steps'"),
             (["--pretrain", "validation_fraction=0"], "held-out text"),
+            (["--sweep", "learning_rate=0.1"], "--sweep has no list of values"),
+            (["--sweep", "learning_rat=[0.1,0.2]"], "did you mean 'learning_rate'"),
             (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
             (["--equal_compute", "conv_lm"], "--equal_compute conv_lm must be one of the variants conv, softmax"),
             (["--variants", "broken={model_type: conv_lm, kernel_size: 0}"], "variant broken: .*must be at least 1"),
@@ -336,6 +368,42 @@ def test_a_folder_of_other_things_is_not_claimed(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ScriptError, match="something else"):
         claim_output_dir(tmp_path, {}, {})
+
+
+def shipped(name, options_type):
+    path = Path(recall_program.__file__).parent / "configs" / f"{name}.yaml"
+    return parse_options(options_type, ["--config", str(path)])
+
+
+def test_protocol_matches_parameters_and_tries_rates_and_warm_ups():
+    options = shipped("compare_protocol", CompareOptions)
+    choices = sweep.grid(options.sweep)
+    assert len(choices) == 9 and {choice["max_steps"] for choice in choices} == {600}
+    assert len(options.seeds) >= 5 and options.pretrain["max_steps"] >= 1500
+    with torch.device("meta"):
+        sizes = [
+            AutoModelForCausalLM.from_config(config).num_parameters()
+            for config in variant_configs(options.variants, options.config_overrides, vocab_size=2048).values()
+        ]
+    assert max(sizes) <= 1.02 * min(sizes)
+
+
+def test_ladder_takes_every_score_beside_a_convolution():
+    for options in (shipped("ladder_compare", CompareOptions), shipped("ladder_recall", RecallOptions)):
+        configs = variant_configs(options.variants, options.config_overrides)
+        scores = {name: getattr(config, "score", None) for name, config in configs.items()}
+        assert scores == {**{name: name for name in SCORES}, "convolution": None} and len(options.seeds) == 5
+
+
+def test_table_of_linformer_takes_every_way_to_share():
+    options = shipped("transfer_linformer", TransferOptions)
+    made = {(v.get("projection_sharing"), v.get("projected_size")) for v in options.variants.values()}
+    assert {share for share, _ in made} == {None, "none", "headwise", "key_value", "layerwise"}
+    assert {("layerwise", k) for k in (64, 128, 256)} <= made
+    assert set(options.task_name) >= {"sst2", "qnli", "imdb"} and len(options.seeds) == 5
+    for name in options.variants:
+        if name != "softmax":
+            starts.options_of(name, options.variants[name], {**options.linearize, "train_file": "any"}, Path("any"))
 
 
 @pytest.mark.parametrize("family", ["conv", "linformer"])

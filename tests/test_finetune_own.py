@@ -5,6 +5,8 @@ import json
 import datasets
 import numpy as np
 import pytest
+from hub_server import File, HubServer, Repository, take_for_the_hub
+from huggingface_hub import constants
 from own_data import prices, several, tickets, tune, write_csv, write_json_lines, write_model
 from sklearn import metrics as sklearn_metrics
 from tiny_tasks import metrics, results
@@ -32,6 +34,7 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.draws
 def test_rare_classes_are_found(model, tmp_path):
     """Where a rare class's words are more often in texts of the frequent one, only weights find it."""
     train = write_csv(tmp_path / "tickets.csv", tickets(800, 0, mixed=0.2))
@@ -201,6 +204,7 @@ def with_row(row, **cells):
             "row 2: x is '2'",
         ),
         (GOOD[:1] + [{"text": "b", "label": "b"}], {}, "2 rows, too few to hold some out"),
+        (GOOD, {"threshold": "best"}, "--threshold best is for texts with several labels, and this is single label"),
         (GOOD, {"validation_fraction": 0}, "--validation_fraction must be above 0|without --validation_file"),
     ],
 )
@@ -284,16 +288,50 @@ def test_kinds_of_files(kind, tmp_path):
     assert task.splits["train"]["text"][0] in {row["text"] for row in rows}
 
 
-def test_labels_that_a_data_set_names(tmp_path):
-    data = datasets.Dataset.from_list([{"text": row["text"], "label": i % 2} for i, row in enumerate(GOOD)])
-    data = data.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
-    data.to_parquet(tmp_path / "train.parquet")
-    task = (
-        read(None, **{})
-        if False
-        else own.read_task(FinetuneOptions(model_name_or_path="any", output_dir="any", dataset_name=str(tmp_path)))
-    )
-    assert task.labels == ("neg", "pos") and task.name == tmp_path.name
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    with HubServer() as server:
+        take_for_the_hub(server, monkeypatch)
+        yield server
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_data_sets_by_name(model, hub, tmp_path, caplog, where):
+    """With names of the labels, a split by another name, and a test split whose labels were taken off."""
+    caplog.set_level("INFO")
+    files = {}
+    for split, rows in (("train", GOOD), ("dev", GOOD[:5]), ("test", GOOD[:3])):
+        labels = [-1 if split == "test" else i % 2 for i in range(len(rows))]
+        data = datasets.Dataset.from_dict({"text": [row["text"] for row in rows], "label": labels})
+        data = data.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
+        (tmp_path / "tickets").mkdir(exist_ok=True)
+        data.to_parquet(path := tmp_path / "tickets" / f"{split}.parquet")
+        files[path.name] = File(path.read_bytes(), False)
+    hub.repositories["ahab/tickets"] = Repository(private=False)
+    hub.repositories["ahab/tickets"].commit("main", files, "data")
+    name = "ahab/tickets" if where == "hub" else str(tmp_path / "tickets")
+    folder = tune(model, None, tmp_path / "out", dataset_name=name, max_steps=2)
+    run = results(folder)
+    assert run["task"] == "tickets" and AutoConfig.from_pretrained(folder).id2label == {0: "neg", 1: "pos"}
+    assert set(run["metrics"]) == {"validation"} and run["truncated"]["validation"]["rows"] == 5
+    assert "(test) has no labels and is left out" in caplog.text
+    assert run["datasets"] == ([name] if where == "hub" else [])
+    assert {each["dataset_type"] for each in run["eval_results"]} == {name if where == "hub" else "local"}
+    assert bool(hub.seen("train.parquet")) == (where == "hub")
+
+
+def test_data_sets_that_cannot_be_had(hub, tmp_path):
+    hub.repositories["ahab/parts"] = Repository(private=False)
+    configs = b"---\nconfigs:\n- config_name: a\n  data_files: a.csv\n- config_name: b\n  data_files: b.csv\n---\n"
+    rows = File("".join(["text,label\n", *(f"{row['text']},{row['label']}\n" for row in GOOD)]).encode(), False)
+    hub.repositories["ahab/parts"].commit("main", {"README.md": File(configs, False), "a.csv": rows, "b.csv": rows}, "")
+    options = {"model_name_or_path": "any", "output_dir": "any"}
+    for name, message in (("ahab/parts", "pick one.*'a', 'b'.*--dataset_config_name"), ("ahab/none", "doesn't exist")):
+        with pytest.raises(ScriptError, match=message):
+            own.read_task(FinetuneOptions(**options, dataset_name=name))
+    task = own.read_task(FinetuneOptions(**options, dataset_name="ahab/parts", dataset_config_name="b"))
+    assert task.labels == ("a", "b") and len(task.splits["train"]) == 18
 
 
 def test_held_out_rows_are_of_every_class():
@@ -325,6 +363,8 @@ def test_options_of_own_data_are_checked(tmp_path):
         ({"task_name": ["sst2"], "train_file": ["a.csv"]}, "give one of"),
         ({"task_name": ["sst2"], "label_column": ["x"]}, "--label_column is for data of your own"),
         ({"train_file": ["a.csv"], "dataset_path": "x"}, "--dataset_path is for --task_name"),
+        ({"task_name": ["sst2"], "threshold": "best"}, "--threshold is for data of your own"),
+        ({"train_file": ["a.csv"], "threshold": "1"}, "--threshold 1 must be between 0 and 1, or best"),
         ({"train_file": ["a.csv"], "task": "qa", "packing": True}, "--packing: an answer's place is told by row"),
     ):
         with pytest.raises(ScriptError, match=message):

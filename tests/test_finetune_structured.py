@@ -6,8 +6,9 @@ import string
 import datasets
 import numpy as np
 import pytest
+from launching import launch
 from own_data import asked, tagged, tune, write_csv, write_json_lines, write_model
-from tiny_tasks import results
+from tiny_tasks import metrics, results
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 from ordnung.scripts import predict
@@ -237,3 +238,45 @@ def test_an_answer_that_is_not_there(tmp_path):
         read(write_json_lines(tmp_path / "a.jsonl", rows), "qa")
     rows[4]["answers"] = {"text": [], "answer_start": []}
     assert read(write_json_lines(tmp_path / "b.jsonl", rows), "qa").unanswerable
+
+
+# Fine-tunes by each of the lists of arguments that a JSON file holds.
+EACH = """
+import json, sys
+from pathlib import Path
+from accelerate import Accelerator
+from ordnung.scripts import finetune
+Accelerator.end_training = lambda self: None  # the processes stay together
+for words in json.loads(Path(sys.argv[1]).read_text()):
+    assert finetune.main(words) == 0
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(model, tmp_path):
+    """Tags and answers, of rows and windows of all lengths, with a number that two processes do not share evenly."""
+    data = {"token": (tagged(41, 0), tagged(23, 1)), "qa": (asked(21, 0, length=60), asked(9, 1, length=90))}
+    lists, singles = [], {}
+    for task, (train, check) in data.items():
+        options = {"task": task, "validation_file": write_json_lines(tmp_path / f"{task}_check.jsonl", check)}
+        options |= {"per_device_eval_batch_size": 4, "num_train_epochs": 2, "logging_steps": 1}
+        train = write_json_lines(tmp_path / f"{task}.jsonl", train)
+        singles[task] = tune(model, train, tmp_path / f"{task}_one", per_device_train_batch_size=8, **options)
+        options |= {"model_name_or_path": model, "train_file": train, "output_dir": tmp_path / f"{task}_two"}
+        options |= {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "use_cpu": True}
+        lists.append([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    (tmp_path / "lists.json").write_text(json.dumps(lists))
+    (tmp_path / "each.py").write_text(EACH)
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    launch("accelerate_cpu.yaml", tmp_path / "each.py", [tmp_path / "lists.json"], **cache)
+    for task, single in singles.items():
+        two = tmp_path / f"{task}_two/seed-0"
+        assert results(two)["num_processes"] == 2 and results(single)["num_processes"] == 1
+        assert metrics(two) == pytest.approx(metrics(single), rel=1e-4)
+        for name in results(single)["metrics"]["validation"]:
+            values = (metrics(folder, f"eval_{name}") for folder in (two, single))
+            assert next(values) == pytest.approx(next(values), rel=1e-4)
+        assert results(two)["details"] == results(single)["details"]
+        file = tmp_path / f"{task}_check.jsonl"
+        made = [run_predict(folder, file, tmp_path / f"{task}_{i}.jsonl") for i, folder in enumerate((two, single))]
+        assert made[0] == made[1]

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from scipy.stats import linregress
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts import growth as program
-from ordnung.scripts.benchmarks.growth import exponents, plot
+from ordnung.scripts.benchmarks.growth import cheaper_from, crossover, exponents, plot
 from ordnung.scripts.common.errors import ScriptError
 
 
@@ -15,8 +16,23 @@ def test_exponents_of_powers():
     assert found["all"] == pytest.approx(2) and found["last"] == pytest.approx(2)
     found = exponents([1, 2, 4], [1, 1, 8])
     assert found["last"] == pytest.approx(3) and found["all"] == pytest.approx(1.5)
+    line = linregress([0, 1, 2], [0, 0, 3])  # three points, one degree of freedom
+    assert found["high"] - found["all"] == pytest.approx(12.7062 * line.stderr, rel=1e-5)
+    assert exponents([1, 2, 4, 8], [1, 2, 4, 8])["low"] == pytest.approx(1)  # a power of the length leaves no doubt
 
 
+def test_crossovers_lie_between_lengths():
+    assert crossover([100, 200, 400], [0.5, 2.0, 4.0]) == pytest.approx(100 * 2**0.5)
+    assert crossover([100, 200], [2.0, 2.0]) == 100 and crossover([100, 200], [2.0, 0.5]) is None
+    families = {
+        "softmax_lm": {"train": {"values": [1, 4]}, "decode": {"values": [1, 2]}},
+        "conv_lm": {"train": {"values": [2, 2]}, "decode": {"values": [3, 3]}},
+    }
+    results = {"lengths": [64, 256], "families": families}
+    assert [cheaper_from(results, "conv_lm", task) for task in ("train", "decode")] == ["128", "not up to the longest"]
+
+
+@pytest.mark.draws
 def test_families_grow_as_they_say(tmp_path, capsys):
     output = tmp_path / "growth.json"
     assert program.main(["--shortest", "128", "--longest", "2048", "--output_file", str(output)]) == 0

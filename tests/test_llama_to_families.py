@@ -20,14 +20,15 @@ SIZES = {
     "cubic_prefix_lm": "prefix_stride=4",
     "sparse_attention_lm": "sliding_window=5",
 }
+# Loads each folder where this package is not imported.
 STRANGER = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.save(model(torch.arange(3, 15)[None]).logits, folder + ".pt")
 assert "ordnung" not in sys.modules
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "ordnung" not in sys.modules
-torch.save(model(torch.arange(3, 15)[None]).logits, sys.argv[2])
 """
 
 
@@ -42,12 +43,24 @@ def llama(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="module")
+def converted(llama, tmp_path_factory):
+    """A folder with what one command makes of it by each family's name, and with a stranger's logits of that."""
+    folder = tmp_path_factory.mktemp("converted")
+    for model_type in FAMILIES:
+        overrides = ["--config_overrides", SIZES[model_type]] if model_type in SIZES else []
+        command = ["convert", "--source", llama, "--model_type", model_type, "--output_dir", folder / model_type]
+        assert cli.main([*map(str, command), *overrides]) in (0, None)
+    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    stranger = [sys.executable, "-c", STRANGER, *(str(folder / model_type) for model_type in FAMILIES)]
+    done = subprocess.run(stranger, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_one_command_makes_a_model_of_each_family(model_type, llama, tmp_path):
-    overrides = ["--config_overrides", SIZES[model_type]] if model_type in SIZES else []
-    output = tmp_path / "out"
-    command = ["convert", "--source", str(llama), "--model_type", model_type, "--output_dir", str(output)]
-    assert cli.main([*command, *overrides]) in (0, None)
+def test_one_command_makes_a_model_of_each_family(model_type, llama, converted):
+    output = converted / model_type
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     assert model.config.model_type == model_type
     source = LlamaForCausalLM.from_pretrained(llama)
@@ -65,12 +78,7 @@ def test_one_command_makes_a_model_of_each_family(model_type, llama, tmp_path):
     assert kept.shape[1] == inputs["input_ids"].shape[1] + 8 and torch.equal(kept, again)
 
     # written with its code, it loads where this package is not imported
-    result = tmp_path / "logits.pt"
-    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    stranger = [sys.executable, "-c", STRANGER, str(output), str(result)]
-    done = subprocess.run(stranger, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert torch.equal(torch.load(result), model(torch.arange(3, 15)[None]).logits)
+    assert torch.equal(torch.load(converted / f"{model_type}.pt"), model(torch.arange(3, 15)[None]).logits)
 
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}

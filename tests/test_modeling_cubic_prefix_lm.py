@@ -19,6 +19,7 @@ from ordnung.modeling.ops.prefix_attention import prefix_states_naive
 class TestCubicPrefixLM(FamilyTester):
     encodes = {"predict_from": False}
     mixes_each_token_once = False
+    layers_are_alike = False
     exports_to_onnx = False
     model_type = "cubic_prefix_lm"
     variants = {

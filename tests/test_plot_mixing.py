@@ -143,6 +143,7 @@ def checkpoint(tmp_path, tokenizer):
         ("cubic", 3, 4),
     ],
 )
+@pytest.mark.draws
 def test_program_draws_and_writes_figures(name, layers, heads, checkpoint, tmp_path, capsys):
     text = "the whale and the sea, a ship and a captain"
     arguments = ["--model_name_or_path", checkpoint(name), "--text", text, "--max_length", "8"]
@@ -171,6 +172,7 @@ def test_kernels_are_the_mixers_weights_by_lag():
 
 
 @pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.draws
 def test_a_classifier_is_drawn_on_given_texts(adapted, tmp_path, monkeypatch, capsys):
     """By the folder of its runs; an adapter with what it learned."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -36,6 +36,7 @@ def test_costs_are_counted_and_linear(tmp_path):
     assert rows[8, 300]["softmax"] == 2 * 8 * 301
 
 
+@pytest.mark.draws
 def test_heads_of_checkpoints(tmp_path, tokenizer, capsys):
     fields = {**FamilyTester.base_arguments, "vocab_size": len(tokenizer), "initializer_range": 0.4}
     names = []

@@ -8,6 +8,8 @@ import datasets
 import numpy as np
 import pytest
 from own_data import prices, several, tickets, tune, write_csv, write_json_lines, write_model
+from sklearn import metrics
+from tiny_tasks import results
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import ordnung
@@ -92,6 +94,33 @@ def test_top_k_and_threshold(tuned, tmp_path):
     assert {len(row["predicted_labels"]) for row in made} <= {0, 1, 2}
     every = run(tuned / "tags", file, tmp_path / "all.jsonl", "--threshold", "0")
     assert {len(row["predicted_labels"]) for row in every} == {3}
+
+
+@pytest.mark.parametrize("asked, adapters", [("0.3", False), ("best", True)])
+def test_the_threshold_of_training_is_that_of_predictions(tuned, tmp_path, asked, adapters):
+    check = write_csv(tmp_path / "check.csv", several(60, 4))
+    options = {"validation_file": check, "threshold": asked, "use_peft": adapters, "pooling": "mean"}
+    folder = tune(tuned / "model", tuned / "tags.csv", tmp_path / "out", max_steps=8, **options)
+    details = results(folder)["details"]["validation"]
+    file = write_json_lines(tmp_path / "check.jsonl", several(60, 4))
+    names, truth = ["billing", "other", "outage"], [row["tags"].split(";") for row in several(60, 4)]
+
+    def f1(*more):
+        made = run(folder, file, tmp_path / "made.jsonl", "--overwrite", *more)
+        flags = [
+            [[name in row for name in names] for row in rows]
+            for rows in (truth, [row["predicted_labels"] for row in made])
+        ]
+        return metrics.f1_score(*map(np.array, flags), average="macro", zero_division=0)
+
+    scored = results(folder)["metrics"]["validation"]["macro_f1"]
+    assert f1() == pytest.approx(scored) == f1("--threshold", str(details["threshold"]))
+    assert f1("--threshold", "0.5") < scored
+    if asked == "best":
+        assert all(f1("--threshold", str(other)) <= scored + 1e-9 for other in (0.1, 0.2, 0.3, 0.4, 0.6))
+    else:
+        assert details["threshold"] == 0.3
+    assert f"from a probability of {details['threshold']:g} on" in (tmp_path / "out/results.md").read_text()
 
 
 def test_a_stopped_run_goes_on(tuned, tmp_path, monkeypatch, caplog):

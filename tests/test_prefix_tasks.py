@@ -126,6 +126,7 @@ def argv(tmp_path):
     return ["--config", str(path)]
 
 
+@pytest.mark.draws
 def test_program_from_end_to_end(argv, tmp_path, capsys):
     program.main(argv)
     out = tmp_path / "out"

@@ -16,12 +16,14 @@ from ordnung.scripts import baselines as baselines_program
 from ordnung.scripts import transfer as transfer_program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.tables import summarise
 from ordnung.scripts.experiments import baselines, compare, starts, transfer
 from ordnung.scripts.experiments.options import TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.tasks import GLUE
 from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.reports import pooling
 
 
 def test_majority(tasks, tmp_path):
@@ -193,6 +195,35 @@ def test_wrong_starts_are_told(started, tmp_path, change, message):
     with pytest.raises(ScriptError, match=message):
         transfer_program.main(started)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_of_pooling_differs_in_nothing_else():
+    options = parse_options(TransferOptions, ["--config", "transfer_pooling"])
+    assert options.pretrained == {} and len(options.seeds) >= 3
+    fields = {name: starts.fields_of(name, variant) for name, variant in options.started.items()}
+    assert fields == {name: {"classifier_pooling": name} for name in ("first", "last", "mean")}
+    assert len({(variant["source"], variant["model_type"]) for variant in options.started.values()}) == 1
+
+
+def test_pooling_is_judged_by_pairs_of_seeds():
+    """What is higher in every seed by nearly as much is higher; one task that fails is enough."""
+    values = {
+        "first": {"rte": [0.5, 0.6, 0.7], "sst2": [0.8, 0.81, 0.8]},
+        "last": {"rte": [0.51, 0.63, 0.69], "sst2": [0.95, 0.94, 0.95]},
+        "mean": {"rte": [0.52, 0.62, 0.721], "sst2": [0.9, 0.91, 0.901]},
+    }
+    variants = {
+        name: {"tasks": {task: {"score": summarise(some), "training_rows": 9} for task, some in tasks.items()}}
+        for name, tasks in values.items()
+    }
+    baselines = {task: {"majority": {"score": 0.5}} for task in ("rte", "sst2")}
+    machine = {"cpu": "any", "gpu": []} | dict.fromkeys(("threads", "torch", "transformers", "ordnung", "date"), "1")
+    results = {"task_name": ["rte", "sst2"], "variants": variants, "seeds": [0, 1, 2], "baselines": baselines}
+    shown = pooling.markdown(results | {"machine": machine})
+    assert '"mean scores higher than first on every task": holds (rte holds, sst2 holds)' in shown
+    assert '"mean scores higher than last on every task": does not hold (rte not decided, sst2 does not hold)' in shown
+    rows = {cells[1].strip(): cells[2].strip() for line in shown.splitlines() if len(cells := line.split("|")) > 3}
+    assert rows["first"] == "60.0 ± 24.8" and rows["mean - first, points"] == "2.0 (1.9 to 2.2, n = 3)"
 
 
 def test_the_shipped_starts_are_valid():

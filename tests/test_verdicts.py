@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from ordnung.scripts.common.tables import summarise
 from ordnung.scripts.experiments.verdicts import (
@@ -11,7 +12,6 @@ from ordnung.scripts.experiments.verdicts import (
     HOLDS,
     OPEN,
     PART,
-    T_QUANTILES,
     Interval,
     at_least,
     at_most,
@@ -25,8 +25,6 @@ from ordnung.scripts.experiments.verdicts import (
 
 
 def test_intervals_are_student_s():
-    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
-    assert np.allclose(T_QUANTILES, stats.t.ppf(0.975, range(1, 31)), atol=5e-5)
     values = [181.0, 147.0, 206.0]
     found = interval(values)
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))

@@ -5,6 +5,7 @@ from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, other_default, required
+from ordnung.scripts.finetuning.labels import as_number
 from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
 from ordnung.scripts.training.options import LoopOptions, Schedule
@@ -53,6 +54,12 @@ class FinetuneOptions(LoopOptions, HubOptions):
         None, "What the labels are; default: found from them and said."
     )
     label_separator: str | None = option(None, "Between the labels of a multi-label text; default: found.")
+    threshold: str | None = option(
+        None,
+        "Probability from which on a label of a multi-label text is predicted, kept with the model for `ordnung "
+        "predict`; best: that with the highest macro F1 on the rows that checkpoints are compared on, whose scores it "
+        "flatters. Default: 0.5.",
+    )
     skip_bad_rows: bool = option(False, "Leave out rows that cannot be used, and say how many.")
     max_length: int | None = option(None, "Tokens of an example; default: as many as the model takes.", least=4)
     truncation: Literal["head", "tail", "head_tail"] = option(
@@ -126,6 +133,10 @@ class FinetuneOptions(LoopOptions, HubOptions):
         super().__post_init__()
         if bool(self.task_name) + bool(self.train_file) + bool(self.dataset_name and not self.task_name) != 1:
             raise ScriptError("give one of --task_name, --train_file and, for data of your own, --dataset_name")
+        if self.threshold not in (None, "best"):
+            number = as_number(self.threshold)
+            if number is None or not 0 < number < 1:
+                raise ScriptError(f"--threshold {self.threshold} must be between 0 and 1, or best")
         if self.packing and self.task == "qa":
             raise ScriptError(
                 "--packing: an answer's place is told by row, so that --task qa needs a row for each window"
@@ -147,6 +158,7 @@ class FinetuneOptions(LoopOptions, HubOptions):
 
 
 OWN_DATA = ("train_file", "validation_file", "test_file", "text_column", "label_column", "task", "problem_type")
+OWN_DATA += ("label_separator", "threshold", "skip_bad_rows")
 
 
 @dataclass(kw_only=True)
@@ -168,7 +180,7 @@ class PredictOptions:
     top_k: int = option(1, "So many classes, the likeliest first; at most so many labels, if above 1.", least=1)
     threshold: float | None = option(
         None,
-        "Probability from which on a label is predicted; default: 0.5 of several labels, 0 of classes.",
+        "Probability from which on a label is predicted; default: of several labels that of training, 0 of classes.",
         least=0,
         most=1,
     )

@@ -128,8 +128,12 @@ def own_markdown(results: dict[str, Any], name: str) -> str:
             for metric, values in scores.items()
             if metric in intervals
         ]
+        said = f"{split}: {cut['rows']:,} rows, {cut['cut']:,} of them cut to {cut['to']} tokens"
+        if "threshold" in details:
+            how = ", which scores best on held-out rows" if results["settings"].get("threshold") == "best" else ""
+            said += f"; labels from a probability of {details['threshold']:g} on{how}"
         parts += [
-            f"{split}: {cut['rows']:,} rows, {cut['cut']:,} of them cut to {cut['to']} tokens",
+            said,
             markdown_table(["score", "model", "95 %", baseline["what"]], body),
         ]
         if details.get("per_class"):

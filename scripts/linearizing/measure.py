@@ -18,7 +18,6 @@ from ordnung.scripts.linearizing.teacher import (
     Pair,
     base_of,
     model_inputs,
-    replaced_output,
     student_mixes,
     watched,
 )
@@ -191,7 +190,7 @@ def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
     if pair.encoder:
         wanted = [base(**model_inputs(base, batch)).last_hidden_state for batch in batches]
     for number in pair.replaced:
-        with replaced_output(pair.teacher, [number], lambda call: student_mixes(pair.student, call)):
+        with watched(pair.teacher, [number], lambda call: student_mixes(pair.student, call)):
             if not pair.encoder:
                 losses[number] = float(score(pair.teacher, pair.teacher, batches).losses.mean())
                 continue
@@ -205,7 +204,7 @@ def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
 
 def without_mixing(pair: Pair):
     """Context in which the student's new mixers give zero: what is left is the floor of its loss."""
-    return replaced_output(pair.student, pair.replaced, lambda call: torch.zeros_like(call.output))
+    return watched(pair.student, pair.replaced, lambda call: torch.zeros_like(call.output))
 
 
 @torch.no_grad()

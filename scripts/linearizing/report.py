@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -218,12 +219,7 @@ DECODERS = ("student", "teacher", "teacher_static_cache")
 
 def draw(made: dict[str, Any], image: str | Path):
     """Draw loss against position, and against tokens trained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.2))
     if made["encoder"]:
         found = made["layers"]
         for name, color in (("converted", "C1"), ("student", "C0")):
@@ -249,7 +245,6 @@ def draw(made: dict[str, Any], image: str | Path):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(image, dpi=130)
-    plt.close(figure)
 
 
 def write_card(made: dict[str, Any], student, folder: Path):

@@ -10,10 +10,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
+from ordnung.scripts.common.models import check_overrides, check_source
 from ordnung.scripts.hub import sharing
 from ordnung.scripts.linearizing import measure, report
 from ordnung.scripts.linearizing.data import Text, load_long_text, load_pairs
@@ -23,7 +25,6 @@ from ordnung.scripts.linearizing.teacher import (
     FULL,
     Pair,
     TeacherOutputs,
-    check_source,
     fingerprint,
     load_student,
     load_teacher,
@@ -302,7 +303,8 @@ def run(options: LinearizeOptions) -> int:
     The same command goes on where it was stopped; what is finished is kept.
     """
     accelerator, output_dir = make_accelerator(options), Path(options.output_dir)
-    check_source(options)
+    check_source(options.source, options.gguf_file)
+    check_overrides(CONFIG_MAPPING[options.model_type], options.config_overrides)
     target = sharing.find_target(options, output_dir) if accelerator.is_main_process else None
     made = Linearization(options, accelerator)
     status = 0

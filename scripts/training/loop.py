@@ -44,6 +44,10 @@ from ordnung.scripts.training.signals import StopSignals
 logger = logging.getLogger("ordnung.training")
 
 
+class NotFiniteError(ScriptError):
+    """A loss or gradient norm that is not finite."""
+
+
 @dataclass
 class Step:
     """What one process takes of an optimizer step.
@@ -304,7 +308,7 @@ class Loop:
         for step, taken, loss, norm in zip(range(self.step - len(fresh) + 1, self.step + 1), fresh, losses, norms):
             taken["loss"], taken["grad_norm"] = loss, norm
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ScriptError(
+                raise NotFiniteError(
                     f"{self.said}loss {loss}, gradient norm {norm} at step {step}: training stopped; the last good "
                     f"checkpoint is {self.writer.last or 'none'}; try a lower --learning_rate or more --warmup_steps"
                 )

@@ -119,6 +119,16 @@ class Inputs(FamilyBase):
             with pytest.raises(Exception, match=message):  # huggingface_hub wraps some in its own class
                 self.config(**overrides)
 
+    def test_padding_changes_no_loss_of_an_answer(self):
+        model = self.model(head="AutoModelForQuestionAnswering")
+        ids, mask = masked_batch()
+        for row in range(3):
+            real = (mask[row] == 1).nonzero()[:, 0]
+            ends = {"start_positions": torch.tensor([2]), "end_positions": torch.tensor([5])}
+            alone = model(ids[row][real][None], **ends).loss
+            there = {name: real[place] for name, place in ends.items()}
+            self.assert_equal(model(ids[row][None], attention_mask=mask[row][None], **there).loss, alone)
+
     def test_classification_reads_the_last_real_token(self):
         model = self.model(head="AutoModelForSequenceClassification")
         ids, mask = masked_batch()

@@ -89,7 +89,7 @@ class Packing(FamilyBase):
 
     def test_packed_documents_under_compile(self, compiled_variant):
         """Where documents lie is in the data: that part runs outside of the graphs."""
-        model = self.model(compiled_variant)
+        model = self.shallow(compiled_variant)
         ids, places = packed_batch()
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from convert_sources import assert_same, make, run
 from family_tester import masked_batch
-from test_convert import assert_same, make, norms_in_float64, run  # noqa: F401
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import ordnung
+
+pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 N = 24  # a multiple of Longformer's windows here, longer than every window
 
