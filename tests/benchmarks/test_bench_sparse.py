@@ -68,11 +68,15 @@ def test_claims_say_what_was_reached():
         "attention": [row(4096, False, local=3.7, all=2.2), row(4096, True, local=9.0)],
         "decoding": [{"length": 32768, "competitors": {"local": {"faster": 5.5}, "local + global": {"faster": 4.9}}}],
     }
+    peaks = {"SDPA": {"peak_bytes": 1000}, "local": {"peak_bytes": 990}}
+    peaks["local"]["faster"] = peaks["SDPA"]["faster"] = 9.6
+    results["attention"].append({"length": 16384, "backward": False, "competitors": peaks})
     lines = {line.split("|")[1].strip(): line.split("|")[3:5] for line in sparse.claims(results).splitlines()}
     verdicts = {what: [cell.strip() for cell in cells] for what, cells in lines.items()}
     assert verdicts["local, forward, 4,096 tokens"] == ["3.70×", "no"]
     assert verdicts["all, forward, 4,096 tokens"] == ["2.20×", "yes"]
     assert verdicts["local, forward and backward, 4,096 tokens"] == ["9.00×", "yes"]
+    assert verdicts["local, peak memory, forward, 16,384 tokens"] == ["0.990", "yes"]
     assert verdicts["local, forward, 8,192 tokens"] == ["-", "not run"]
     assert verdicts["local, one more token of a layer, 32,768 tokens"] == ["5.50×", "yes"]
     assert verdicts["local + global, one more token of a layer, 32,768 tokens"] == ["4.90×", "no"]
