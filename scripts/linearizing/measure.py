@@ -26,6 +26,14 @@ from ordnung.scripts.pretraining.losses import position_buckets
 Batch = dict[str, torch.Tensor]
 STATE_LENGTHS = (512, 2048, 8192, 32768)
 FROM = (0, 256, 512, 1024)  # positions from which losses are told
+# What tables tell losses of: first position, the position after the last, or None for all that follow, and words.
+RANGES = {
+    "all": (0, None),
+    "before 256": (0, 256),
+    "256 to 511": (256, 512),
+    "from 512": (512, None),
+    "from 1024": (1024, None),
+}
 PIECE = 512  # tokens of a long text that are read at once
 DECODED = 16  # tokens generated to time one
 
@@ -55,11 +63,22 @@ class Scores:
         return whole if agree is None else whole | {"agreement": float(agree.mean())}
 
 
-def loss_from(summary: dict[str, Any], position: int) -> float | None:
-    """Mean loss at positions from `position` on, of a `Scores.summary`; None if there are none."""
-    buckets = [bucket for bucket in summary["loss_by_position"] if bucket["first"] >= position]
+def loss_from(summary: dict[str, Any], position: int, end: int | None = None) -> float | None:
+    """Mean loss at positions from `position` on, and before `end`, of a `Scores.summary`; None if there are none."""
+    buckets = [
+        bucket
+        for bucket in summary["loss_by_position"]
+        if bucket["first"] >= position and (end is None or bucket["last"] < end)
+    ]
     tokens = sum(bucket["tokens"] for bucket in buckets)
     return sum(bucket["loss"] * bucket["tokens"] for bucket in buckets) / tokens if tokens else None
+
+
+def told(summary: dict[str, Any]) -> dict[str, float]:
+    """Losses by the words of `RANGES`, of those ranges that differ from all tokens."""
+    found = {name: loss_from(summary, *ends) for name, ends in RANGES.items()}
+    many = loss_from(summary, 256) is not None
+    return {name: loss for name, loss in found.items() if loss is not None and (many or name == "all")}
 
 
 @torch.no_grad()

@@ -284,6 +284,14 @@ TABLES = {
             "the same, attention in layers 3 to 5": load("linearized_minilm_hybrid"),
         }
     ),
+    "linearized_sinks": lambda: linearized.converted(
+        {
+            "window 64": load("linearized_sinks_sparse_0"),
+            "window 64 and the first 4": load("linearized_sinks_sparse_4"),
+            "Linformer, window 33 to 64, 128 slots": load("linearized_sinks_linformer_0"),
+            "the same and the first 4": load("linearized_sinks_linformer_4"),
+        }
+    ),
     "linearized_encoder_layers": lambda: linearized.layers(load("linearized_minilm_conv")),
     "growth": lambda: growth.markdown(load("growth")),
     "growth_measured": growing.markdown,

@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.linearizing import measure
-from ordnung.scripts.linearizing.stages import Distillation
 from ordnung.scripts.training.checkpointing import checkpoint_fault
 from ordnung.scripts.training.loop import Loop
 
@@ -20,7 +19,7 @@ from ordnung.scripts.training.loop import Loop
 @pytest.mark.parametrize(
     "options, steps",
     [({}, 2), ({}, 4), ({"use_peft": True, "lora_rank": 2}, 6), ({"keep_attention": 1, "trainable": "mixers"}, 7)],
-    ids=["transfer", "between", "adapters", "layers kept"],
+    ids=["transfer", "last of transfer", "adapters", "layers kept"],
 )
 def test_an_interrupted_run_goes_on_exactly(run, data, tmp_path, monkeypatch, options, steps):
     check_resumed(run, data, tmp_path, monkeypatch, options, steps)
@@ -39,26 +38,18 @@ def uninterrupted(run, data, **options):
 
 
 def check_resumed(run, data, tmp_path, monkeypatch, options, steps):
-    """Stop a run after so many steps over both stages, by a signal, or between the stages (4)."""
+    """Stop a run after so many steps over both stages, by a signal."""
     whole = uninterrupted(run, data, **options)
-    own, begin, taken = Loop.take_step, Distillation.__init__, []
+    own, taken = Loop.take_step, []
 
     def take_step(self):
         own(self)
         taken.append(0)
-        if len(taken) == steps != 4:
+        if len(taken) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def between(self, *args, **kwargs):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(Loop, "take_step", take_step)
-    if steps == 4:
-        monkeypatch.setattr(Distillation, "__init__", between)
-        with pytest.raises(KeyboardInterrupt):
-            run(**options)
-    else:
-        run(status=128 + signal.SIGTERM, **options)
+    run(status=128 + signal.SIGTERM, **options)
     out = tmp_path / "out"
     left = [path.relative_to(out).as_posix() for path in sorted(out.glob("*/checkpoint-*"))]
     assert left[::-1] == (
@@ -66,7 +57,6 @@ def check_resumed(run, data, tmp_path, monkeypatch, options, steps):
     )
     assert not (out / "model.safetensors").exists()
     monkeypatch.setattr(Loop, "take_step", own)
-    monkeypatch.setattr(Distillation, "__init__", begin)
     # what was measured before training is not measured again
     monkeypatch.setattr(measure, "fidelity", once(measure.fidelity))
     assert_same(whole, run(**options))
@@ -89,6 +79,15 @@ def test_a_finished_run_is_kept(run, monkeypatch):
     monkeypatch.setattr(Loop, "take_step", None)
     run(transfer_steps=1, distill_steps=1)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_without_training_a_converted_model_is_measured_once(run, monkeypatch):
+    own, calls = measure.score, []
+    monkeypatch.setattr(measure, "score", lambda *args: calls.append(0) or own(*args))
+    out = run(transfer_steps=0, distill_steps=0)
+    found = results(out)
+    assert len(calls) == 3 and found["student"] == found["converted"]["student"] and found["recovered"]["0"] == 0
+    assert found["layers"]["student"] == found["layers"]["converted"] and found["tokens"] == 0 and found["curve"] == []
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

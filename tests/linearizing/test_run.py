@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ordnung import SoftmaxLMConfig
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.linearizing import measure
 from ordnung.scripts.linearizing import run as running
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.pretraining import perplexity
@@ -22,7 +24,7 @@ from ordnung.scripts.reports import linearized
 
 @pytest.mark.draws
 def test_a_decoder_is_linearized(run, data):
-    out = run(transfer_steps=3, distill_steps=3, long_file=data / "text.txt", long_tokens=700)
+    out = run(transfer_steps=3, distill_steps=3, long_file=data / "text.txt", long_tokens=700, eval_block_size=48)
     found = results(out)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.config.model_type == "linformer_lm" and len(tokenizer) == 300
@@ -56,12 +58,17 @@ def test_a_decoder_is_linearized(run, data):
     last = found["longer"][-1]
     assert last["last"] == 699 and last["student_loss"] == pytest.approx(whole[last["first"] - 1 :].mean(), abs=1e-5)
     assert last["student_state_bytes"] == model.model.cache_bytes(699) < last["teacher_state_bytes"]
+    student, teacher = found["converted"]["student"]["loss"], found["teacher"]["loss"]
+    table = linearized.converted({"tiny": found})
+    assert f"{student:.3f} | {student - teacher:.3f} |" in " ".join(table.split())
     table = linearized.decoders({"tiny": found})
     assert f"{found['student']['loss']:.3f}" in table and "tiny, no mixing" in table and "3 of 3" in table
     card = (out / "README.md").read_text()
     assert (
         "`llama`" in card and "(floor)" in card and "Layer by layer" in card and f"{found['tokens']:,} tokens" in card
     )
+    for who in ("student", "teacher"):
+        assert f"- {who}: {' '.join(found['text'][who].split())}" in card
 
 
 def built_blocks(out, data, tokenizer):
@@ -70,6 +77,18 @@ def built_blocks(out, data, tokenizer):
     from ordnung.scripts.linearizing.data import load_blocks
 
     return load_blocks(options, tokenizer, False, False)[1]
+
+
+def test_losses_are_told_by_position():
+    positions = np.arange(1, 1500)
+    found = measure.Scores(positions / 1000, positions, positions).summary()
+    ends = {"all": (1, 1500), "before 256": (1, 256), "256 to 511": (256, 512), "from 512": (512, 1500)}
+    ends["from 1024"] = (1024, 1500)
+    wanted = {name: np.mean(positions[first - 1 : end - 1]) / 1000 for name, (first, end) in ends.items()}
+    assert measure.told(found) == pytest.approx(wanted) and list(measure.told(found)) == list(ends)
+    assert measure.told(measure.Scores(positions[:99] / 1000, positions[:99], positions[:99]).summary()) == {
+        "all": pytest.approx(0.05)
+    }
 
 
 def test_transfer_makes_each_layer_more_like_the_teachers(run):
@@ -132,6 +151,8 @@ def test_the_floor_is_a_model_whose_mixers_give_zero(run, arguments, tmp_path):
         ({"kl_weight": 0}, "nothing is left to train on"),
         ({"model_type": "cubic_prefix_lm", "config_overrides": None}, "over each prefix.*ordnung convert"),
         ({"max_steps": 5}, "the stages' lengths are --transfer_steps and --distill_steps; leave it out"),
+        ({"mlm_probability": 0.2}, "--mlm_probability 0.2 is for encoders, and .* is a language model: leave it out"),
+        ({"eval_block_size": 4096}, "held-out text holds .* than one block of 4096: give more by --validation_file"),
         ({"transfer_steps": -1}, "--transfer_steps must be at least 0"),
     ],
 )  # fmt: skip

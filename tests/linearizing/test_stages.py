@@ -8,6 +8,7 @@ from linear_runs import LAYER, built, encoder, results, scaled
 from transformers import AutoModelForCausalLM
 
 from ordnung.scripts.linearizing import measure
+from ordnung.scripts.linearizing import run as running
 from ordnung.scripts.linearizing.data import documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.stages import calibrate
 from ordnung.scripts.linearizing.teacher import base_of, model_inputs, student_mixes, watched
@@ -117,7 +118,7 @@ def test_mean_states_leave_padding_out():
 
 def test_attention_stays_where_it_is_missed_most(arguments, run):
     made = built(arguments(keep_attention=1))
-    losses = made.before["replaced_alone"]
+    losses, rows = made.before["replaced_alone"], made.text.first_rows(running.CHOOSING)
     base = base_of(made.pair.teacher)
     for number in range(3):  # in words: the teacher with that layer's mixer changed for the student's
         if made.pair.student.config.layer_types[number] == "full_attention":
@@ -133,7 +134,7 @@ def test_attention_stays_where_it_is_missed_most(arguments, run):
         base.layers[number].mixer = Swapped()
         base.layers[number].mixer.layer_type = "full_attention"
         assert losses[str(number)] == pytest.approx(
-            measure.score(made.pair.teacher, made.pair.teacher, made.text.held_out).losses.mean().item(), abs=1e-5
+            measure.score(made.pair.teacher, made.pair.teacher, rows).losses.mean().item(), abs=1e-5
         )
         base.layers[number].mixer = own
     worst = max(losses, key=losses.get)

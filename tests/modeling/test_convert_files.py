@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,21 @@ def test_gguf_without_its_library_is_refused_in_words(tmp_path, monkeypatch):
         script.main([*arguments, "--gguf_file", "a.gguf"])
     with pytest.raises(TypeError, match="give that as `source`"):
         ordnung.convert(make("LlamaModel"), "softmax_lm", gguf_file="a.gguf")
+
+
+def test_a_quantized_checkpoint_is_refused_in_words(tmp_path, monkeypatch):
+    """As from a folder whose library is there, so that it loads with packed weights."""
+    make("LlamaForCausalLM").float().save_pretrained(tmp_path)
+    load = transformers.LlamaForCausalLM.from_pretrained
+
+    def packed(*args, **kwargs):
+        model, loading = load(*args, **kwargs)
+        model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="awq"))
+        return model, loading
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", packed)
+    with pytest.raises(TypeError, match=r"plain weights.* is quantized \(awq\): give the checkpoint that"):
+        ordnung.convert(tmp_path, "softmax_lm")
 
 
 def test_checkpoint_without_its_head_is_not_taken_for_one(tmp_path):

@@ -257,6 +257,53 @@ def test_sources_are_mixed_by_weight(tmp_path, monkeypatch, streaming):
         PretrainOptions(**{**vars(options), "train_weights": [1, 2, 3]})
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_of_several_columns_leaves_out_what_is_excluded(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {
+        "pairs": [{"sentence1": "a whale", "sentence2": "a ship"}, {"sentence1": "The  End", "sentence2": "", "n": 1}],
+        "reviews": [{"text": "a fine film", "label": 1}],
+        "test": [{"sentence1": "the end", "label": 0}, {"sentence1": "a sail", "label": 0}],
+    }
+    for name, some in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    named = {"output_dir": "any", "tokenizer_name": "any", "model_type": "conv_lm", "max_steps": 1}
+    options = {
+        **named,
+        "train_file": [str(tmp_path / "pairs.jsonl"), str(tmp_path / "reviews.jsonl")],
+        "text_column": ["text", "sentence1", "sentence2"],
+        "exclude_file": [str(tmp_path / "test.jsonl")],
+        "streaming": streaming,
+        "validation_fraction": 0,
+    }
+    train, _ = pretrain_setup.load_documents(PretrainOptions(**options))
+    assert sorted(filter(None, corpus.texts(train))) == ["a fine film", "a ship", "a whale"]
+    if not streaming:  # a later start finds what was tokenized by this name
+        again, _ = pretrain_setup.load_documents(PretrainOptions(**options))
+        assert again._fingerprint == train._fingerprint
+    for bad, message in (
+        ({"text_column": ["body", "words"]}, "has no column 'body or words', only sentence1"),
+        ({"exclude_file": options["train_file"]}, "every document to train on is in --exclude_file: give other text"),
+        ({"exclude_file": ["nowhere.jsonl"]}, "--exclude_file nowhere.jsonl: no such file"),
+    ):
+        with pytest.raises(ScriptError, match=message):
+            pretrain_setup.load_documents(PretrainOptions(**{**options, "streaming": False, **bad}))
+
+
+def test_rows_are_joined_to_one_document_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, some in (("a", ["= Whale =\n", "", "It swims"]), ("b", ["= Ship =\n", "= Whale =\n"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in some))
+    named = {"output_dir": "any", "tokenizer_name": "any", "model_type": "conv_lm"}
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    options = {**named, "train_file": files, "validation_file": files, "join_rows": True}
+    train, held_out = pretrain_setup.load_documents(PretrainOptions(**options))
+    assert list(corpus.texts(train)) == ["= Whale =\nIt swims\n", "= Ship =\n= Whale =\n"]
+    assert list(corpus.texts(held_out)) == ["= Whale =\nIt swims\n= Ship =\n= Whale =\n"]
+    with pytest.raises(ScriptError, match="--join_rows reads whole files, and --streaming none: leave one"):
+        PretrainOptions(**options, streaming=True, max_steps=1)
+
+
 @pytest.fixture(params=["text", "jsonl", "parquet"])
 def make_stream(request, documents, tmp_path, monkeypatch):
     """Opens a stream of the documents, which lie in two files."""

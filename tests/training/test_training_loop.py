@@ -162,6 +162,20 @@ def test_a_run_stopped_between_lines_goes_on_exactly(loop, tmp_path, monkeypatch
     assert_same_weights(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize("where", ["take_step", "_evaluate", "_save_checkpoint"])
+def test_a_signal_in_the_last_step_is_told_to_what_follows(loop, monkeypatch, where):
+    finished, own = loop(job=Tiny(max_steps=3)), getattr(Loop, where)
+
+    def last(self):
+        own(self)
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert loop("other", job=Tiny(max_steps=3)).told == 0
+    monkeypatch.setattr(Loop, where, last)
+    assert finished.run() == 0 and finished.step == 3 and finished.told == 128 + signal.SIGTERM
+
+
 def test_patience(loop, tmp_path):
     """Evaluations that get worse from the second on: two of them are waited for."""
     scores = {2: 1.0, 4: 2.0}
@@ -201,3 +215,22 @@ def test_other_data_are_refused(loop):
 def test_without_a_folder_nothing_is_written(loop, tmp_path):
     trained = loop(None, Tiny(eval_steps=None, save_steps=None))
     assert trained.run() == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("names, chosen", [(["avx512_bf16"], "bf16"), (["amx_bf16"], "bf16"), (["avx2"], "no")])
+def test_precision_is_chosen_by_the_processor_once(loop, caplog, monkeypatch, names, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    with caplog.at_level("INFO", logger="ordnung"):
+        first = loop(job=Tiny(max_steps=3), mixed_precision="auto")
+    said = [record.message for record in caplog.records if record.message.startswith("--mixed_precision auto")]
+    has = "computes" if chosen == "bf16" else "does not compute"
+    assert said == [f"--mixed_precision auto: {chosen}, as the processor {has} in bf16"]
+    assert first.options.record()["mixed_precision"] == first.results()["mixed_precision"] == chosen
+    first.run()
+    losses = [line["loss"] for line in first.job.lines]
+    assert (losses == written_out("adamw_torch_fused", 0.5, 2, "cosine")[0][:3]) == (chosen == "no")
+    # on the other kind of processor it would go on otherwise
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": chosen == "no"})
+    with pytest.raises(ScriptError, match=f"was trained with mixed_precision {chosen}, not .*use the same"):
+        loop(job=Tiny(max_steps=6), mixed_precision="auto")
+    assert loop(job=Tiny(max_steps=6), mixed_precision=chosen).step == 3
