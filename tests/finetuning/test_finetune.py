@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 
 import datasets
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launching import SCRIPTS, launch, launch_sharded
+from launching import SCRIPTS, holding, launch, launch_sharded
 from tiny_tasks import assert_same_run, metrics, results, weights
 from transformers import (
     AutoConfig,
@@ -126,17 +125,14 @@ def test_old_scores_are_not_given_for_another_model_or_data(run_task, own_copy, 
 
 
 def test_a_second_process_does_not_write_to_the_same_folder(run_task, tmp_path):
-    hold = "import sys, pathlib; from ordnung.scripts.training.runs import hold; hold(pathlib.Path(sys.argv[1]))"
-    hold += "; print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with holding(tmp_path / "out") as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ScriptError, match="another process is writing to --output_dir .*out: wait for it"):
             run_task("sst2", max_steps=2)
         other.kill()
     run_task("sst2", max_steps=2)  # what is left of one that was killed does not matter
-    late = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert late.returncode != 0 and "another process is writing to" in late.stderr
+    with holding(tmp_path / "out") as late:
+        assert late.wait() != 0 and "could not be acquired" in late.stderr.read()
 
 
 @pytest.mark.parametrize("model", ["softmax", "bert"])
