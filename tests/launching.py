@@ -40,7 +40,8 @@ def end(status):
 HOLD = """
 import sys
 from filelock import FileLock
-FileLock(sys.argv[1]).acquire(timeout=0)
+lock = FileLock(sys.argv[1])
+lock.acquire(timeout=0)
 print("held", flush=True)
 sys.stdin.read()
 """
