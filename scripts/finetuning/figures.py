@@ -13,11 +13,12 @@ from ordnung.scripts.finetuning.scores import describe
 MOST_NUMBERS = 20
 
 
-def write_details(folder: Path, data, logits: dict[str, np.ndarray]) -> dict[str, Any]:
+def write_details(folder: Path, data, logits: dict[str, np.ndarray], title: str) -> dict[str, Any]:
     """What stands beside a run's scores, by split (see `scores.describe`); draws confusion matrices.
 
     Args:
         data: `TaskData`.
+        title: of the pictures, the split apart.
     """
     details = {}
     for split, examples in data.scored.items():
@@ -27,7 +28,7 @@ def write_details(folder: Path, data, logits: dict[str, np.ndarray]) -> dict[str
                 details[split]["confusion"],
                 data.task.labels,
                 folder / f"confusion_{split}.png",
-                f"{data.task.name}, {split}",
+                f"{title}, {split}",
             )
     return details
 

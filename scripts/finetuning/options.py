@@ -11,6 +11,9 @@ from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
 from ordnung.scripts.training.options import LoopOptions, Schedule
 from ordnung.scripts.training.runs import check_seeds
 
+# Of a model of BERT's width.
+LEARNING_RATE, WIDTH = 5e-5, 768
+
 
 @dataclass(kw_only=True)
 class FinetuneOptions(LoopOptions, HubOptions):
@@ -96,7 +99,12 @@ class FinetuneOptions(LoopOptions, HubOptions):
     per_device_train_batch_size: int = other_default(LoopOptions, "per_device_train_batch_size", 32)
     per_device_eval_batch_size: int = option(64, "Examples in an evaluation batch, per process.", least=1)
     num_train_epochs: float = other_default(LoopOptions, "num_train_epochs", 3.0)
-    learning_rate: float = other_default(LoopOptions, "learning_rate", 5e-5)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of AdamW; default: 5e-5 for GLUE and IMDB, and for data of your own what is that for a "
+        "model 768 wide, and more the narrower it is: 5e-5 * 768 / hidden_size.",
+        least=0,
+    )
     weight_decay: float = other_default(LoopOptions, "weight_decay", 0.01)
     adam_beta2: float = other_default(LoopOptions, "adam_beta2", 0.999)
     lr_scheduler_type: Schedule = other_default(LoopOptions, "lr_scheduler_type", "linear")
@@ -153,6 +161,8 @@ class FinetuneOptions(LoopOptions, HubOptions):
         if given and not self.use_peft:
             raise ScriptError(f"--{given[0]}: adapters need --use_peft")
         check_seeds(self.seeds)
+        if self.learning_rate is None and self.task_name:
+            self.learning_rate = LEARNING_RATE
         self.config_overrides = self.config_overrides or {}
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
 

@@ -30,7 +30,7 @@ from ordnung.scripts.finetuning.data import Batches, Examples, encode, load_spli
 from ordnung.scripts.finetuning.figures import plot_curves, write_details
 from ordnung.scripts.finetuning.inference import predict
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model, source
-from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.options import LEARNING_RATE, WIDTH, FinetuneOptions
 from ordnung.scripts.finetuning.own import read_task
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
 from ordnung.scripts.finetuning.scores import (
@@ -310,9 +310,10 @@ class Finetuning(Job):
             "packing": self.packing,
             "machine": machine_info(),
         }
+        title = f"{Path(options.model_name_or_path).name}, {task.name}, seed {self.seed}"
         if task.splits:
-            results["details"] = write_details(self.folder, data, logits)
-        plot_curves(self.folder, f"{Path(options.model_name_or_path).name}, {task.name}, seed {self.seed}")
+            results["details"] = write_details(self.folder, data, logits, title)
+        plot_curves(self.folder, title)
         write_json(self.folder / "results.json", results)
         for folder in [*checkpointing.checkpoint_folders(self.folder), self.folder / "best"]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -341,6 +342,10 @@ def run(options: FinetuneOptions) -> int:
     with accelerator.main_process_first():  # the others then read what the first has cached
         tokenizer = prepare_tokenizer(options)
         prepared = [prepare_task(task, options, tokenizer) for task in tasks]
+    if options.learning_rate is None:
+        width = getattr(prepared[0].config, "hidden_size", WIDTH)
+        options.learning_rate = float(f"{LEARNING_RATE * WIDTH / width:.2g}")
+        logger.info(f"--learning_rate {options.learning_rate:g}, as the model is {width} wide")
     if accelerator.is_main_process:
         made_of = source(options.model_name_or_path, prepared[0].config)
         made_of |= {f"sha256 of the data of {data.task.name}": data.digest() for data in prepared}

@@ -42,15 +42,16 @@ print(json.dumps({"equal": reports, "ordnung": "ordnung" in sys.modules}))
 def test_everybody_can_load_every_head_and_run_its_snippet(hub, tmp_path, tokenizer):
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     expected = {}
-    for model_type in FAMILIES:
-        for auto in heads_of(model_type):
-            name = f"{model_type}-{auto}"
-            fields = {"is_decoder": auto != "AutoModelForMaskedLM"}
-            model = save_model(tmp_path / name, tokenizer, model_type, auto, **fields)
-            push(tmp_path / name, Target(f"ahab/{name}", private=True))
-            ids = torch.arange(3, 15).view((1, 2, 6) if auto == "AutoModelForMultipleChoice" else (1, 12))
-            with torch.no_grad():
-                expected[f"ahab/{name}"] = (auto, ids, model(ids)[0])
+    # every head of one family and every family; test_standalone.py has the others without the Hub
+    shared = {("conv_lm", auto) for auto in heads_of("conv_lm")} | {(name, "AutoModelForCausalLM") for name in FAMILIES}
+    for model_type, auto in sorted(shared):
+        name = f"{model_type}-{auto}"
+        fields = {"is_decoder": auto != "AutoModelForMaskedLM"}
+        model = save_model(tmp_path / name, tokenizer, model_type, auto, **fields)
+        push(tmp_path / name, Target(f"ahab/{name}", private=True))
+        ids = torch.arange(3, 15).view((1, 2, 6) if auto == "AutoModelForMultipleChoice" else (1, 12))
+        with torch.no_grad():
+            expected[f"ahab/{name}"] = (auto, ids, model(ids)[0])
     assert len(expected) >= 11
     for labels in (["sunk"], ["sunk", "afloat", "lost"]):  # adapters, of a regression and of three classes
         name, source = f"adapter-{len(labels)}", "conv_lm-AutoModelForCausalLM"

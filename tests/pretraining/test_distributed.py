@@ -58,6 +58,7 @@ MODELS = {
     "quadratic_kernel_lm": "chunk_size=16",
 }
 MIXERS = [name for name in FAMILIES if name != "softmax_lm"]
+RESUMED = ("conv_lm", "linformer_lm")  # the latter's layers share a parameter of the model
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,8 @@ def test_fsdp2_equals_one_process(data, single, tmp_path):
     for name in MIXERS:
         out, words = tmp_path / name, options_of(name, data)
         runs.append(([*words, f"--output_dir={out}"], None))
+        if name not in RESUMED:
+            continue
         resumed = [f"--output_dir={tmp_path / name}-resumed", f"--resume_from_checkpoint={out / 'checkpoint-3'}"]
         runs.append(([*words, *resumed], None))
     # with documents apart, processes would need different numbers of passes, and wait for each other for ever
@@ -160,7 +163,8 @@ def test_fsdp2_equals_one_process(data, single, tmp_path):
         out = tmp_path / name
         assert (results(out)["num_processes"], results(out)["distributed_type"]) == (2, "FSDP")
         assert_same_curves(out, single[name])
-        assert curve(tmp_path / f"{name}-resumed", "loss") == curve(out, "loss")[3:]
+    for name in RESUMED:
+        assert curve(tmp_path / f"{name}-resumed", "loss") == curve(tmp_path / name, "loss")[3:]
     assert results(tmp_path / "strided")["steps"] == 1 and not (tmp_path / "refused/results.json").exists()
 
 

@@ -140,7 +140,7 @@ def test_steps_and_their_gradients_equal_one_pass(split, gate):
 
 def test_gradient_of_the_state_is_its_derivative():
     query, key, value, decay, alpha, beta = make_inputs(1, 5, 2, 3, 2)
-    state = torch.rand(1, 2, num_features(4), 3, dtype=torch.float64).requires_grad_()
+    state = torch.rand(1, 2, 3, num_features(4), dtype=torch.float64).requires_grad_()
 
     def function(query, key, value, decay, alpha, beta, state):
         kernel = Kernel(alpha, beta, 2.0)

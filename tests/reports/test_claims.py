@@ -9,7 +9,7 @@ import pytest
 from ordnung.scripts.experiments.verdicts import FAILS, HOLDS, OPEN, PART
 from ordnung.scripts.reports import claims, results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

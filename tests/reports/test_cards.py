@@ -15,7 +15,7 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.hub.model_card import PIPELINE_TAGS, head_of
 from ordnung.scripts.reports import results as card_results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CARDS = sorted(path for path in (ROOT / "model_cards").glob("*.md") if path.stem not in ("claims", "linearized"))
 
 

@@ -64,6 +64,7 @@ def test_rare_classes_are_found(model, tmp_path):
         assert (folder / image).read_bytes()[:4] == b"\x89PNG"
     table = (tmp_path / "out/results.md").read_text()
     assert "95 % by bootstrap" in table and "always other" in table and "| outage" in table
+    assert "Not better than to guess" not in table
 
 
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
@@ -81,6 +82,17 @@ def test_samples_are_scored_as_one_by_one(problem):
     for sample, row in enumerate(times):
         one = scores.measure(problem, *(np.repeat(array, row, axis=0) for array in arrays))
         assert {name: values[sample] for name, values in many.items()} == pytest.approx(one)
+
+
+def test_the_learning_rate_follows_the_width_and_a_run_that_learned_nothing_says_so(model, tmp_path):
+    train = write_csv(tmp_path / "tickets.csv", tickets(100, 0))
+    for given, used in ((None, 1.2e-3), (0, 0)):  # 32 wide
+        tune(model, train, tmp_path / f"out{used}", learning_rate=given, max_steps=1)
+        assert results(tmp_path / f"out{used}")["settings"]["learning_rate"] == used
+    said = "Not better than to guess (always other): train longer (--num_train_epochs) or by another --learning_rate"
+    assert f"{said} than 0." in (tmp_path / "out0/results.md").read_text()
+    options = FinetuneOptions(model_name_or_path="any", output_dir="any", task_name=["sst2"])
+    assert options.learning_rate == 5e-5
 
 
 def test_seeds_have_an_interval(model, tmp_path):

@@ -191,10 +191,10 @@ def test_pipeline_and_hub_layout(reports):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "module", "family"), [("tied", "conv_lm", "ConvLM"), ("encoder-AutoModel", "softmax_lm", "SoftmaxLM")]
-)
-def test_auto_map_is_complete(name, module, family, reports):
+@pytest.mark.parametrize("module", FAMILIES)
+def test_auto_map_is_complete(module, reports):
+    """With it each head loads as the ones do that were loaded."""
+    family, name = FAMILIES[module][0], next(name for name, case in CASES.items() if case[1]["model_type"] == module)
     expected = {"AutoConfig": f"configuration_{module}.{family}Config"}
     expected |= {auto: f"modeling_{module}.{name_of_class}" for auto, name_of_class in heads_of(module).items()}
     assert reports[name]["auto_map"] == expected

@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 import torch._dynamo.testing
+from family.base import FamilyBase
 from family_tester import MODERN, PAD, VOCAB, FamilyTester, masked_batch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 from transformers.utils import logging as transformers_logging
@@ -64,7 +65,7 @@ ENCODER_TESTS = (
 )
 
 
-class TestConvLMEncoder:
+class TestConvLMEncoder(FamilyBase):
     model_type = "conv_lm"
     variants = {
         "default": {"kernel_size": 5},
@@ -82,20 +83,17 @@ class TestConvLMEncoder:
         "fft": {"kernel_size": 5, "conv_implementation": "fft"},
         "modern": {**MODERN, "kernel_size": 5, "layer_types": ["conv", "full_attention", "conv"]},
     }
-    single_precision = ()
-    exports_to_onnx = True
     base_arguments = {**FamilyTester.base_arguments, "is_decoder": False}
-    config, assert_equal, count = FamilyTester.config, FamilyTester.assert_equal, staticmethod(FamilyTester.count)
-    mixing_flops = staticmethod(FamilyTester.mixing_flops)
+    count, mixing_flops = staticmethod(FamilyTester.count), staticmethod(FamilyTester.mixing_flops)
 
     def model(self, variant="default", head="AutoModelForMaskedLM", **more):
-        return FamilyTester.model(self, variant, head, **more)
+        return super().model(variant, head, **more)
 
     for name in ENCODER_TESTS:
         locals()[f"test_{name}"] = getattr(FamilyTester, f"test_{name}")
 
     def test_exports_with_dynamic_length(self, variant):
-        model, ids = self.model(variant), torch.randint(1, VOCAB, (3, 40))
+        model, ids = self.shallow(variant), torch.randint(1, VOCAB, (3, 40))
         shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}}
         with torch.no_grad():
             program = torch.export.export(model, (ids[:, :24].clone(),), dynamic_shapes=shapes, strict=False)
