@@ -234,6 +234,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind
     assert (whole / name).read_bytes() == (stopped / name).read_bytes()
 
 
+def test_a_signal_in_the_last_step_of_a_run_stops_before_the_next(run_task, tmp_path, monkeypatch):
+    own, out = Loop.take_step, tmp_path / "out/cola"
+
+    def stopping(self):
+        own(self)
+        if self.step == self.job.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {"seeds": [0, 1], "max_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "take_step", stopping)
+        run_task("cola", status=128 + signal.SIGTERM, **options)
+    first = out / "seed-0/results.json"
+    assert not (out / "seed-1").exists() and not (tmp_path / "out/results.json").exists()
+    written = first.stat().st_mtime_ns
+    run_task("cola", **options)
+    assert first.stat().st_mtime_ns == written and results(tmp_path / "out")["seeds"] == [0, 1]
+
+
 @pytest.fixture
 def failed_at_its_end(run_task, tmp_path):
     """The checkpoint that a run left whose training was over when it failed."""
