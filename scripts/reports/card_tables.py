@@ -274,6 +274,7 @@ TABLES = {
     "sparse_claims": lambda: bench_sparse.claims(load("sparse_attention_lm_bench")),
     "sparse_bench": lambda: bench_sparse.markdown(load("sparse_attention_lm_bench")),
     "sparse_recall": lambda: recall.markdown(load("sparse_attention_lm_recall")),
+    "quadratic_claims": lambda: bench_quadratic.claims(load("quadratic_kernel_lm_bench")),
     "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
     "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
