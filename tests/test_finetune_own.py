@@ -151,11 +151,23 @@ def test_several_labels_and_numbers_are_learned(model, tmp_path):
             ("Bath, England", "Cork, Ireland"),
         ),
         (["None", "some", None], "single_label_classification", ("None", "some")),
+        ([[0, 1, 1], [1, 0, 0], [0, 0, 0]], "multi_label_classification", ("label_0", "label_1", "label_2")),
+        ([[0], [1], [0, 1]], "multi_label_classification", ("0", "1")),
     ],
 )
 def test_problem_types_are_found(values, problem, names):
     found = labelling.find_labels(values, None, None)
     assert (found.problem_type, found.names) == (problem, names)
+
+
+def test_lists_of_flags_are_of_one_length():
+    found = labelling.find_labels([[0, 1], [1, 1], [0, 0], [1, 1, 1]], None, None)
+    assert found.encode([1, 0]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"label \[1, 1, 1\] is no list of 2 zeros and ones; correct it"):
+        found.encode([1, 1, 1])
+    assert labelling.find_labels([f"{i},1" for i in range(30)], None, ",").names[-1] == "29"
+    with pytest.raises(ScriptError, match="labels such as '0,1' seem to be numbers with a decimal comma: write a"):
+        labelling.find_labels([f"{i},1" for i in range(30)], None, None)
 
 
 def test_a_problem_type_is_set():
