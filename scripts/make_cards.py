@@ -2,6 +2,7 @@
 
     python scripts/make_cards.py            # rewrite what stands between the markers
     python scripts/make_cards.py --check    # exit status 1 if a table is not what the results give
+    python scripts/make_cards.py --page out/claims.html    # and a page of curves and heatmaps to pick from
 
 A table of `card_tables.py` stands between `<!-- table: NAME -->` and `<!-- end -->`; nothing else of a file is touched.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from ordnung.scripts.common.errors import ScriptError, run_script
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.common.options import option, parse_options
+from ordnung.scripts.reports import page
 from ordnung.scripts.reports.card_tables import FIGURES, TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,11 +40,13 @@ def fill(text: str) -> str:
 @dataclass
 class CardOptions:
     check: bool = option(False, "Write nothing; exit status 1 if a table is out of date.")
+    page: str | None = option(None, "Write an HTML page of curves and heatmaps too; needs ordnung[page].")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    check = parse_options(CardOptions, argv, __doc__).check
+    options = parse_options(CardOptions, argv, __doc__)
+    check = options.check
     stale, shown = 0, set()
     for path in [*(ROOT / name for name in GUIDES), *sorted((ROOT / "model_cards").rglob("*.md"))]:
         old = path.read_text(encoding="utf-8")
@@ -56,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     if not check:
         for name in shown:
             FIGURES[name](ROOT / "model_cards" / "figures" / f"{name}.png")
+    if options.page is not None:
+        page.write(options.page)
+        print(options.page)
     return 1 if check and stale else 0
 
 

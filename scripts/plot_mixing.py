@@ -13,7 +13,7 @@ are drawn as the attention that they are.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -23,10 +23,10 @@ class MixingOptions:
     text_file: str | None = option(None, "Or a file with the text.")
     max_length: int = option(512, "Tokens of it to use.", least=1)
     rank: int | None = option(None, "Rank of the figures; default: a quarter of the tokens.", least=1)
+    weights: bool = option(False, "Write the weights too, as mixing.json.")
     output_dir: str = required("Folder for the images and figures.", section="output")
 
     def __post_init__(self):
-        check_bounds(self)
         if (self.text is None) == (self.text_file is None):
             raise ScriptError("give one of --text and --text_file")
 

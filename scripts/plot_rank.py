@@ -1,6 +1,8 @@
-"""Draw the rank of attention below the diagonal, and what a token costs.
+r"""Draw the rank of attention below the diagonal, and what a token costs.
 
     ordnung plot-rank --output_dir out/rank
+    ordnung plot-rank --model_name_or_path bert-base-uncased --text_file moby_dick.txt --share 0.9 --passages 5 \
+        --lengths 64 128 256 512 --output_dir out/low_rank
     ordnung plot-rank --model_name_or_path out/softmax out/quadratic --text_file moby_dick.txt --output_dir out/rank
 
 The block of weights that the later half of n queries has for the earlier half of n keys: its rank is bounded by the
@@ -13,7 +15,7 @@ QuadraticKernelLM against n and d: constant in n, growing as d^3 and not as d^2.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -25,14 +27,19 @@ class RankOptions:
     seeds: list[int] = option([0, 1, 2], "Of random queries and keys.")
     cost_lengths: list[int] = option([256, 1024, 4096, 16384], "Tokens to count FLOPs at.", least=1)
     cost_head_sizes: list[int] = option([16, 32, 64, 128], "Head sizes to count FLOPs at.", least=2)
+    share: float | None = option(
+        None, "Of checkpoints, count the singular values that hold this share of the sum, beside rows shuffled: 0.9."
+    )
+    passages: int = option(1, "Passages of the text to do so on, each as long as the longest of --lengths.", least=1)
     threshold: float = option(1e-9, "Singular values below this share of the first do not count.")
     output_dir: str = required("Folder for rank.json and rank.png.", section="output")
 
     def __post_init__(self):
-        check_bounds(self)
         self.model_name_or_path = self.model_name_or_path or []
         if self.model_name_or_path and self.text_file is None:
             raise ScriptError("--model_name_or_path needs a text to read: give --text_file")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ScriptError(f"--share {self.share} must be between 0 and 1")
         odd = [n for n in self.lengths if n % 2]
         if odd:
             raise ScriptError(f"--lengths {odd[0]} must be even: its halves are looked at")

@@ -1,16 +1,19 @@
 """How the FLOPs of every family grow with the length: counted by the models, and exponents fitted to them."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
+from scipy.stats import linregress
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, Variant
-from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, styles
+from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, new_figure, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -40,35 +43,74 @@ def count(name: str, shape: Shape, lengths: list[int]) -> dict[str, list[int]]:
     return counted
 
 
-def exponents(lengths: list[int], values: list[int]) -> dict[str, float]:
-    """The slope of log value on log length: least squares over all lengths, and of the last two alone."""
+def exponents(lengths: Sequence[float], values: Sequence[float]) -> dict[str, float]:
+    """The slope of log value on log length: least squares over all lengths, and of the last two alone.
+
+    `low` and `high` are the 95 % t-interval of the former; counts do not scatter, so theirs tells how far from a power
+    of the length they are.
+    """
     x, y = np.log(lengths), np.log(values)
-    return {"all": float(np.polyfit(x, y, 1)[0]), "last": float((y[-1] - y[-2]) / (x[-1] - x[-2]))}
+    found = {"last": float((y[-1] - y[-2]) / (x[-1] - x[-2]))}
+    if len(x) < 3:
+        return {"all": found["last"], "low": -math.inf, "high": math.inf, **found}
+    line = linregress(x, y)
+    half = float(line.stderr * stdtrit(len(x) - 2, 0.975))
+    return {"all": float(line.slope), "low": float(line.slope) - half, "high": float(line.slope) + half, **found}
+
+
+def crossover(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
+    """The length from which on ratios are 1 or more, between two lengths along the logarithms.
+
+    None where they are so at no length's end; the shortest length where they are so everywhere.
+    """
+    below = [i for i, ratio in enumerate(ratios) if ratio < 1]
+    if not below:
+        return lengths[0]
+    last = below[-1]
+    if last + 1 == len(lengths):
+        return None
+    (n, low), (m, high) = (lengths[last], ratios[last]), (lengths[last + 1], ratios[last + 1])
+    return n * (m / n) ** (-math.log(low) / (math.log(high) - math.log(low)))
+
+
+def cheaper_from(results: dict[str, Any], name: str, task: str, control: str = "softmax_lm") -> str:
+    """From how many tokens on a family takes less than the control, in words."""
+    lengths = results["lengths"]
+    own, reference = (results["families"][which][task]["values"] for which in (name, control))
+    found = crossover(lengths, [b / a if a else math.inf for a, b in zip(own, reference)])
+    return "not up to the longest" if found is None else f"{found:,.0f}" if found > lengths[0] else "all lengths"
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The exponents, by family and task."""
     lengths, shape = results["lengths"], results["settings"]["shape"]
+    fitted = [[of[task]["exponent"] for task in TASKS] for of in results["families"].values()]
     body = [
-        [name, *(f"{e['last']:.2f} ({e['all']:.2f})" for e in (of[task]["exponent"] for task in TASKS))]
-        for name, of in results["families"].items()
+        [name, *(f"{e['last']:.2f} ({e['all']:.2f}, {e['low']:.2f} to {e['high']:.2f})" for e in row)]
+        for name, row in zip(results["families"], fitted)
     ]
-    return (
-        f"Exponent of N from {lengths[-2]:,} to {lengths[-1]:,} tokens (and fitted from {lengths[0]:,} on), by the "
-        f"FLOPs that each model counts: width {shape['hidden_size']}, {shape['num_hidden_layers']} layers, one "
-        "sequence.\n\n" + markdown_table(["family", *TASKS.values()], body)
+    crossings = [
+        [name, *(cheaper_from(results, name, task) for task in TASKS)]
+        for name in results["families"]
+        if name != "softmax_lm"
+    ]
+    header = ["family", *TASKS.values()]
+    return "\n\n".join(
+        [
+            f"Exponent of N from {lengths[-2]:,} to {lengths[-1]:,} tokens (and fitted from {lengths[0]:,} on, with "
+            "the 95 % interval of the fit: how far from a power of N it is). Counted by the models: width "
+            f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, one sequence.",
+            markdown_table(header, body),
+            "Cheaper than softmax attention from so many tokens on:",
+            markdown_table(header, crossings),
+        ]
     )
 
 
 def plot(results: dict[str, Any], image: Path):
     """Log-log: each task against N, with slopes 1, 2 and 3 to compare."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lengths, families = results["lengths"], results["families"]
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(5 * len(TASKS), 5), layout="constrained")
+    figure, panels = new_figure(1, len(TASKS), figsize=(5 * len(TASKS), 5))
     drawn = styles({name: name for name in families})
     for i, style in enumerate(drawn.values()):  # curves of the same height show through each other
         style |= {"linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
@@ -89,7 +131,6 @@ def plot(results: dict[str, Any], image: Path):
         panel.xaxis.minorticks_off()
     legend_below(figure, panels, columns=len(families))
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def run(options) -> int:

@@ -10,8 +10,10 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel
 from ordnung.modeling.ops.symmetric_square import num_features
+from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks.measure import in_turns, summarise, timed
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -104,22 +106,10 @@ def measure_decoding(options, d: int, length: int) -> dict:
 
 
 def crossover(rows: list[dict], d: int, task: str) -> float | None:
-    """Tokens from which on the squared kernel is the faster one, between two lengths along the logarithms.
-
-    None where it is at no length; the shortest length where it is at all.
-    """
-    points = []
-    for row in sorted(rows, key=lambda row: row["length"]):
-        if row["head_size"] == d:
-            points.append((row["length"], row[task]["softmax"]["median"] / row[task]["squared"]["median"]))
-    slower = [i for i, (_, ratio) in enumerate(points) if ratio < 1]
-    if not slower:
-        return points[0][0]
-    last = slower[-1]
-    if last + 1 == len(points):
-        return None
-    (n, low), (m, high) = points[last], points[last + 1]
-    return n * (m / n) ** (-math.log(low) / (math.log(high) - math.log(low)))
+    """Tokens from which on the squared kernel is the faster one, as `growth.crossover` tells."""
+    rows = sorted((row for row in rows if row["head_size"] == d), key=lambda row: row["length"])
+    ratios = [row[task]["softmax"]["median"] / row[task]["squared"]["median"] for row in rows]
+    return growth.crossover([row["length"] for row in rows], ratios)
 
 
 def state_tokens(d: int) -> float:
@@ -158,13 +148,8 @@ def markdown(results: dict) -> str:
 
 def plot(results: dict, image: Path) -> None:
     """Speed against fused softmax, and time of a decoded token, by length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sizes = results["settings"]["head_sizes"]
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = new_figure(1, 3, figsize=(13, 4))
     for panel, (task, title) in zip(panels, TASKS.items()):
         for i, d in enumerate(sizes):
             rows = [row for row in results["lengths"] if row["head_size"] == d]
@@ -185,7 +170,6 @@ def plot(results: dict, image: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def run(options) -> int:

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import legend_below, of_variants, styles
+from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.files import read_json, read_json_lines
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.common.tables import markdown_table, summarise, write_results
+from ordnung.scripts.experiments import sweep
 from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, arguments, check_pretrain, prepare_data
 from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions, VariantOptions
@@ -25,6 +26,8 @@ from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks
 from ordnung.scripts.pretraining.losses import position_buckets, position_losses
 from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.runs import claim_output_dir
+
+EQUAL = "_equal_compute"  # what names end with of variants that are trained for the FLOPs of the dearest
 
 
 def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[dict, dict]]:
@@ -43,7 +46,7 @@ def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBa
     for name in options.equal_compute:
         ratio, given = max(flops.values()) / flops[name], options.pretrain
         steps = {key: round(ratio * given[key]) for key in ("max_steps", "eval_steps") if given.get(key)}
-        runs[f"{name}_equal_compute"] = (options.variants[name], steps)
+        runs[name + EQUAL] = (options.variants[name], steps)
     return runs
 
 
@@ -166,6 +169,7 @@ def markdown(results: dict) -> str:
             f"relative figures are paired by seed. {described(results['machine'])}",
             markdown_table(header, body + ngram_rows(results, header)),
             *beside_counting(results),
+            *([sweep.described(results)] if "sweep" in results else []),
             "Loss (nats per token) by position in the block:",
             markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
         ]
@@ -178,15 +182,10 @@ def plot(results: dict, image: Path):
     With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs. Dotted
     lines are the n-grams, where the results hold them.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     variants, baseline = results["variants"], results["baseline"]
     lengths = {result["steps"] for result in variants.values() if "curve" in result}
     count = 1 + bool(baseline) + (len(lengths) > 1)
-    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5.6), layout="constrained", squeeze=False)
+    figure, panels = new_figure(1, count, figsize=(6.5 * count, 5.6), squeeze=False)
     by_position = panels[0, : 1 + bool(baseline)]
     drawn = styles({name: of_variants(results["settings"])[name] for name in variants})
     buckets = next(iter(variants.values()))["loss_by_position"]
@@ -219,7 +218,6 @@ def plot(results: dict, image: Path):
         panel.grid(alpha=0.3)
     legend_below(figure, panels[0])
     figure.savefig(image, dpi=150)
-    plt.close(figure)
 
 
 def _plot_course(panel, variants: dict[str, dict], drawn: dict[str, dict]):
@@ -254,6 +252,9 @@ def run(options: CompareOptions) -> int:
     output_dir, shared = Path(options.output_dir), check_pretrain(options.pretrain)
     variant_configs(options.variants, options.config_overrides)  # a wrong table is told before anything is written
     settings = {"pretrain": options.pretrain, "config_overrides": options.config_overrides}
+    if options.sweep:
+        sweep.check(options.sweep, options.pretrain)
+        settings["sweep"] = options.sweep
     claim_output_dir(output_dir, settings, options.variants)
     data = prepare_data(output_dir, shared)
     common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data
@@ -263,10 +264,23 @@ def run(options: CompareOptions) -> int:
     folders = {name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in variants}
     for name, (_, steps) in variants.items():
         check_lengths(folders[name], steps)
+    tried: dict[str, list[dict]] = {}
+    for name, variant in options.variants.items() if options.sweep else ():
+        status, tried[name] = sweep.try_all(
+            sweep.grid(options.sweep),
+            lambda choice, folder, variant=variant: pretrain(
+                options, variant, sweep.options_of(choice, options.pretrain, data, options.seeds[0]), folder
+            ),
+            output_dir / "sweep" / name,
+        )
+        if status:
+            return status
+    chosen = {name: sweep.best(tried[name.removesuffix(EQUAL)], options.sweep) if tried else {} for name in variants}
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for i, seed in enumerate(options.seeds):
         for name, (variant, steps) in variants.items():
-            status = pretrain(options, variant, {**common, **steps, "seed": seed}, folders[name][i])
+            own = {**common, **chosen[name], **steps, "seed": seed}
+            status = pretrain(options, variant, own, folders[name][i])
             if status:
                 return status
 
@@ -283,5 +297,7 @@ def run(options: CompareOptions) -> int:
         "variants": variants,
         "ngrams": ngram_lines(shared, data, options.seeds),
     }
+    if tried:
+        results["sweep"] = tried
     write_results(output_dir, results, markdown, positions=plot)
     return 0

@@ -1,7 +1,7 @@
-"""Softmax attention, and linear attention with the features elu + 1, with a short convolution and a decay gate.
+"""Softmax attention by any of `scores.SCORES`, and linear attention, with a short convolution and a decay gate.
 
-Controls of experiments: what QuadraticKernelLM's kernel gives, and what the extras beside it do. Importing it makes
-`model_type: control_attention_lm` known to the Auto classes of this process.
+Controls of experiments: what QuadraticKernelLM's kernel gives and what the extras beside it do, and whether the dot
+product is special. Importing it makes `model_type: control_attention_lm` known to the Auto classes of this process.
 """
 
 import math
@@ -21,6 +21,7 @@ from ordnung.modeling.mixers.mixer import Mixer, linear_flops
 from ordnung.modeling.mixers.projections import Projections, angles_of, rotate
 from ordnung.modeling.ops.causal_conv import causal_conv
 from ordnung.modeling.ops.grouped import per_query_head
+from ordnung.scripts.experiments.scores import SCORES
 
 
 @strict
@@ -29,6 +30,7 @@ class ControlAttentionConfig(BackboneConfig):
 
     Args:
         weights: "softmax" of scores, or "elu": products of elu + 1 of queries and keys, divided by their sum.
+        score: what softmax is taken of, one of `scores.SCORES`.
         short_conv_kernel, decay_gate: as in `QuadraticKernelLMConfig`.
         use_cache: there is none.
     """
@@ -37,13 +39,18 @@ class ControlAttentionConfig(BackboneConfig):
     mixer_types = ("control_attention",)
 
     weights: Literal["softmax", "elu"] = "softmax"
+    score: Literal["dot", "additive", "bilinear", "distance", "mlp", "position"] = "dot"
     short_conv_kernel: int = 0
     decay_gate: bool = False
     use_cache: bool = False
 
+    def validate_score(self):
+        if self.weights == "elu" and self.score != "dot":
+            raise ValueError(f"`score` ({self.score!r}) is for softmax: with `weights` 'elu' set 'dot'.")
+
 
 class ControlAttention(Projections, Mixer):
-    """head[i] = sum over j <= i of w v[j] / sum of w, with w = exp(q . k / sqrt(d)) or phi(q) . phi(k), phi = elu + 1.
+    """head[i] = sum over j <= i of w v[j] / sum of w, with w = exp(score) or phi(q) . phi(k), phi = elu + 1.
 
     The latter is linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.2), with phi after rotary
     positions, so that weights stay positive. A gate multiplies w by exp(G[i] - G[j]), G the sum of log decays. Computed
@@ -56,7 +63,11 @@ class ControlAttention(Projections, Mixer):
     def __init__(self, config: ControlAttentionConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.add_projections(config)
-        self.sizes = [x.out_features for x in (self.q_proj, self.k_proj, self.v_proj)]
+        self.score = SCORES[config.score](config.num_attention_heads, self.head_dim, config.max_position_embeddings)
+        if not self.score.reads_content:
+            del self.q_proj, self.k_proj
+        self.projections = ("q_proj", "k_proj", "v_proj") if self.score.reads_content else ("v_proj",)
+        self.sizes = [getattr(self, name).out_features for name in self.projections]
         if config.short_conv_kernel:
             self.conv_kernel = nn.Parameter(torch.empty(sum(self.sizes), config.short_conv_kernel))
         if config.decay_gate:
@@ -64,7 +75,8 @@ class ControlAttention(Projections, Mixer):
             self.decay_bias = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def init_weights(self, std: float) -> None:
-        """As those of `QuadraticKernelAttention`."""
+        """As those of `QuadraticKernelAttention`, and of the score."""
+        self.score.init_weights()
         if self.config.short_conv_kernel:
             taps = std * torch.randn_like(self.conv_kernel)
             taps[:, 0] += 1
@@ -79,19 +91,21 @@ class ControlAttention(Projections, Mixer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if past_key_values is not None or rows is not None:
             raise ValueError("ControlAttention takes whole rows of one document: give no padding, and use_cache=False.")
-        joined = torch.cat([project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        joined = torch.cat([getattr(self, name)(hidden_states) for name in self.projections], dim=-1)
         if self.config.short_conv_kernel:
             joined = causal_conv(joined, self.conv_kernel, implementation="conv1d")
-        query, key, value = map(self.heads, joined.split(self.sizes, dim=-1))
-        query, key, angles = self.q_norm(query), self.k_norm(key), angles_of(position_embeddings)
+        *content, value = map(self.heads, joined.split(self.sizes, dim=-1))
+        angles = angles_of(position_embeddings)
+        content = [norm(x) for norm, x in zip((self.q_norm, self.k_norm), content)]
         if angles:
-            query, key = rotate(query, *angles), rotate(key, *angles)
+            content = [rotate(x, *angles) for x in content]
+        query, key = content or (value, value)  # of which only the length is read
         key, value = (per_query_head(x, self.num_key_value_groups, dim=2) for x in (key, value))
-        elu = self.config.weights == "elu"
-        if elu:
+        if self.config.weights == "elu":
             query, key = nn.functional.elu(query) + 1, nn.functional.elu(key) + 1
-        scores = torch.einsum("bihc,bjhc->bhij", query, key)
-        scores = scores.log() if elu else scores * self.scaling
+            scores = torch.einsum("bihc,bjhc->bhij", query, key).log()
+        else:
+            scores = self.score(query, key)
         if self.config.decay_gate:
             total = nn.functional.logsigmoid(self.decay_proj(hidden_states) + self.decay_bias).cumsum(1).mT  # (B, H, N)
             scores = scores + total[..., None] - total[:, :, None]
@@ -100,8 +114,9 @@ class ControlAttention(Projections, Mixer):
         return self.out_proj(torch.einsum("bhij,bjhc->bihc", weights, value).flatten(2)), weights
 
     def flops(self, seq_len: int) -> int:
-        pairs = 4 * seq_len**2 * self.config.num_attention_heads * self.head_dim
-        return (linear_flops(self) + 2 * self.config.short_conv_kernel * sum(self.sizes)) * seq_len + pairs
+        pairs = seq_len**2 * self.config.num_attention_heads * (self.score.pair_flops() + 2 * self.head_dim)
+        each = linear_flops(self) + 2 * self.config.short_conv_kernel * sum(self.sizes) + self.score.token_flops()
+        return each * seq_len + pairs
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:
         heads = self.config.num_key_value_heads

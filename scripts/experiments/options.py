@@ -128,6 +128,12 @@ class CompareOptions(VariantOptions):
         "Options of pretrain.py for all runs: max_steps=100,block_size=128.", section="training", action=MergeKeyValues
     )
     baseline: str | None = option(None, "Variant that perplexity is held against.")
+    sweep: str | None = option(
+        None,
+        "Tried first on each variant, whose best it then trains with: options of pretrain.py with lists of values, and "
+        "those of the tries: learning_rate=[1e-3,3e-3],max_steps=50.",
+        action=MergeKeyValues,
+    )
     equal_compute: list[str] | None = option(
         None, "Variants to train once more, as NAME_equal_compute, for as many FLOPs as the dearest variant takes."
     )
@@ -142,6 +148,9 @@ class CompareOptions(VariantOptions):
             raise ScriptError(f"--equal_compute {unknown[0]} must be one of the variants {', '.join(self.variants)}")
         if self.equal_compute and "max_steps" not in self.pretrain:
             raise ScriptError("--equal_compute lengthens max_steps: give it in --pretrain")
+        self.sweep = self.sweep or {}
+        if self.sweep and not any(isinstance(values, list) for values in self.sweep.values()):
+            raise ScriptError("--sweep has no list of values to choose from: learning_rate=[1e-3,3e-3]")
 
 
 @dataclass(kw_only=True)

@@ -10,14 +10,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy.special import stdtrit
+
 HOLDS, PART, FAILS, OPEN = "holds", "holds in part", "does not hold", "not decided"
 MARGIN = 0.02  # relative: closer than that counts as equal
-# 97.5 % quantiles of Student's t with 1 to 30 degrees of freedom; the last serves for more
-T_QUANTILES = (
-    (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-    + (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
-    + (2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
-)
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ def interval(values: Sequence[float]) -> Interval:
     n, mean = len(values), fmean(values)
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)
-    half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * stdev(values) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 

@@ -248,7 +248,7 @@ class Finetuning(Job):
         status = self.loop.run()
         if status == 0:
             self._finish()
-        return status
+        return status or self.loop.told
 
     def _with_threshold(self, model: torch.nn.Module) -> TaskData:
         """The task's data with the threshold of several labels chosen, and the model's config with it."""
@@ -365,7 +365,8 @@ def run(options: FinetuneOptions) -> int:
             if results["tasks"]:
                 publish(results, output_dir)
         raise
-    if accelerator.is_main_process and status == 0:
+    finished = all(is_finished(output_dir / task.folder / f"seed-{seed}") for task in tasks for seed in options.seeds)
+    if accelerator.is_main_process and finished:
         results = collect(output_dir, options.seeds, options)
         publish(results, output_dir)
         push_best(results, options, targets)

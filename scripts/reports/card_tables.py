@@ -12,8 +12,9 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.experiments.verdicts import changes, estimate
-from ordnung.scripts.reports import claims, linearized, patterns, pooling, rank
+from ordnung.scripts.reports import claims, growing, ladder, linearized, lowrank, patterns, pooling, rank
 from ordnung.scripts.reports import mixing as plot_mixing
+from ordnung.scripts.reports.findings import LOW_RANK
 from ordnung.scripts.reports.results import (
     CAUSAL_BENCHMARKS,
     CONV_BENCHMARKS,
@@ -290,8 +291,19 @@ TABLES = {
             "the same, attention in layers 3 to 5": load("linearized_minilm_hybrid"),
         }
     ),
+    "linearized_sinks": lambda: linearized.converted(
+        {
+            "window 64": load("linearized_sinks_sparse_0"),
+            "window 64 and the first 4": load("linearized_sinks_sparse_4"),
+            "Linformer, window 33 to 64, 128 slots": load("linearized_sinks_linformer_0"),
+            "the same and the first 4": load("linearized_sinks_linformer_4"),
+        }
+    ),
     "linearized_encoder_layers": lambda: linearized.layers(load("linearized_minilm_conv")),
     "growth": lambda: growth.markdown(load("growth")),
+    "growth_measured": growing.markdown,
+    "ladder": ladder.markdown,
+    "linformer_lowrank": lambda: lowrank.markdown(load(LOW_RANK)),
     "all_claims": lambda: claims.markdown(claims.all_claims()),
     "claims_evidence": lambda: claims.evidence(claims.all_claims()),
     **{f"verdicts_{family}": partial(claims.of_family, family) for family in claims.FAMILIES},
@@ -317,5 +329,7 @@ FIGURES = {
     "quadratic_kernel_lm_rank": lambda image: rank.plot(load("quadratic_kernel_lm_rank"), image),
     "quadratic_kernel_lm_recall": lambda image: recall.plot(load("quadratic_kernel_lm_recall"), image),
     "quadratic_kernel_lm_compare": lambda image: compare.plot(load("quadratic_kernel_lm_compare"), image),
+    "linformer_lm_lowrank": lambda image: lowrank.plot(load(LOW_RANK), image),
+    "ladder": ladder.plot,
     "growth": lambda image: growth.plot(load("growth"), image),
 }

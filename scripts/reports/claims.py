@@ -4,18 +4,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ordnung.scripts.benchmarks.variants import copies_its_cache
-from ordnung.scripts.experiments.verdicts import (
-    MARGIN,
-    OPEN,
-    Interval,
-    at_least,
-    at_most,
-    beyond_counting,
-    changes,
-    equal,
-    everywhere,
-    interval,
-    together,
+from ordnung.scripts.experiments.verdicts import MARGIN, everywhere, together
+from ordnung.scripts.reports.findings import (
+    SPARSE,
+    Finding,
+    answers,
+    best_control,
+    competitors,
+    grows,
+    low_rank,
+    memory,
+    no_experiment,
+    on_par,
+    perplexity,
+    recall,
+    sparse_faster,
+    sparse_growth,
+    speed,
+    squared_cost,
+    squared_faster,
+    squared_rank,
+    squared_steady,
+    steady,
+    steady_decode,
 )
 from ordnung.scripts.reports.results import (
     CONV_BENCHMARKS,
@@ -24,25 +35,15 @@ from ordnung.scripts.reports.results import (
     Timings,
     has_results,
     load,
-    load_compare,
 )
 
 ARTICLE = "MikeyBeez, DifferentialLR, [zenodo 18498944](https://zenodo.org/records/18498944)"
 LINFORMER = "Wang et al. 2020, [arXiv 2006.04768](https://arxiv.org/abs/2006.04768)"
 PROPOSAL = "Yam Peleg"
-SAME_ORDER = 0.1  # exponents that differ by less are the same order of growth
-STEADY = 0.1  # relative: a time that changes by less does not grow
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One measurement of a claim. `key` says where in which results file it stands, `file` is that file's stem."""
-
-    against: str
-    number: str
-    verdict: str
-    file: str | None = None
-    key: str = ""
+PULLBACK = "Lee 2026, The d² Pullback Theorem, [zenodo 18842724](https://doi.org/10.5281/zenodo.18842724)"
+LONGFORMER = "Beltagy et al. 2020, [arXiv 2004.05150](https://arxiv.org/abs/2004.05150)"
+BIGBIRD = "Zaheer et al. 2020, [arXiv 2007.14062](https://arxiv.org/abs/2007.14062)"
+CONTENT_SCORES = ("additive", "bilinear", "distance", "mlp")  # of the ladder, beside the dot product
 
 
 @dataclass(frozen=True)
@@ -61,112 +62,6 @@ class Claim:
         return self.judge([finding.verdict for finding in self.findings])
 
 
-def no_experiment(what: str) -> list[Finding]:
-    return [Finding(what, "no experiment yet", OPEN)]
-
-
-def speed(files: Sequence[str], task: str, name: str, other: str, length: int, bound: float, against: str) -> Finding:
-    """Whether `name` is `bound` times as fast as `other`: by the quartiles of both, over all runs."""
-    pairs = Timings(*files).ratios(task, name, other, length)
-    where = f"{task}, {name} and {other}, N = {length}"
-    if not pairs:
-        return Finding(f"{against}, {length:,} tokens", "could not be run", OPEN, files[0], where)
-    own, others = ([pair[i]["seconds"] for pair in pairs] for i in (0, 1))
-    medians = [b["median"] / a["median"] for a, b in zip(own, others)]
-    n = min(row["n"] for row in own + others)
-    low, high = min(b["q1"] / a["q3"] for a, b in zip(own, others)), max(b["q3"] / a["q1"] for a, b in zip(own, others))
-    found = Interval(medians[-1], low, high, n)
-    number = " and ".join(f"{value:.2f}×" for value in medians)
-    number += f" (quartiles {low:.2f} to {high:.2f}, n = {n})" if n > 1 else " (n = 1)"
-    verdict = at_least(found, bound) if n > 1 else OPEN
-    file = [name for name, run in zip(files, Timings(*files).runs) if (task, other, length) in run]
-    return Finding(f"{against}, {length:,} tokens: {bound:g}×", number, verdict, file[-1], where)
-
-
-def memory(files: Sequence[str], name: str, other: str, length: int, times: float, against: str) -> Finding:
-    """Whether the peak of `name` is `times` below that of `other`; a peak is the same in every run, so one decides."""
-    rows, where = Timings(*files).rows, f"forward, peak_bytes, {name} and {other}, N = {length}"
-    if ("forward", other, length) not in rows:
-        return Finding(f"{against}, {length:,} tokens: {times:g}×", "could not be run", OPEN, files[0], where)
-    ratio = rows["forward", other, length]["peak_bytes"] / rows["forward", name, length]["peak_bytes"]
-    verdict = at_least(Interval(ratio, ratio, ratio, 1), times)
-    return Finding(f"{against}, {length:,} tokens: {times:g}×", f"{ratio:.1f}× less", verdict, files[0], where)
-
-
-def perplexity(file: str, name: str, other: str, bound: float, against: str) -> Finding:
-    """Whether the perplexity of `name` is lower than that of `other` by `bound`; none where counting beats either."""
-    results = load_compare(file)
-    own, reference = (results["variants"][which]["eval_perplexity"]["values"] for which in (name, other))
-    found = changes(own, reference)
-    number, verdict = f"{found.text(1, 100, ' %')}", OPEN
-    if "ngrams" in results:
-        trigram = results["ngrams"]["trigram"]["mean"]
-        means = [sum(values) / len(values) for values in (own, reference)]
-        verdict = beyond_counting(at_most(found, bound), means, trigram)
-        number += f"; perplexity {means[0]:.0f} and {means[1]:.0f}, trigram {trigram:.0f}"
-    return Finding(against, number, verdict, file, f"variants, {name} and {other}, eval_perplexity")
-
-
-def answers(file: str, own: tuple[str, str], other: tuple[str, str], least: float, against: str) -> Finding:
-    """Whether one variant answers more by `least` (a share of all answers): variant and point of both."""
-    if not has_results(file):
-        return Finding(against, "not run yet", OPEN, file, "")
-    variants, values = load(file)["variants"], []
-    for name, point in (own, other):
-        values.append(variants[name][point]["answers"]["values"])
-    found = interval([a - b for a, b in zip(*values)])
-    means = [sum(shares) / len(shares) for shares in values]
-    number = f"{means[0]:.3f} and {means[1]:.3f} right: {found.text(3)} more"
-    verdict = at_least(found, least)
-    return Finding(against, number, verdict, file, f"variants, {own[0]} {own[1]} and {other[0]} {other[1]}, answers")
-
-
-def best_control(file: str) -> tuple[str, str]:
-    """The attention of most right answers among those of a results file, at the end of its training."""
-    variants = load(file)["variants"] if has_results(file) else {"softmax": None}
-    names = [name for name in variants if name.startswith("softmax")]
-    key = (lambda name: variants[name]["equal_compute"]["answers"]["mean"]) if len(names) > 1 else None
-    return max(names, key=key), "equal_compute"
-
-
-def recall(file: str, name: str, other: str, pairs: int) -> Finding:
-    results = load(file)
-    row = results["settings"]["num_pairs"].index(pairs)
-    own, reference = (results["variants"][which]["accuracy"][row]["values"] for which in (name, other))
-    found = interval([a - b for a, b in zip(own, reference)])
-    means = f"{sum(own) / len(own):.3f} and {sum(reference) / len(reference):.3f} right"
-    where = f"variants, {name} and {other}, accuracy[{row}]"
-    return Finding(f"recall of {pairs} pairs", f"{means}: {found.text(3)} more", equal(found), file, where)
-
-
-def steady_decode(files: Sequence[str], name: str) -> Finding:
-    """Whether a token takes as long after the longest context as after the shortest."""
-    rows = Timings(*files).rows
-    lengths = sorted(length for task, which, length in rows if (task, which) == ("decode", name))
-    first, last = (rows["decode", name, length]["seconds"] for length in (lengths[0], lengths[-1]))
-    n, quartiles = min(first["n"], last["n"]), (last["q1"] / first["q3"], last["q3"] / first["q1"])
-    ratio = last["median"] / first["median"]
-    found = Interval(ratio - 1, quartiles[0] - 1, quartiles[1] - 1, n)
-    number = f"{ratio:.2f}× from {lengths[0]:,} to {lengths[-1]:,} tokens "
-    number += f"(quartiles {quartiles[0]:.2f} to {quartiles[1]:.2f}, n = {n})"
-    return Finding(f"nothing: within {STEADY:.0%}", number, equal(found, STEADY), files[-1], f"decode, {name}")
-
-
-def grows(task: str, name: str, other: str, against: str) -> Finding:
-    """Whether the FLOPs that two models count grow with the same exponent, but for `SAME_ORDER`, where longest."""
-    if not has_results("growth"):
-        return Finding(against, "not run yet", OPEN, "growth", "")
-    results = load("growth")
-    own, reference = (results["families"][which][task] for which in (name, other))
-    exponents = [of["exponent"]["last"] for of in (own, reference)]
-    more = own["values"][-1] / reference["values"][-1]
-    number = f"exponents {exponents[0]:.2f} and {exponents[1]:.2f}; {more:,.3g}× the FLOPs at "
-    number += f"{results['lengths'][-1]:,} tokens (counted)"
-    difference = exponents[0] - exponents[1]
-    verdict = equal(Interval(difference, difference, difference, 1), SAME_ORDER)
-    return Finding(against, number, verdict, "growth", f"families, {name} and {other}, {task}")
-
-
 def decode_claims(name: str, file: str, longest: int) -> list[Claim]:
     """Ours, of generation: a token's time does not grow, and is below attention's after `longest` tokens."""
     against = "attention, the faster of its caches"
@@ -174,9 +69,18 @@ def decode_claims(name: str, file: str, longest: int) -> list[Claim]:
     if copies_its_cache(which for task, which, _ in Timings(file).rows if task == "decode"):
         faster = no_experiment("attention with a static cache")
     return [
-        Claim(name, "a token takes the same time after any context", "ours", "-", [steady_decode([file], name)]),
+        Claim(name, "a token takes no longer after a longer context", "ours", "-", [steady_decode([file], name)]),
         Claim(name, f"a token is faster than attention's after {longest:,} tokens", "ours", "-", faster),
     ]
+
+
+def ladder(names: Sequence[str]) -> list[Finding]:
+    """Whether these rungs of the ladder of scores are no worse than the dot product: in language, and in recall."""
+    found = []
+    for name in names:
+        found.append(perplexity("ladder_compare", name, "dot", MARGIN, f"{name} score: text"))
+        found.append(recall("ladder_recall", name, "dot", 24, f"{name} score: ", worse=True))
+    return found
 
 
 def conv_claims() -> list[Claim]:
@@ -191,6 +95,7 @@ def conv_claims() -> list[Claim]:
         for name, which in (("no_positions", "without positions"), ("learned", "learned"), ("rope", "with rope"))
     ]
     name, reading = "conv_lm", "our reading of the article"
+    without = ladder(("position", "convolution"))
     return [
         Claim(name, "5.5× faster at 2,048 tokens", ARTICLE, "one run, attention that stores N×N scores", faster),
         Claim(name, "3.2 % lower perplexity", ARTICLE, "one unseeded run, attention without positions", lower),
@@ -199,10 +104,10 @@ def conv_claims() -> list[Claim]:
             "content-dependent scores are unnecessary",
             ARTICLE,
             "that perplexity",
-            [recall("conv_lm_recall", "conv", "softmax_rope", pairs) for pairs in (2, 16)] + lower[-1:],
+            [recall("conv_lm_recall", "conv", "softmax_rope", pairs) for pairs in (2, 16)] + lower[-1:] + without,
             everywhere,
         ),
-        Claim(name, "the dot product is not special", ARTICLE, reading, no_experiment("other score functions")),
+        Claim(name, "the dot product is not special", ARTICLE, reading, ladder(CONTENT_SCORES)),
         Claim(name, "the FFN does the mixing", ARTICLE, reading, no_experiment("attention × feed-forward")),
         *decode_claims(name, "conv_lm_benchmark_decode", 32768),
     ]
@@ -231,14 +136,18 @@ def linformer_claims() -> list[Claim]:
             "performs on par with standard Transformer models",
             LINFORMER,
             "Table 2, single runs",
-            no_experiment("an encoder fine-tuned on SST-2, IMDB and QNLI"),
+            [
+                finding
+                for name in ("layerwise_64", "layerwise_128")
+                for finding in on_par("linformer_lm_table2", name, "softmax", ("sst2", "qnli", "imdb"))
+            ],
         ),
         Claim(
             name,
             "can be approximated by a low-rank matrix",
             LINFORMER,
             "figure 1, no null",
-            no_experiment("rank against length, with shuffled keys"),
+            [low_rank(exponent=True), low_rank(exponent=False)],
         ),
         *decode_claims(name, "linformer_lm_causal", 65536),
         Claim(
@@ -268,7 +177,77 @@ def prefix_claims() -> list[Claim]:
     ]
 
 
-FAMILIES = {"conv_lm": conv_claims, "linformer_lm": linformer_claims, "cubic_prefix_lm": prefix_claims}
+def quadratic_claims() -> list[Claim]:
+    name, scores = "quadratic_kernel_lm", "a count of parameters, a toy retrieval"
+    cost = [
+        squared_cost("d", 2),
+        squared_cost("n", 0),
+        squared_rank("own", "softmax attention's weights: (d + 1)(d + 2) / 2"),
+        squared_rank("shifted", "the squared kernel's: (d + 1)(d + 2) / 2"),
+    ]
+    sizes, file = (16, 32, 64), "quadratic_kernel_lm_compare"
+    text = [
+        perplexity(file, f"shifted{extras}", f"softmax{extras}", 0.0, f"softmax attention, {what}")
+        for extras, what in (("", "both bare"), ("_extras", "both with norm, convolution and gate"))
+    ]
+    looked_up = [
+        recall("quadratic_kernel_lm_recall", which, "softmax_16", 24, f"{which} against softmax_16: ")
+        for which in ("csq_16", "shifted_16")
+    ]
+    return [
+        Claim(name, "attention is an O(d²) problem", PULLBACK, scores, cost),
+        Claim(name, "a squared score retrieves as softmax does", PULLBACK, "our reading", looked_up),
+        Claim(name, "a token takes no longer after a longer context", "ours", "-", [squared_steady(d) for d in sizes]),
+        Claim(name, "faster from d² tokens on", "ours", "-", [squared_faster(d, 16384) for d in sizes]),
+        Claim(name, "no worse than attention on text", "ours", "-", text),
+    ]
+
+
+def sparse_claims() -> list[Claim]:
+    name, kinds = "sparse_attention_lm", ("local", "local + global", "local + strided", "local + random", "all")
+    counted = grows("train", name, "conv_lm", "local + global, FLOPs of training, against a convolution's, linear")
+    both, control = "local + global", "softmax_rope"
+    decoding = [("decoding", which, "full attention, static", 32768, 1.0) for which in ("local", both, "all")]
+    linear = "an attention mechanism that scales linearly with sequence length"
+    looked_up = [
+        recall("sparse_attention_lm_recall", which, control, 16, f"{which} against full attention: ")
+        for which in ("local", "global_8", "stride_2", "stride_4", "random_2")
+    ]
+    return [
+        Claim(name, linear, LONGFORMER, "measured by its authors", [counted, sparse_growth(both)]),
+        Claim(name, "reduces this quadratic dependency to linear", BIGBIRD, "a proof", [sparse_growth(kinds[3])]),
+        Claim(
+            name,
+            "each kind is faster than fused attention at 4,096 tokens",
+            "ours",
+            "-",
+            [sparse_faster("attention", kind, "SDPA", 4096, 1.0) for kind in kinds],
+        ),
+        Claim(
+            name,
+            "a token takes no longer after a longer context",
+            "ours",
+            "-",
+            [steady(competitors("decoding", both), SPARSE, f"decoding, {both}")],
+        ),
+        Claim(
+            name,
+            "a token is faster than attention's after 32,768 tokens",
+            "ours",
+            "-",
+            [sparse_faster(*case) for case in decoding],
+        ),
+        Claim(name, "each kind recalls what full attention does", "ours", "-", looked_up, everywhere),
+    ]
+
+
+FAMILIES = {
+    "conv_lm": conv_claims,
+    "linformer_lm": linformer_claims,
+    "cubic_prefix_lm": prefix_claims,
+    "quadratic_kernel_lm": quadratic_claims,
+    "sparse_attention_lm": sparse_claims,
+}
 
 
 def all_claims() -> list[Claim]:

@@ -13,6 +13,7 @@ from ordnung import QuadraticKernelLMConfig, QuadraticKernelLMModel
 from ordnung.modeling.mixers.attention import Attention
 from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -30,6 +31,19 @@ def rank(block: torch.Tensor, threshold: float) -> torch.Tensor:
     """(...) of blocks (..., m, n), as far as `threshold` tells."""
     values = torch.linalg.svdvals(block.double())
     return (values > threshold * values[..., :1]).sum(-1)
+
+
+def needed(weights: torch.Tensor, share: float) -> torch.Tensor:
+    """(...) of weights (..., n, keys): how many of the first singular values hold that share of the sum of all."""
+    values = torch.linalg.svdvals(weights.double())
+    held = values.cumsum(-1) / values.sum(-1, keepdim=True)
+    return 1 + (held < share).sum(-1)
+
+
+def shuffled(weights: torch.Tensor, seed: int) -> torch.Tensor:
+    """(..., n, keys), each row in an order of its own: sharp where it was sharp, and no more alike than by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    return weights.gather(-1, torch.rand(weights.shape, generator=generator).argsort(-1))
 
 
 def block_of(kernel: str, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -82,6 +96,9 @@ def model_ranks(options, name: str, text: str) -> dict:
 
     The latter of the queries and keys of softmax layers, with d their size.
 
+    With a `share`, also how many singular values of the whole matrix hold it, as it is and with its rows shuffled:
+    [passage][layer][head], of passages of the text one after the other.
+
     Raises:
         ScriptError: as `load`; the text is too short.
     """
@@ -92,16 +109,20 @@ def model_ranks(options, name: str, text: str) -> dict:
     model = model.double()
     if model.config.longest_row is not None:
         longest = max((n for n in options.lengths if n <= model.config.longest_row), default=0)
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=longest, add_special_tokens=False)
-    ids = ids["input_ids"]
-    lengths = [n for n in options.lengths if n <= min(longest, ids.shape[1])]
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
+    ids = ids["input_ids"][:, : options.passages * longest]
+    passages = ids.split(longest, dim=1)
+    lengths = [n for n in options.lengths if n <= min(longest, passages[-1].shape[1])]
     if not lengths:
-        raise ScriptError(f"{name} reads {min(longest, ids.shape[1])} tokens of the text: give less in --lengths")
+        raise ScriptError(
+            f"{name} reads {passages[-1].shape[1]} tokens of passage {len(passages)} of the text: give less in "
+            "--lengths"
+        )
     d = model.config.head_dim
     result = {"model": Path(name).name, "d": d, "bound": num_products(d), "layer_types": model.config.layer_types}
     result["lengths"] = []
     for n in lengths:
-        part = ids[:, :n]
+        part = passages[0][:, :n]
         own = [
             rank(weights[:, n // 2 :, : n // 2], options.threshold).tolist() for weights in mixing_weights(model, part)
         ]
@@ -111,6 +132,13 @@ def model_ranks(options, name: str, text: str) -> dict:
         ]
         if shifted:
             row["shifted"] = shifted
+        if options.share is not None:
+            row |= {"needed": [], "shuffled": []}
+            for i, passage in enumerate(passages):
+                weights = mixing_weights(model, passage[:, :n])
+                row["needed"].append([needed(layer, options.share).tolist() for layer in weights])
+                by_chance = [needed(shuffled(layer, seed=i), options.share) for layer in weights]
+                row["shuffled"].append([heads.tolist() for heads in by_chance])
         result["lengths"].append(row)
         print(f"{name}: {n} tokens", flush=True)
     return result
@@ -190,12 +218,7 @@ def shown(values: list[int]) -> str:
 
 def plot(results: dict, image: Path) -> None:
     """Ranks against n for random and for trained heads; FLOPs of a token against n and against d."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    figure, axes = new_figure(2, 2, figsize=(11, 8.5))
     (random, trained), (by_length, by_size) = axes
     settings = results["settings"]
     for i, d in enumerate(settings["head_sizes"]):
@@ -242,7 +265,6 @@ def plot(results: dict, image: Path) -> None:
     by_size.set_xticks(sizes, map(str, sizes))
     by_size.minorticks_off()
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def run(options) -> int:

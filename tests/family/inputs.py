@@ -90,6 +90,10 @@ class Inputs(FamilyBase):
 
     def test_wrong_config_is_refused_in_words(self):
         for overrides, message in (
+            (
+                {"position_embedding_type": "rope", "rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+                r"`rope_type` \(.spiral.\) is not known: it must be one of",
+            ),
             ({"hidden_size": 30}, r"`hidden_size` \(30\) must be a multiple of `num_attention_heads` \(4\)"),
             ({"num_key_value_heads": 3}, r"`num_key_value_heads` \(3\) must divide `num_attention_heads` \(4\)"),
             ({"num_key_value_heads": 0}, r"`num_key_value_heads` \(0\) must be at least 1"),
