@@ -8,7 +8,14 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+
+def check_rope_type(rope_parameters: Mapping | None) -> None:
+    """Raise a ValueError where rotary positions are of a type that transformers does not compute."""
+    kind, known = (rope_parameters or {}).get("rope_type", "default"), ("default", *ROPE_INIT_FUNCTIONS)
+    if kind not in known:
+        raise ValueError(f"`rope_type` ({kind!r}) is not known: it must be one of {sorted(known)}")
 
 
 @strict
@@ -66,7 +73,7 @@ class BackboneConfig(PreTrainedConfig):
     # Whether the causal model runs the bidirectional one on each prefix, so that an encoder's weights generate.
     encoder_generates: ClassVar[bool] = False
     # How pipelines cut the base model: its parts in order, with what they take and give.
-    base_model_pp_plan: ClassVar[Mapping] = MappingProxyType(
+    base_model_pp_plan: ClassVar[Mapping | None] = MappingProxyType(
         {
             "embed_tokens": (["input_ids"], ["inputs_embeds"]),
             "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -226,6 +233,8 @@ class BackboneConfig(PreTrainedConfig):
                 f"({self.hidden_size}) / `num_attention_heads` ({self.num_attention_heads}), is odd: change one, or "
                 "set position_embedding_type='learned'."
             )
+        if self.position_embedding_type == "rope":
+            check_rope_type(self.rope_parameters)
 
     def validate_hidden_act(self):
         from transformers.activations import ACT2FN
@@ -240,4 +249,4 @@ class BackboneConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` ({value}) must be in [0, 1).")
 
 
-__all__ = ["BackboneConfig"]
+__all__ = ["BackboneConfig", "check_rope_type"]

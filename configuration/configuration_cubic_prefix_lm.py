@@ -26,6 +26,7 @@ class CubicPrefixLMConfig(BackboneConfig):
     model_type = "cubic_prefix_lm"
     mixer_types: ClassVar[tuple[str, ...]] = ("cubic_prefix",)
     encoder_generates: ClassVar[bool] = True
+    base_model_pp_plan: ClassVar[None] = None  # a pass over each prefix runs the whole stack
     packs_documents: ClassVar[bool] = False  # its passes skip padding, and sharded they are planned by shapes alone
 
     position_embedding_type: Literal["none", "learned", "rope"] = "learned"

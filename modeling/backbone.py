@@ -3,6 +3,7 @@
 A family adds a `Mixer` (`mixers.mixer`): the part of a layer that moves information between tokens.
 """
 
+import copy
 from typing import ClassVar
 
 import torch
@@ -33,6 +34,11 @@ def find_documents(shape, mask, position_ids, marks) -> Rows | None:
     real = Mixer.make_mask(None, torch.empty(*shape, 0), mask)
     begins = begins_of(shape, real, position_ids, **marks)
     return None if begins is None else Rows.of_documents(begins, real)
+
+
+def is_here(layer: nn.Module) -> bool:
+    """Whether a layer is one, and not what transformers' pipelines put in the place of those of another stage."""
+    return hasattr(layer, "mixer")
 
 
 class MLP(nn.Module):
@@ -122,6 +128,17 @@ class BackbonePreTrainedModel(PreTrainedModel):
         super().init_parallel_plans()
         if not self.config.splits_heads:
             self._tp_plan = {}  # that of a head would let transformers load the model, and split nothing else
+        if self.config.base_model_pp_plan is None:
+            self._pp_plan = {}
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        if getattr(distributed_config, "pp_size", 1) > 1 and not model._pp_plan:
+            raise ValueError(
+                f"{cls.__name__} has no `pp_plan`: its layers do not run one after the other on the same states, so "
+                "that a pipeline cannot cut the stack. Load it with `fsdp_size` in place of `pp_size`."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -211,15 +228,14 @@ class BackboneModel(BackbonePreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
+        seen = self.own_states(past_key_values)
         if position_ids is None:
-            position_ids = (
-                rows.positions if packed else self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
-            )
+            position_ids = rows.positions if packed else self.default_position_ids(inputs_embeds, attention_mask, seen)
         ready = attention_mask if isinstance(attention_mask, dict) else {}
         if isinstance(attention_mask, dict):
             rows, attention_mask = Rows.of_mask(self.padding_in(ready)), None
         else:
-            self.check_mask(inputs_embeds, attention_mask, past_key_values)
+            self.check_mask(inputs_embeds, attention_mask, seen)
             if not packed and not (attention_mask is not None and attention_mask.ndim == 4):
                 rows = Rows.of_mask(Mixer.make_mask(self.config, inputs_embeds, attention_mask))
         masks = {}
@@ -230,23 +246,25 @@ class BackboneModel(BackbonePreTrainedModel):
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
+                    past_key_values=seen,
                     rows=rows,
                 )
 
         hidden_states, position_embeddings = self.embed(inputs_embeds, token_type_ids, position_ids)
-        for layer in self.layers:
+        for kind, layer in zip(self.config.layer_types, self.layers):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[layer.mixer.layer_type],
+                attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 rows=rows,
-                **self.shared_inputs(layer.mixer.layer_type),
+                **self.shared_inputs(kind),
                 **kwargs,
             )
+        if is_here(self.layers[-1]):  # else a later stage of a pipeline norms and transforms
+            hidden_states = self.lm_transform(self.norm(hidden_states))
         return BaseModelOutputWithPast(
-            last_hidden_state=self.lm_transform(self.norm(hidden_states)),
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
         )
 
@@ -302,6 +320,14 @@ class BackboneModel(BackbonePreTrainedModel):
         """The mask (B, N) of real tokens among ready masks by layer type, or None where all tokens are real."""
         return next((mask for mask in masks.values() if mask is not None and mask.ndim == 2), None)
 
+    def own_states(self, past_key_values: Cache | None) -> Cache | None:
+        """A generation state as this model fills it: without the layers that an earlier stage of a pipeline has."""
+        if past_key_values is None or is_here(self.layers[0]):
+            return past_key_values
+        own = copy.copy(past_key_values)
+        own.layers = own.layers[next((i for i, layer in enumerate(self.layers) if is_here(layer)), 0) :]
+        return own
+
     def shared_inputs(self, layer_type: str) -> dict[str, torch.Tensor]:
         """What every mixer of this type takes besides: parameters that the model owns once for all of them."""
         return {}
@@ -321,6 +347,9 @@ class BackboneModel(BackbonePreTrainedModel):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """What the first layer takes: states (B, N, D) and, with rope, the cosines and sines of the positions."""
         hidden_states, position_embeddings = inputs_embeds, None
+        if not is_here(self.layers[0]):  # a later stage of a pipeline: what it takes is embedded
+            rope = self.config.position_embedding_type == "rope"
+            return hidden_states, self.rotary_emb(hidden_states, position_ids) if rope else None
         if self.config.type_vocab_size:
             if token_type_ids is None:
                 token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)

@@ -162,10 +162,7 @@ def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[st
         model, loading = AutoModelForCausalLM.from_pretrained(source, **loading)
         return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if isinstance(source, PreTrainedModel):
-        quantizer = getattr(source, "hf_quantizer", None)
-        quantized = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
-        if quantized or getattr(source, "_hf_peft_config_loaded", False):
-            raise TypeError("convert needs plain weights: dequantize the model, or merge its adapters, first")
+        _check_plain(source)
         _check_architecture(source.config.model_type)
         return source, set(), []
     if not isinstance(source, str | os.PathLike):
@@ -178,6 +175,7 @@ def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[st
     names = config.get("architectures") or ["AutoModel"]
     source_class = getattr(transformers, names[0], AutoModel)
     model, loading = source_class.from_pretrained(source, output_loading_info=True)
+    _check_plain(model)
     return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
 
 
@@ -193,6 +191,17 @@ def _pooling_of(source, table: Source, source_head: str) -> str | None:
     named = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
     chosen = [pooling for mode, pooling in named.items() if modes.get(mode)]
     return chosen[0] if len(chosen) == 1 else None
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    quantized = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
+    if quantized or getattr(model, "_hf_peft_config_loaded", False):
+        what = f"quantized ({quantizer.quantization_config.quant_method})" if quantized else "one with adapters"
+        raise TypeError(
+            f"convert needs plain weights, and the source is {what}: give the checkpoint that it was made of, or the "
+            "model after `dequantize()`, its adapters merged"
+        )
 
 
 def _check_architecture(model_type: str | None) -> None:

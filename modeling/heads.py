@@ -436,7 +436,11 @@ class ForQuestionAnswering(ClassificationHead):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, N) each
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            scores = start_logits, end_logits
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:  # no answer begins in padding
+                padding = attention_mask[:, -start_logits.shape[1] :] == 0
+                scores = (each.masked_fill(padding, torch.finfo(each.dtype).min) for each in scores)
+            loss = self.loss_function(*scores, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),

@@ -80,14 +80,10 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             ValueError: as `BackboneModel.forward`; and if a prefix exceeds `prefix_group_tokens`, or `past_key_values`
                 is of another kind.
         """
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if predict_from is None:
             predict_from = self.predicts
         if predict_from is False:
-            if seen:
-                raise ValueError(
-                    "`past_key_values` continues a prediction: use CubicPrefixLMForCausalLM, or give `predict_from`."
-                )
+            self.check_encodes(past_key_values)
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -101,8 +97,6 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
         inputs_embeds = self.embed_inputs(input_ids, inputs_embeds)
         if isinstance(attention_mask, dict):
             attention_mask = self.padding_in(attention_mask)
-        if predict_from is True:
-            predict_from = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if rows is None:
             marks = {name: kwargs.get(name) for name in MARKS}
             rows = self.packed_rows(inputs_embeds, attention_mask, position_ids, past_key_values, **marks)
@@ -112,48 +106,85 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        record = kwargs.get("output_hidden_states")
-        record = self.config.output_hidden_states if record is None else record
-        recorded = range(len(self.layers) + 1)
-        if not isinstance(record, bool):  # one index or several
-            recorded = {recorded[i] for i in ([record] if isinstance(record, int) else record)}
-            record = True
-
         self.check_mask(inputs_embeds, attention_mask, past_key_values)
         if position_ids is None:
             position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
             position_ids = position_ids if rows is None else rows.positions
-        hidden_states, _ = self.embed(inputs_embeds, token_type_ids, position_ids)
-        B, N = hidden_states.shape[:2]
-        new = (hidden_states, position_ids.expand(B, N))
-        passes, predict = Passes(self, record), predict_with_stride_one if self.stride == 1 else predict_with_stride
-        if rows is None:
-            if attention_mask is None:
-                real = torch.ones(B, seen + N, dtype=torch.bool, device=hidden_states.device)
-            else:
-                real = attention_mask != 0
-            read = torch.ones_like(predict_from) if self.is_sharded else predict_from & real[:, seen:]
-            states = predict(passes, *new, real, read, past_key_values)
-        else:
-            if self.is_sharded:
-                raise ValueError(
-                    "Sharded by FSDP, this model takes no packed documents: processes would need different numbers of "
-                    "passes, and wait for each other. Give full rows without boundaries, or train without sharding."
-                )
+        if predict_from is True:
+            predict_from = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
-            def predict_row(hidden_states, position_ids, read, lengths):
+        recorded = self.recorded_states(kwargs.get("output_hidden_states"))
+        hidden_states, _ = self.embed(inputs_embeds, token_type_ids, position_ids)
+        states = self.states_of_prefixes(
+            Passes(self, record=bool(recorded)),
+            hidden_states,
+            position_ids.expand(hidden_states.shape[:2]),
+            predict_from,
+            attention_mask,
+            rows,
+            past_key_values,
+        )
+        states = [hidden_states, *states[:-1], self.lm_transform(self.norm(states[-1]))]
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(x if i in recorded else None for i, x in enumerate(states)) if recorded else None,
+        )
+
+    def states_of_prefixes(self, passes, hidden_states, position_ids, read, attention_mask, rows, past_key_values):
+        """encoder(token[0..t])[t] for each token t in `read`: its state at the end of the pass over its own prefix.
+
+        Args:
+            passes: computes them together.
+            hidden_states: (B, N, D), as the first layer takes them.
+            position_ids, read: (B, N).
+            attention_mask: (B, past + N), 0 for padding, or None.
+            rows: where documents lie in packed rows, or None: a prefix begins with its document.
+            past_key_values: what is known of earlier tokens, or None.
+
+        Returns:
+            (B, N, D) after every layer that `passes` records, and after the last one.
+        """
+        predict = predict_with_stride_one if self.stride == 1 else predict_with_stride
+        if rows is not None:
+            self.check_takes_documents()
+
+            def predict_documents(hidden_states, position_ids, read, lengths):
                 real = torch.ones_like(read)
                 if lengths is not None:
                     real = torch.arange(read.shape[1], device=read.device) < lengths[:, None]
                 return tuple(predict(passes, hidden_states, position_ids, real, read & real, None))
 
-            states = rows.mix(predict_row, *new, predict_from)
-        states = [hidden_states, *states[:-1], self.lm_transform(self.norm(states[-1]))]
-        return BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(x if i in recorded else None for i, x in enumerate(states)) if record else None,
-        )
+            return rows.mix(predict_documents, hidden_states, position_ids, read)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is None:
+            B, N = read.shape
+            real = torch.ones(B, seen + N, dtype=torch.bool, device=read.device)
+        else:
+            real = attention_mask != 0
+        read = torch.ones_like(read) if self.is_sharded else read & real[:, seen:]
+        return predict(passes, hidden_states, position_ids, real, read, past_key_values)
+
+    def recorded_states(self, asked: bool | int | list[int] | None) -> list[int]:
+        """Indices of the hidden states to give: all or none of them, one index or several; None as configured."""
+        asked = self.config.output_hidden_states if asked is None else asked
+        indices = range(len(self.layers) + 1)
+        if isinstance(asked, bool):
+            return list(indices) if asked else []
+        return [indices[i] for i in ([asked] if isinstance(asked, int) else asked)]
+
+    def check_encodes(self, past_key_values: Cache | None) -> None:
+        if past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError(
+                "`past_key_values` continues a prediction: use CubicPrefixLMForCausalLM, or give `predict_from`."
+            )
+
+    def check_takes_documents(self) -> None:
+        if self.is_sharded:
+            raise ValueError(
+                "Sharded by FSDP, this model takes no packed documents: processes would need different numbers of "
+                "passes, and wait for each other. Give full rows without boundaries, or train without sharding."
+            )
 
     @property
     def stride(self) -> int | None:

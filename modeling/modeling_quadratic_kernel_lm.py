@@ -204,7 +204,7 @@ class QuadraticKernelAttention(Mixer):
         """What the state of a row holds: name -> shape."""
         config, d = self.config, self.config.head_dim
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        shapes = {"sums": (heads, num_features(d + 1), self.value_dim + 1)}
+        shapes = {"sums": (heads, self.value_dim + 1, num_features(d + 1))}
         if config.short_conv_kernel:
             shapes["conv"] = (config.short_conv_kernel - 1, sum(self.sizes))
         if config.centering is not None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ordnung.configuration.configuration_backbone import check_rope_type
 
 # Fields that have the same name in every source.
 COMMON_FIELDS = (
@@ -284,9 +285,7 @@ def check_options(config: PreTrainedConfig, windows: Iterable[str] = ()) -> None
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type in ("llama", "mistral", "qwen2", "qwen3"):
-        known = ("default", *ROPE_INIT_FUNCTIONS)
-        if rope.get("rope_type", "default") not in known:
-            raise ValueError(f"`rope_type` ({rope['rope_type']!r}) is not known: it must be one of {sorted(known)}")
+        check_rope_type(rope)
     given = {name: getattr(config, name, None) for name in FOREIGN_OPTIONS}
     given["partial_rotary_factor"] = rope.get("partial_rotary_factor", given["partial_rotary_factor"])
     for name, neutral in FOREIGN_OPTIONS.items():

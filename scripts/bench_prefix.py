@@ -15,7 +15,7 @@ in turns. Results go to a JSON file.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options
+from ordnung.scripts.common.options import option, parse_options
 
 
 @dataclass(kw_only=True)
@@ -32,9 +32,6 @@ class PrefixBenchOptions:
     threads: int = option(1, "CPU threads.", least=1)
     seed: int = option(0, "Of weights and tokens.")
     output: str = option("out/bench_prefix.json", "JSON file for the results.", section="output")
-
-    def __post_init__(self):
-        check_bounds(self)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ state is given in tokens of a key-value cache. Outputs are compared first; compe
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options
+from ordnung.scripts.common.options import option, parse_options
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,6 @@ class QuadraticBenchOptions:
     output: str = option("out/bench_quadratic.json", "JSON file for the results.", section="output")
 
     def __post_init__(self):
-        check_bounds(self)
         self.lengths = sorted(set(self.lengths))
 
 

@@ -14,7 +14,7 @@ the machine do not lengthen much. Results go to a JSON file.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options
+from ordnung.scripts.common.options import option, parse_options
 
 
 @dataclass(kw_only=True)
@@ -31,9 +31,6 @@ class SparseBenchOptions:
     threads: int = option(1, "CPU threads.", least=1)
     seed: int = option(0, "Of weights and tokens.")
     output: str = option("out/bench_sparse.json", "JSON file for the results.", section="output")
-
-    def __post_init__(self):
-        check_bounds(self)
 
 
 def main(argv: list[str] | None = None) -> int:

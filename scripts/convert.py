@@ -44,13 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import AutoTokenizer
 
     from ordnung.scripts.common import limits
-    from ordnung.scripts.common.models import check_folder
+    from ordnung.scripts.common.models import check_source
 
-    if options.gguf_file is None:
-        check_folder(options.source)
-    elif Path(options.source).is_dir() and not (Path(options.source) / options.gguf_file).is_file():
-        files = sorted(path.name for path in Path(options.source).glob("*.gguf"))
-        raise ScriptError(f"--gguf_file {options.gguf_file} is not in {options.source}, whose GGUF files are {files}")
+    check_source(options.source, options.gguf_file)
     try:
         model, report = ordnung.convert(
             options.source,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,6 @@ class EvaluateOptions:
         for name, default in (("dataset_config_name", None), ("split", "test")):
             if self.text_file and getattr(self, name) != default:
                 raise ScriptError(f"--{name} is of a data set: give --dataset_name, or leave it out")
-        check_bounds(self)
         if self.output_file is not None and not Path(self.output_file).parent.is_dir():
             raise ScriptError(f"--output_file {self.output_file}: its folder does not exist")
 

@@ -8,7 +8,7 @@ The models count: nothing is computed and nothing timed. Lengths double from --s
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -18,7 +18,6 @@ class GrowthOptions:
     output_file: str = required("JSON.", section="output")
 
     def __post_init__(self):
-        check_bounds(self)
         if self.longest < 2 * self.shortest:
             raise ScriptError(f"--longest ({self.longest}) must be at least twice --shortest ({self.shortest})")
 

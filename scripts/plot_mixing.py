@@ -13,7 +13,7 @@ are drawn as the attention that they are.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,6 @@ class MixingOptions:
     output_dir: str = required("Folder for the images and figures.", section="output")
 
     def __post_init__(self):
-        check_bounds(self)
         if (self.text is None) == (self.text_file is None):
             raise ScriptError("give one of --text and --text_file")
 

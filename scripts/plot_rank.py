@@ -15,7 +15,7 @@ QuadraticKernelLM against n and d: constant in n, growing as d^3 and not as d^2.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+from ordnung.scripts.common.options import option, parse_options, required
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,6 @@ class RankOptions:
     output_dir: str = required("Folder for rank.json and rank.png.", section="output")
 
     def __post_init__(self):
-        check_bounds(self)
         self.model_name_or_path = self.model_name_or_path or []
         if self.model_name_or_path and self.text_file is None:
             raise ScriptError("--model_name_or_path needs a text to read: give --text_file")

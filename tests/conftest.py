@@ -3,10 +3,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
 
-pytest.register_assert_rewrite("family", "family_tester", "tiny_tasks")
+pytest.register_assert_rewrite(
+    "family", "family_tester", "tiny_tasks", "convert_sources", "tiny_runs", "linear_runs", "own_data", "launching"
+)
 
 
 def pytest_generate_tests(metafunc):
@@ -21,6 +25,15 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request, monkeypatch):
+    """Figures that programs make are rendered in tests marked `draws` only: it takes longer than a tiny run."""
+    if request.node.get_closest_marker("draws") is None:
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: Path(path).write_bytes(b"not rendered"))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,8 @@
 """A server that speaks the part of the Hugging Face Hub's HTTP API that uploads and downloads need, for tests.
 
-Repositories live in memory. Every commit has an id and a tree; large files go the LFS way (batch, PUT, verify, a
-redirect at download), the rest inside the commit. Answers follow what huggingface_hub reads: status codes,
-X-Error-Code, ETag, X-Repo-Commit, X-Linked-*. `faults` breaks connections on purpose.
+Repositories, of models and data sets, live in memory. Every commit has an id and a tree; large files go the LFS way
+(batch, PUT, verify, a redirect at download), the rest inside the commit. Answers follow what huggingface_hub reads:
+status codes, X-Error-Code, ETag, X-Repo-Commit, X-Linked-*. `faults` breaks connections on purpose.
 """
 
 import base64
@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
 import yaml
+from huggingface_hub import constants
 
 WRITER, READER = "hf_writer", "hf_reader"
 USERS = {
@@ -93,6 +95,17 @@ class HubServer(ThreadingHTTPServer):
         return [line for line in self.requests if part in line]
 
 
+def take_for_the_hub(server: HubServer, monkeypatch):
+    """Have huggingface_hub and datasets, in this process, speak to the server."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+
+
 class Lost(Exception):
     """The connection breaks here."""
 
@@ -109,7 +122,7 @@ def route(method: str, pattern: str):
 
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-API = rf"/api/models/{REPO}"
+API = rf"/api/(?:models|datasets)/{REPO}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -385,7 +398,7 @@ def commit(self, line, repo, revision):
     self.answer(200, {"commitUrl": url, "commitOid": number, "success": True}, line=line)
 
 
-@route("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+@route("GET", rf"(?:/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(self, line, repo, revision, path):
     found = self.tree(repo, revision)
     if not found:

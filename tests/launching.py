@@ -49,7 +49,7 @@ def launch(config: str, script: Path, arguments: list, **environment: str) -> st
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", SCRIPTS / "configs" / config]
     command += ["--main_process_port", port, script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-20000:]
     return done.stdout
 

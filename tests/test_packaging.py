@@ -150,7 +150,7 @@ def test_sdist_holds_all_that_the_make_targets_need(built, source):
         ".ci/run",
         "scripts/data/moby_dick.txt",
     }
-    tests = {f"tests/{path.name}" for path in (source / "tests").glob("*.py")}
+    tests = {path.relative_to(source).as_posix() for path in (source / "tests").rglob("*.py")}
     assert needed | tests <= names
 
 

@@ -11,7 +11,7 @@ G is the running sum of the logarithms of a decay gate, so no exponent is ever a
 2402.18668, section 4.1) with alpha = beta = 1 / sqrt(2) and gamma = 1 / 2.
 
 With q~ = [alpha q / sqrt(d), beta] and k~ = [k, 1], alpha z + beta = q~ . k~, and its square is a dot product of
-features (`ops.symmetric_square`). So the past is a state of D x e numbers a head, whatever its length; e has a column
+features (`ops.symmetric_square`). So the past is a state of e x D numbers a head, whatever its length; e has a column
 of ones more than the value, for the denominator. 4 D e FLOPs a token and head: O(d^3), and O(N d^3) for a row. The d^2
 features count what a state can hold and what scores can express; they are no running time.
 """
@@ -27,6 +27,8 @@ from ordnung.modeling.ops.quadratic_sweep import Sweep, sweep
 # The least weight, before its decay: rows sum to one with it, no denominator vanishes, and gradients near a zero of the
 # kernel stay below alpha / sqrt(EPS) of the values. Much more would drown the scores of "square" while they are small.
 EPS = 1e-4
+# Entries of queries and keys that are larger in size count as this: no score, and no sum of a million, overflows.
+LARGEST = 2.0**16
 
 
 class Kernel(NamedTuple):
@@ -91,19 +93,20 @@ def centre(x, mode, total, count, lengths=None):
 def quadratic_kernel(
     query, key, value, kernel, log_decay=None, state=None, lengths=None, chunk_size=128, return_state=False
 ):
-    """The formula above in chunks: weights inside a chunk, the state of features across chunks.
+    """The formula above in blocks: weights of pairs in a block and the one before, a state of features for the rest.
 
-    A row of one chunk without a state needs no features at all. Computed in float32 at least, under autocast too.
+    A row of one chunk without a state needs no features at all. Computed in float32 at least, under autocast too, and
+    on a CPU the scores of pairs in float64.
 
     Args:
         query, key: (R, N, H, d).
         value: (R, N, H, dv).
         kernel: a `Kernel`.
         log_decay: (R, N, H), <= 0; None for 0.
-        state: (R, H, D, dv + 1), what an earlier call returned; None at the beginning. It is left as it is.
+        state: (R, H, dv + 1, D), what an earlier call returned; None at the beginning. It is left as it is.
         lengths: (R,) real tokens of each row, which come first; None if all are. The outputs of others are finite and
             mean nothing, and the state does not count them.
-        chunk_size: C.
+        chunk_size: two blocks. A token sees at least half as many before it pair by pair, and at most as many.
         return_state: whether to return the state after the real tokens.
 
     Returns:
@@ -114,13 +117,14 @@ def quadratic_kernel(
             return quadratic_kernel(query, key, value, kernel, log_decay, state, lengths, chunk_size, return_state)
     R, N, H, d = query.shape
     dtype = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
-    alpha, beta = (torch.as_tensor(x, dtype=dtype, device=query.device).expand(H) for x in kernel[:2])
-    q = query.to(dtype).permute(0, 2, 3, 1) * (alpha / math.sqrt(d))[:, None, None]  # (R, H, d, N)
-    q = torch.cat([q, beta[:, None, None].expand(R, H, 1, N)], dim=2).flatten(0, 1)  # (X, p, N)
-    k = key.to(dtype).permute(0, 2, 3, 1)
-    k = torch.cat([k, k.new_ones(R, H, 1, N)], dim=2).flatten(0, 1)
-    v = value.to(dtype).transpose(1, 2)
-    v = torch.cat([v, v.new_ones(R, H, N, 1)], dim=3).flatten(0, 1)  # (X, N, e)
+    # scores of pairs may be small differences of large products
+    exact = torch.float64 if query.device.type == "cpu" and not is_graph() else dtype
+    alpha, beta = (torch.as_tensor(x, dtype=exact, device=query.device).expand(H) for x in kernel[:2])
+    factors = torch.cat([(alpha / math.sqrt(d))[:, None].expand(H, d), beta[:, None]], dim=1)[..., None]  # (H, p, 1)
+    factors = factors.expand(R, H, d + 1, 1).flatten(0, 1)
+    q, k, v = (x.to(dtype).permute(0, 2, 3, 1) for x in (query, key, value))
+    q, k, v = (torch.cat([x, x.new_ones(R, H, 1, N)], dim=2).flatten(0, 1) for x in (q, k, v))  # (X, p or e, N)
+    q, k = q.clamp_(-LARGEST, LARGEST), k.clamp_(-LARGEST, LARGEST)
     g = None
     if log_decay is not None:  # (X, N); exp(-100) is nothing beside the token's own weight, and differences stay finite
         g = log_decay.to(dtype).clamp(min=-100).transpose(1, 2).flatten(0, 1)
@@ -128,15 +132,14 @@ def quadratic_kernel(
         padding = (torch.arange(N, device=q.device) >= lengths[:, None]).repeat_interleave(H, dim=0)  # (X, N)
         k = k.masked_fill(padding[:, None], 0)
         g = None if g is None else g.masked_fill(padding, 0)
-    if is_graph():
-        chunk_size = None  # all in one: a graph for any length has no loop over a number of chunks
+    size = None if is_graph() else -(-chunk_size // 2)  # a graph for any length has no loop over a number of blocks
     S = None if state is None else state.to(dtype).flatten(0, 1)
-    arguments = q, k, v, g, S, kernel.gamma + EPS, chunk_size, return_state
+    arguments = q, k, v, g, S, factors, kernel.gamma + EPS, size, return_state
     traced = torch.compiler.is_compiling() or is_graph()
     U, S = Sweep.apply(*arguments) if torch.is_grad_enabled() and not traced else sweep(*arguments)
     # only rounding could bring the sum of the weights, of which the last is its own, below the least of them
-    out = U[..., :-1] / U[..., -1:].clamp(min=EPS)
-    return out.unflatten(0, (R, H)).transpose(1, 2).to(value.dtype), None if S is None else S.unflatten(0, (R, H))
+    out = U[:, :-1] / U[:, -1:].clamp(min=EPS)
+    return out.unflatten(0, (R, H)).permute(0, 3, 1, 2).to(value.dtype), None if S is None else S.unflatten(0, (R, H))
 
 
 def score_excess(query, key, bound, chunk_size, lengths=None):

@@ -1,10 +1,13 @@
-"""The sums of `ops.quadratic_kernel` over chunks of tokens, and their gradients.
+"""The sums of `ops.quadratic_kernel` over blocks of tokens, and their gradients.
 
-Legend: X rows times heads, N tokens, p entries of q~ and k~, e value size + 1, C tokens of a chunk, D features.
+Legend: X rows times heads, N tokens, p entries of q~ and k~, e value size + 1, C tokens of a block, K tokens of it and
+the one before, F features.
 
     U[i] = sum over j <= i of ((q~[i] . k~[j])^2 + gamma) exp(G[i] - G[j]) v[j]
 
-with the weights of pairs inside a chunk, and through the state S (X, D, e), the sum of features(k~) v, across chunks.
+with the weights of pairs in a block and the one before it, and for older tokens through the state S (X, e, F), the sum
+of v features(k~). Where a gate leaves few tokens, they are near ones; a weight near a zero of the kernel would be a
+small difference of large features, and is none as a pair.
 """
 
 from typing import NamedTuple
@@ -12,143 +15,194 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ordnung.modeling.ops.symmetric_square import features, features_vjp, multiplicity
+from ordnung.modeling.ops.symmetric_square import counted, counted_vjp, features, features_vjp
 
 
-def sweep(q, k, v, g, S, gamma, C, return_state):
-    """Sums of weighted values and of weights (X, N, e); and the state after all, or None.
+class Block(NamedTuple):
+    """Queries from `start` on, before `stop`, and the first token `near` that they see pair by pair."""
+
+    near: int
+    start: int
+    stop: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.near, self.stop)
+
+
+def steps(N, C, return_state):
+    """What to do, in order: (tokens that enter the state, or None; then a block to compute, or None)."""
+    size, done = N if C is None else C, 0
+    for start in [0] if C is None else range(0, N, C):
+        near = max(0, start - size)
+        yield slice(done, near) if near > done else None, Block(near, start, min(start + size, N))
+        done = near
+    if return_state:
+        yield slice(done, N), None
+
+
+def sweep(q, k, v, g, S, factors, gamma, C, return_state):
+    """Sums of weighted values and of weights (X, e, N); and the state after all, or None.
 
     Args:
-        q, k: (X, p, N), q~ and k~.
-        v: (X, N, e).
+        q, k: (X, p, N), queries and keys with an entry of 1 after theirs; k is k~.
+        v: (X, e, N).
         g: (X, N) or None.
-        S: (X, D, e) or None.
+        S: (X, e, F) or None.
+        factors: (X, p, 1); q~ is q times these, and scores of pairs are summed in their dtype.
         gamma: what is added to a squared score.
-        C: tokens of a chunk, or None for all.
+        C: tokens of a block, or None for all.
         return_state: as `quadratic_kernel` takes it.
     """
-    outputs, parts = [], list(zip(*in_chunks(C, q, k, v, g)))
-    own = False  # whether the state is a tensor that may be changed
-    for q_c, k_c, v_c, g_c in parts:
-        decay = Decay.of(g_c)
-        weights = (torch.bmm(q_c.mT, k_c).square() + gamma).tril()
-        U = torch.bmm(weights if decay is None else weights * decay.within, v_c)
+    outputs, own = [], False  # own: whether the state is a tensor that may be changed
+    for entering, block in steps(q.shape[2], C, return_state):
+        if entering is not None:
+            S, own = add_to_state(S, k, v, g, entering, own), not torch.is_grad_enabled()
+        if block is None:
+            continue
+        q_c, v_c, decay = q[..., block.queries] * factors, v[..., block.keys], Decay.of(g, block)
+        weights = weights_of(scores_of(q_c, k, block), gamma, block, v.dtype)
+        U = torch.bmm(v_c, weights if decay is None else weights * decay.within)
         if S is not None:
             past = read_state(S, q_c, gamma)
-            U = U + (past if decay is None else past * decay.since_start)
+            U = U + (past if decay is None else past * decay.since)
         outputs.append(U)
-        if return_state or len(outputs) < len(parts):
-            S, own = add_to_state(S, k_c, v_c, decay, own), not torch.is_grad_enabled()
-    return torch.cat(outputs, dim=1), S if return_state else None
+    return torch.cat(outputs, dim=2), S if return_state else None
 
 
-def in_chunks(C, *tensors):
-    """The parts of C tokens, or of all, of (X, p, N), (X, p, N), and (X, N, ...) or None."""
-    if C is None:
-        return [[x] for x in tensors]
-    chunks = -(-tensors[0].shape[2] // C)
-    return [[None] * chunks if x is None else x.split(C, dim=2 if i < 2 else 1) for i, x in enumerate(tensors)]
+def scores_of(q, k, block):
+    """(X, K, C) q~ . k~ for the queries (X, p, C) of a block."""
+    return torch.bmm(k[..., block.keys].to(q.dtype).mT, q)
+
+
+def weights_of(scores, gamma, block, dtype):
+    """Weights (X, K, C) before their decay; scores are changed where no gradient needs them."""
+    unseen = block.near - block.start  # the diagonal above which queries see keys
+    if torch.is_grad_enabled():
+        return (scores.square().to(dtype) + gamma).triu(unseen)
+    return scores.square_().to(dtype).add_(gamma).triu_(unseen)
+
+
+def sums_of(g):
+    """Running sums of log decays (X, C): a weight nearby depends on a small difference of sums that may be large."""
+    return g.to(g.dtype if g.device.type == "mps" else torch.float64).cumsum(1)  # MPS has no float64
 
 
 class Decay(NamedTuple):
-    """What a chunk's gate leaves of a weight."""
+    """What the gate leaves of the weights of a block."""
 
-    within: torch.Tensor  # (X, C, C): exp(G[i] - G[j]), 1 where j > i
-    since_start: torch.Tensor  # (X, C, 1): of what came before the chunk, at each token
-    to_end: torch.Tensor  # (X, C, 1): of each token, at the end of the chunk
-    whole: torch.Tensor  # (X, 1, 1): of what came before the chunk, at its end
+    within: torch.Tensor  # (X, K, C): exp(G[i] - G[j]), 1 where j > i
+    since: torch.Tensor  # (X, 1, C): of what is in the state
 
     @classmethod
-    def of(cls, g):
-        """For log decays (X, C); None of None."""
+    def of(cls, g, block):
+        """For log decays (X, N); None of None."""
         if g is None:
             return None
-        # A weight nearby depends on a small difference of sums that may be large. MPS has no float64.
-        G = g.to(g.dtype if g.device.type == "mps" else torch.float64).cumsum(1)
-        within = (G[:, :, None] - G[:, None]).to(g.dtype).clamp(max=0).exp()
-        since_start = G.to(g.dtype).exp()[..., None]
-        return cls(within, since_start, within[:, -1, :, None], since_start[:, -1:])
+        G = sums_of(g[:, block.keys])[:, None]
+        own = G[..., block.start - block.near :]
+        return cls((own - G.mT).to(g.dtype).clamp(max=0).exp(), own.to(g.dtype).exp())
+
+
+def leaving(g):
+    """What a gate (X, C) leaves at the end: of the value of each token (X, 1, C), of all before them (X, 1, 1)."""
+    G = sums_of(g)
+    return (G[:, -1:] - G).to(g.dtype).exp()[:, None], G[:, -1:].to(g.dtype).exp()[..., None]
 
 
 def read_state(S, q, gamma):
-    """Sums (X, C, e) of the past's weighted values, for queries q~ (X, p, C)."""
-    p, mapped = q.shape[1], features(q)
-    constant = gamma * S[:, p - 1, None]  # the last of the squares is that of the constant entries
-    if q.shape[2] == 1:  # then the features are less to multiply than the state
-        return torch.baddbmm(constant, (mapped * multiplicity(p, S)).mT, S)
-    return torch.baddbmm(constant, mapped.mT, S * multiplicity(p, S))
+    """Sums (X, e, C) of the past's weighted values, for queries q~ (X, p, C)."""
+    return torch.bmm(S, mapped_queries(q.to(S.dtype), gamma))
 
 
-def add_to_state(S, k, v, decay, own):
-    """The state (X, D, e), or None, after a chunk; changed in place if `own`."""
-    mapped = features(k)
-    if decay is not None:
-        v = v * decay.to_end
+def mapped_queries(q, gamma):
+    """`counted(q)`, and gamma with the last of the squares, that of the constant entries."""
+    mapped = counted(q)
+    mapped[:, q.shape[1] - 1] += gamma
+    return mapped
+
+
+def add_to_state(S, k, v, g, tokens, own):
+    """The state (X, e, F), or None, after more tokens; changed in place if `own`."""
+    k, v = k[..., tokens], v[..., tokens]
+    if g is not None:
+        to_end, whole = leaving(g[:, tokens])
+        v = v * to_end
         if S is not None:
-            S = S.mul_(decay.whole) if own else S * decay.whole
+            S = S.mul_(whole) if own else S * whole
+    mapped = features(k).mT
     if S is None:
-        return torch.bmm(mapped, v)
-    return S.baddbmm_(mapped, v) if own else torch.baddbmm(S, mapped, v)
+        return torch.bmm(v, mapped)
+    return S.baddbmm_(v, mapped) if own else torch.baddbmm(S, v, mapped)
 
 
 class Sweep(torch.autograd.Function):
     """`sweep`, with a backward pass that makes features and states again instead of keeping them.
 
-    One sweep over the chunks makes the gradients that need the state before a chunk, and one from the end those that
+    One sweep over the blocks makes the gradients that need the state before a block, and one from the end those that
     need the gradient of the state after it. The gate needs neither: exp(G[i]) multiplies what output i sums, and
     exp(-G[j]) value j, so the gradient of G is dU . U - dv . v at each token.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, S, gamma, C, return_state):
-        U, after = sweep(q, k, v, g, S, gamma, C, return_state)
+    def forward(ctx, q, k, v, g, S, factors, gamma, C, return_state):
+        U, after = sweep(q, k, v, g, S, factors, gamma, C, return_state)
         gated = (U, after) if g is not None else (None, None)
-        ctx.save_for_backward(q, k, v, g, S, *gated)
+        ctx.save_for_backward(q, k, v, g, S, factors, *gated)
         ctx.gamma, ctx.C = gamma, C
         return U, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dU, dS):
-        q, k, v, g, S, U, after = ctx.saved_tensors
-        gamma, first, end = ctx.gamma, S, dS
-        p, own = q.shape[1], False
-        twice = multiplicity(p, q)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        parts = list(zip(*in_chunks(ctx.C, q, k, v, g, dU, dv), *in_chunks(ctx.C, dq, dk)))
-        for i, (q_c, k_c, v_c, g_c, dU_c, dv_c, dq_c, dk_c) in enumerate(parts):
-            decay = Decay.of(g_c)
-            scores = torch.bmm(q_c.mT, k_c)
-            weights = scores.square().add_(gamma).tril_()
-            d_scores = torch.bmm(dU_c, v_c.mT).mul_(scores.mul_(2)).tril_()
+        q, k, v, g, S, factors, U, after = ctx.saved_tensors
+        gamma, first, end, own = ctx.gamma, S, dS, False
+        order = list(steps(q.shape[2], ctx.C, dS is not None))
+        dq, dk, dv, d_factors = torch.empty_like(q), *(torch.zeros_like(x) for x in (k, v, factors))
+        for entering, block in order:
+            if block is None:
+                continue
+            if entering is not None:
+                S, own = add_to_state(S, k, v, g, entering, own), True
+            queries, keys, decay = block.queries, block.keys, Decay.of(g, block)
+            q_c, dU_c = q[..., queries] * factors, dU[..., queries]
+            scores = scores_of(q_c, k, block)
+            d_scores = torch.bmm(v[..., keys].mT, dU_c).mul_(2 * scores.to(v.dtype))
+            weights = weights_of(scores, gamma, block, v.dtype)
+            d_scores.triu_(block.near - block.start)
             if decay is not None:
                 weights, d_scores = weights.mul_(decay.within), d_scores.mul_(decay.within)
-            dv_c.copy_(torch.bmm(weights.mT, dU_c))
-            dk_c.copy_(torch.bmm(q_c, d_scores))
-            dq_c.copy_(torch.bmm(k_c, d_scores.mT))
+            dv[..., keys] += torch.bmm(dU_c, weights.mT)
+            dk[..., keys] += torch.bmm(q_c.to(k.dtype), d_scores.mT)
+            dq_c = torch.bmm(k[..., keys], d_scores)
             if S is not None:
-                seen = dU_c if decay is None else dU_c * decay.since_start
-                dq_c.add_(features_vjp(q_c, torch.bmm(S * twice, seen.mT)))
-            if i + 1 < len(parts):
-                S, own = add_to_state(S, k_c, v_c, decay, own), True
-        for i, (q_c, k_c, v_c, g_c, dU_c, dv_c, _, dk_c) in reversed(list(enumerate(parts))):
-            decay = Decay.of(g_c)
-            if dS is not None:
-                added = torch.bmm(features(k_c).mT, dS)
-                dv_c.add_(added if decay is None else added * decay.to_end)
-                left = v_c if decay is None else v_c * decay.to_end
-                dk_c.add_(features_vjp(k_c, torch.bmm(dS, left.mT)))
-            if i > 0 or first is not None:
-                seen = dU_c if decay is None else dU_c * decay.since_start
-                before = torch.bmm(features(q_c), seen).mul_(twice)
-                before[:, p - 1].add_(seen.sum(1), alpha=gamma)
-                if dS is not None:
-                    before.add_(dS if decay is None else dS * decay.whole)
-                dS = before
+                seen = dU_c if decay is None else dU_c * decay.since
+                dq_c += counted_vjp(q_c.to(k.dtype), torch.bmm(S.mT, seen))
+            dq[..., queries] = dq_c * factors
+            d_factors += (dq_c * q[..., queries]).sum(2, keepdim=True)
+        for entering, block in reversed(order):
+            if block is not None and (first is not None or block.near > 0):  # it has read a state
+                decay = Decay.of(g, block)
+                seen = dU[..., block.queries] if decay is None else dU[..., block.queries] * decay.since
+                read = torch.bmm(seen, mapped_queries((q[..., block.queries] * factors).to(k.dtype), gamma).mT)
+                dS = read if dS is None else dS + read
+            if entering is not None and dS is not None:
+                k_c, v_c, whole = k[..., entering], v[..., entering], None
+                added = torch.bmm(dS, features(k_c))
+                if g is not None:
+                    to_end, whole = leaving(g[:, entering])
+                    v_c, added = v_c * to_end, added * to_end
+                dv[..., entering] += added
+                dk[..., entering] += features_vjp(k_c, torch.bmm(dS.mT, v_c))
+                dS = dS if whole is None else dS * whole
         dg = None
         if g is not None:
-            dG = (dU * U).sum(2) - (dv * v).sum(2)
+            dG = (dU * U).sum(1) - (dv * v).sum(1)
             if end is not None:
                 dG[:, -1] += (end * after).sum((1, 2))
             dg = dG.flip(1).cumsum(1).flip(1)
-        return dq, dk, dv, dg, dS if first is not None else None, None, None, None
+        return dq, dk, dv, dg, dS if first is not None else None, d_factors, None, None, None

@@ -37,6 +37,7 @@ class Plan(NamedTuple):
 
     keys: Callable
     alike: bool  # whether all rows see the same
+    whole: int = 0  # so many first blocks see all that comes before each query
     inner: range = range(0)
     reach: tuple[int, int] = (0, 0)
     mask: torch.Tensor | None = None  # (C, C + sum(reach))
@@ -115,6 +116,8 @@ def by_blocks(query, key, value, plan: Plan, dropout=0.0, scale=None):
         key, value: (R, N, G, D).
     """
     if not is_graph() and not dropout and query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
+        if not torch.is_grad_enabled():
+            return over_slabs(query, key, value, plan, scale)
         return BlockAttention.apply(query, key, value, plan, scale)
     (R, N), n = query.shape[:2], blocks_of(query.shape[1])
     keys, mask = plan.keys(None, 0, n)
@@ -131,33 +134,46 @@ def by_blocks(query, key, value, plan: Plan, dropout=0.0, scale=None):
 
 
 class Slab(NamedTuple):
-    """Some blocks of one row: its queries from `start` on, before `stop`."""
+    """Some blocks of one row, its queries from `start` on, before `stop`, and keys that they see."""
 
     row: int
     start: int
     stop: int
     size: int  # queries of a block
     keys: torch.Tensor | None  # (n, K), None where they are the window alone
-    bias: torch.Tensor  # (n or 1, 1, C H / G, K), 0 or -inf
+    bias: torch.Tensor | None  # (n or 1, 1, C H / G, K), 0 or -inf; None where query i of a block sees its keys up to i
     reach: tuple[int, int]
-    shared: int  # H / G
+    shared: int  # H / G, or 1 where `heads` are only one of each key's
     blind: torch.Tensor | None = None  # (n, 1, C H / G) which queries see none of these keys; None: there are none
+    heads: slice = slice(None)
+
+    @property
+    def options(self) -> dict:
+        """How fused attention masks."""
+        return {"is_causal": True} if self.bias is None else {"attn_mask": self.bias}
 
     def inputs(self, query, key, value, room):
         """Queries (n, G, C H / G, D), keys and values (n, G, K, D) of these blocks; `room` are two tensors to fill."""
         return self.queries(query), self.gather(key, room[0]), self.gather(value, room[1])
 
+    def place(self, x):
+        """These queries' part of x (R, N, H, D)."""
+        return x[self.row, self.start : self.stop, self.heads]
+
     def queries(self, x):
         """Of x (R, N, H, D): (n, G, C H / G, D)."""
-        x = x[self.row, self.start : self.stop]
+        x = self.place(x)
         missing = self.stop - self.start - len(x)
         x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
         return fold(x.unflatten(0, (-1, self.size)), self.shared)
 
     def put(self, x, part) -> None:
         """Writes a part (n, G, C H / G, D) into x (R, N, H, D)."""
-        place = x[self.row, self.start : self.stop]
-        place.copy_(unfold(part, self.size).flatten(0, 1)[: len(place)])
+        place, part = self.place(x), unfold(part, self.size)
+        if len(place) % self.size:
+            place.copy_(part.flatten(0, 1)[: len(place)])
+        else:
+            place.unflatten(0, part.shape[:2]).copy_(part)
 
     def gather(self, x, room):
         """Of x (R, N, G, D): (n, G, K, D)."""
@@ -181,29 +197,33 @@ class Slab(NamedTuple):
         for start, each in zip(range(self.start, self.stop, self.size), part):
             x[self.row, start - before : start + self.size + after] += each
 
-    def attend(self, output, sums, inputs, scale, more: bool) -> None:
-        """Writes softmax attention into `output` (R, N, H, D), and logarithms of its sums into `sums` (R, N, H, 1).
+    def attend(self, output, inputs, scale, before=None):
+        """Writes softmax attention into `output` (R, N, H, D).
 
         Args:
             inputs: as `inputs` gives them.
-            more: what is there already is of other keys, and is joined.
+            before: what this returned for other keys, whose output is there already and is joined.
+
+        Returns:
+            (C n, H, 1) logarithms of the sums of all weights.
         """
-        part, total = fused(*inputs, attn_mask=self.bias, scale=scale)
+        part, total = fused(*inputs, scale=scale, **self.options)
         if self.blind is not None:
-            part = part.masked_fill(self.blind[..., None], 0)
-            total = total.masked_fill(self.blind, -torch.inf)
-        if more:
-            old, old_total = self.queries(output), self.queries(sums)[..., 0]
-            # of all keys together the part's share is exp(total) / (exp(total) + exp(old_total))
-            share = (total - old_total).sigmoid()[..., None]
-            part = torch.lerp(old.to(share.dtype), part.to(share.dtype), share)
-            total = torch.logaddexp(old_total, total)
+            part.masked_fill_(self.blind[..., None], 0)
+            total.masked_fill_(self.blind, -torch.inf)
+        if before is not None:
+            before = fold(before.unflatten(0, (-1, self.size)), self.shared)[..., 0]
+            # of all keys together the part's share is exp(total) / (exp(total) + exp(before))
+            share = (total - before).sigmoid()[..., None]
+            part = part.to(share.dtype)
+            torch.lerp(self.queries(output).to(share.dtype), part, share, out=part)
+            total = torch.logaddexp(before, total)
         self.put(output, part)
-        self.put(sums, total[..., None])
+        return unfold(total[..., None], self.size).flatten(0, 1)
 
 
 def slabs(plan: Plan, query, key):
-    """The slabs that make up all rows, each with whether an earlier one has the same queries with other keys."""
+    """The slabs that make up all rows; each is a list of one, or of two of the same queries with other keys."""
     n, shared = blocks_of(query.shape[1]), query.shape[2] // key.shape[2]
 
     zero, unseen = query.new_zeros(()), query.new_full((), -torch.inf)
@@ -212,31 +232,55 @@ def slabs(plan: Plan, query, key):
         return torch.where(fold_mask(mask, shared), zero, unseen)
 
     inner = None if plan.mask is None else bias(plan.mask[None, None])
-    bounds = (0, plan.inner.start, plan.inner.stop, n) if plan.inner else (0, n)
+    bounds = (plan.whole, plan.inner.start, plan.inner.stop, n) if plan.inner else (plan.whole, n)
     for first, last in zip(bounds, bounds[1:]):
         for stop in range(last, first, -SLAB):  # from the end, where most is seen: the memory for it is made once
-            start, both = max(stop - SLAB, first), None
+            start, both, more = max(stop - SLAB, first), None, None
+            if start in plan.inner:
+                both, more = (None, inner), beyond(plan, start, stop, shared, bias)
             for row in range(len(query)):
-                if start in plan.inner:
-                    both = None, inner
-                elif both is None or not plan.alike:
+                if both is None or not (plan.alike or start in plan.inner):
                     keys, mask = plan.keys(row, start, stop)
                     both = keys[0], bias(mask[0, :, None])
-                yield Slab(row, start * BLOCK, stop * BLOCK, BLOCK, *both, plan.reach, shared), False
-    if plan.beyond is None:
-        return
-    for stop in range(plan.inner.stop, plan.inner.start, -SLAB):
-        start = max(stop - SLAB, plan.inner.start)
-        size = BLOCK * (stop - start if plan.wide > 1 else 1)
-        keys, mask = plan.beyond(0, start * BLOCK, (stop - start) * BLOCK // size, size)
-        mask = mask[0, :, None]
-        seeing = mask.view(torch.uint8).any(-1, keepdim=True) > 0  # on bytes it is faster
-        if not seeing.any():
-            continue
-        blind = None if seeing.all() else ~fold_mask(seeing, shared)[..., 0]
-        both = keys[0], bias(mask)
+                place = row, start * BLOCK, stop * BLOCK
+                found = [Slab(*place, BLOCK, *both, plan.reach, shared)]
+                if more is not None:
+                    found.append(Slab(*place, *more))
+                yield found
+    if plan.whole:
+        stop = plan.whole * BLOCK
         for row in range(len(query)):
-            yield Slab(row, start * BLOCK, stop * BLOCK, size, *both, plan.reach, shared, blind), True
+            for head in range(shared):
+                heads = slice(head, None, shared)
+                yield [Slab(row, 0, stop, stop, None, None, (0, 0), 1, heads=heads)]
+
+
+def beyond(plan: Plan, start, stop, shared, bias) -> tuple | None:
+    """What a slab has besides its place, of the keys beyond the windows of these blocks; None if none sees any."""
+    if plan.beyond is None:
+        return None
+    size = BLOCK * (stop - start if plan.wide > 1 else 1)
+    keys, mask = plan.beyond(0, start * BLOCK, (stop - start) * BLOCK // size, size)
+    mask = mask[0, :, None]
+    seeing = mask.view(torch.uint8).any(-1, keepdim=True) > 0  # on bytes it is faster
+    if not seeing.any():
+        return None
+    blind = None if seeing.all() else ~fold_mask(seeing, shared)[..., 0]
+    return size, keys[0], bias(mask), (0, 0), shared, blind
+
+
+def over_slabs(query, key, value, plan: Plan, scale, sums=None):
+    """Attention (R, N, H, D); logarithms of the sums of all weights go into `sums` (R, N, H, 1), if it is there."""
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    room = key.new_empty(0), value.new_empty(0)
+    for found in slabs(plan, query, key):
+        total = None
+        for slab in found:
+            total = slab.attend(output, slab.inputs(query, key, value, room), scale, total)
+        if sums is not None:
+            place = slab.place(sums)
+            place.copy_(total[: len(place)])
+    return output
 
 
 class BlockAttention(torch.autograd.Function):
@@ -244,12 +288,9 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, plan, scale):
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
         exact = torch.promote_types(query.dtype, torch.float32)
         sums = torch.empty(*query.shape[:3], 1, dtype=exact, device=query.device)
-        room = key.new_empty(0), value.new_empty(0)
-        for slab, more in slabs(plan, query, key):
-            slab.attend(output, sums, slab.inputs(query, key, value, room), scale, more)
+        output = over_slabs(query, key, value, plan, scale, sums)
         ctx.plan, ctx.scale = plan, scale
         ctx.save_for_backward(query, key, value, output, sums)
         return output
@@ -263,12 +304,14 @@ class BlockAttention(torch.autograd.Function):
         of_value = torch.zeros_like(value, dtype=exact)
 
         room = key.new_empty(0), value.new_empty(0)
-        for slab, more in slabs(ctx.plan, query, key):
-            inputs, part = slab.inputs(query, key, value, room), slab.queries(output)
-            options = {"attn_mask": slab.bias, "scale": ctx.scale}
-            total = slab.queries(sums)[..., 0]  # of all keys: so each slab's weights are their parts of the whole
-            found = fused_backward(slab.queries(gradient), *inputs, part, total, 0.0, False, **options)
-            slab.put(of_query, slab.queries(of_query) + found[0] if more else found[0])
-            slab.add(of_key, found[1])
-            slab.add(of_value, found[2])
+        for found in slabs(ctx.plan, query, key):
+            for more, slab in enumerate(found):
+                inputs, part = slab.inputs(query, key, value, room), slab.queries(output)
+                options = {"scale": ctx.scale, "attn_mask": slab.bias}
+                total = slab.queries(sums)[..., 0]  # of all keys: so each slab's weights are their parts of the whole
+                causal = slab.bias is None
+                grads = fused_backward(slab.queries(gradient), *inputs, part, total, 0.0, causal, **options)
+                slab.put(of_query, slab.queries(of_query) + grads[0] if more else grads[0])
+                slab.add(of_key, grads[1])
+                slab.add(of_value, grads[2])
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None

@@ -4,6 +4,7 @@ Legend: R rows, N tokens, C queries of a block, n blocks, K keys that a block ga
 `ops.sparse_pattern`.
 """
 
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def deaths(pattern: Pattern, N: int, device) -> tuple[torch.Tensor, torch.Tensor
         end = ((torch.arange(drawn.shape[0], device=device) + 1) * r)[:, None].expand_as(drawn)
         last = end.new_zeros(drawn.shape[0] + 1).scatter_reduce(0, block.flatten(), end.flatten(), "amax")
         death = torch.maximum(death, last[position // r + 1])
-    return death.masked_fill(is_fixed(pattern, position), NEVER), drawn
+    return death.masked_fill_(is_fixed(pattern, position), NEVER), drawn
 
 
 def fixed_positions(pattern: Pattern, end, device) -> torch.Tensor:
@@ -196,17 +197,18 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
         return start + size * torch.arange(number, device=device)
 
     if pattern.causal:
-        tables = deaths(pattern, N, device)
+        tables = cache(partial(deaths, pattern, N, device))  # of windows alone few blocks need them, or none
 
         def causal(row, first, last):
             end = None if row is None else min(N, last * BLOCK)
-            return causal_keys(pattern, N, starts(first, last), BLOCK, *tables, end)
+            return causal_keys(pattern, N, starts(first, last), BLOCK, *tables(), end)
 
         def beyond(row, start, number, size):
             end = max(0, start + number * size - pattern.window)
-            return causal_keys(pattern, N, wide_starts(start, number, size), size, *tables, end, beyond=True)
+            return causal_keys(pattern, N, wide_starts(start, number, size), size, *tables(), end, beyond=True)
 
-        return Plan(causal, True, *inner_blocks(pattern, N, device, None if pattern.local else beyond)), None
+        inner = inner_blocks(pattern, N, device, None if pattern.local else beyond)
+        return Plan(causal, True, pattern.window // BLOCK, *inner), None
 
     rows = 1 if lengths is None and is_global is None else (is_global if lengths is None else lengths).shape[0]
     length = torch.full((rows, 1), N, device=device) if lengths is None else lengths[:, None].clamp(min=1)
@@ -222,7 +224,7 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
 
     beyond = None if pattern.local and is_global is None else both_beyond
     inner = inner_blocks(pattern, N, device, beyond) if rows == 1 and lengths is None else ()
-    return Plan(bidirectional, rows == 1, *inner), landmarks
+    return Plan(bidirectional, rows == 1, 0, *inner), landmarks
 
 
 def inner_blocks(pattern: Pattern, N, device, beyond) -> tuple:
@@ -233,8 +235,8 @@ def inner_blocks(pattern: Pattern, N, device, beyond) -> tuple:
     if not blocks:
         return ()
     reach = w, 0 if causal else w
-    distance = torch.arange(BLOCK, device=device)[:, None] - torch.arange(-w, BLOCK + reach[1], device=device)
-    mask = (distance < w) & (distance >= 0) if causal else distance.abs() <= w
+    mask = torch.ones(BLOCK, BLOCK + sum(reach), dtype=torch.bool, device=device)
+    mask = mask.tril_(sum(reach)).triu_(1 if causal else 0)
     # each block of queries of an encoder has its own random blocks
     return blocks, reach, mask, beyond, 1 if pattern.num_random and not causal else WIDE
 

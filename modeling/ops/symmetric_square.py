@@ -37,6 +37,24 @@ def features(x):
     return (x[:, None] * shifted(x)).flatten(1, 2)
 
 
+def counted(x):
+    """`features(x)` times their multiplicity."""
+    return once((2 * x[:, None] * shifted(x)).flatten(1, 2), x.shape[1])
+
+
+def once(products, p):
+    """Products (X, F, C) that were all taken twice, in place: half of those that count once."""
+    products[:, :p] *= 0.5
+    if p % 2 == 0:
+        products[:, -p:] *= 0.5
+    return products
+
+
+def counted_vjp(x, grad):
+    """The gradient of x (X, p, C), from that of `counted(x)`, (X, F, C), which is changed."""
+    return features_vjp(2 * x, once(grad, x.shape[1]))
+
+
 def features_vjp(x, grad):
     """The gradient of x (X, p, C), from that of `features(x)`, (X, F, C)."""
     X, p, C = x.shape

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, Variant
-from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, styles
+from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, new_figure, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -109,13 +109,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], image: Path):
     """Log-log: each task against N, with slopes 1, 2 and 3 to compare."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lengths, families = results["lengths"], results["families"]
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(5 * len(TASKS), 5), layout="constrained")
+    figure, panels = new_figure(1, len(TASKS), figsize=(5 * len(TASKS), 5))
     drawn = styles({name: name for name in families})
     for i, style in enumerate(drawn.values()):  # curves of the same height show through each other
         style |= {"linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
@@ -136,7 +131,6 @@ def plot(results: dict[str, Any], image: Path):
         panel.xaxis.minorticks_off()
     legend_below(figure, panels, columns=len(families))
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def run(options) -> int:

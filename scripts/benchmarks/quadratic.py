@@ -13,6 +13,7 @@ from ordnung.modeling.ops.symmetric_square import num_features
 from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks.measure import in_turns, summarise, timed
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -147,13 +148,8 @@ def markdown(results: dict) -> str:
 
 def plot(results: dict, image: Path) -> None:
     """Speed against fused softmax, and time of a decoded token, by length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sizes = results["settings"]["head_sizes"]
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = new_figure(1, 3, figsize=(13, 4))
     for panel, (task, title) in zip(panels, TASKS.items()):
         for i, d in enumerate(sizes):
             rows = [row for row in results["lengths"] if row["head_size"] == d]
@@ -174,7 +170,6 @@ def plot(results: dict, image: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def run(options) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ordnung.scripts.benchmarks.mixer import PARTS
 from ordnung.scripts.benchmarks.variants import STATIC, copies_its_cache
-from ordnung.scripts.common.figures import family_of, legend_below, styles
+from ordnung.scripts.common.figures import family_of, legend_below, new_figure, styles
 from ordnung.scripts.common.tables import markdown_table
 
 TITLES = {
@@ -122,11 +122,6 @@ def markdown(results: dict) -> str:
 
 def plot(results: dict, path: Path) -> None:
     """Log-log panels against N: time per token of every task, peak memory of forward and training, generation state."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = [row for row in results["results"] if row["status"] == "ok"]
     panels = []
     for task, title in TITLES.items():
@@ -146,11 +141,10 @@ def plot(results: dict, path: Path) -> None:
         return
 
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(
+    figure, axes = new_figure(
         -(-len(panels) // columns),
         columns,
         figsize=(5.2 * columns, 4 * -(-len(panels) // columns) + 0.6),
-        layout="constrained",
     )
     axes = [axes] if len(panels) == 1 else list(axes.flat)
     names = dict.fromkeys(row["name"] for *_, points in panels for row, _ in points)
@@ -167,4 +161,3 @@ def plot(results: dict, path: Path) -> None:
         axis.remove()
     legend_below(figure, axes[: len(panels)], columns=5)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,6 +1,8 @@
 """Text for pretraining: documents from files or data sets, held-out text, tokenizers."""
 
 import glob
+import hashlib
+import logging
 import math
 import os
 import re
@@ -15,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from ordnung.scripts.common.errors import ScriptError
 
+logger = logging.getLogger("ordnung.text")
+
 Documents = datasets.Dataset | datasets.IterableDataset
 # The readers of local files by their ending. GLUE's own .tsv files hold bare quotation marks, and words such as "null".
 READERS = {
@@ -25,6 +29,7 @@ READERS = {
     ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
 }
 DATA = Path(__file__).resolve().parents[1] / "data"
+_TEXT = datasets.Features({"text": datasets.Value("large_string")})
 # Long documents are tokenized in pieces of about this many characters: many at once, and in bounded memory.
 PIECE_CHARACTERS = 2**18
 # Documents are tokenized in groups of about this many characters; it is also the range a stream is shuffled over.
@@ -93,9 +98,11 @@ def _read_texts(files: list[str], stamps: list[tuple]) -> Iterator[dict]:
         yield {"text": read_text(path)}
 
 
-def load_files(patterns: Sequence[str], option: str, text_column: str, streaming: bool) -> Documents:
+def load_files(patterns: Sequence[str], option: str, text_column: str | Sequence[str], streaming: bool) -> Documents:
     """Documents of local files: one a .txt file, one a row of a JSON, Parquet, CSV or TSV file.
 
+    Args:
+        text_column: of several, each that a file has gives a document a row.
     Returns:
         a data set with a column "text", memory-mapped, or read while it is used if streaming.
     Raises:
@@ -109,20 +116,24 @@ def load_files(patterns: Sequence[str], option: str, text_column: str, streaming
         arguments = {"files": files, "stamps": stamps}
         if streaming:
             return datasets.IterableDataset.from_generator(_read_texts, gen_kwargs=arguments)
-        features = datasets.Features({"text": datasets.Value("large_string")})
         try:
-            return datasets.Dataset.from_generator(_read_texts, features, gen_kwargs=arguments)
+            return datasets.Dataset.from_generator(_read_texts, _TEXT, gen_kwargs=arguments)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
-    data = _load_dataset(kind, data_files={"train": files}, streaming=streaming, **settings)["train"]
-    return _text_of(data, text_column, ", ".join(files))
+    parts = []
+    for some in [files] if isinstance(text_column, str) else [[file] for file in files]:  # each may have others
+        data = _load_dataset(kind, data_files={"train": some}, streaming=streaming, **settings)["train"]
+        parts.append(_text_of(data, text_column, ", ".join(some)))
+    return mix(parts)
 
 
 def load_named(
-    name: str, config_name: str | None, text_column: str, streaming: bool
+    name: str, config_name: str | None, text_column: str | Sequence[str], streaming: bool
 ) -> tuple[Documents, Documents | None]:
     """Documents of a data set of the Hub (or of a folder that `datasets` can load).
 
+    Args:
+        text_column: as `load_files` takes it.
     Returns:
         (train, validation), each as `load_files` returns it; validation is None where the data set has no such split.
     Raises:
@@ -157,10 +168,13 @@ def _load_dataset(*args, **kwargs):
         raise ScriptError(f"{source} cannot be loaded: {error.__cause__ or error}") from error
 
 
-def _text_of(data: Documents, text_column: str, source: str) -> Documents:
+def _text_of(data: Documents, text_column: str | Sequence[str], source: str) -> Documents:
     columns = data.column_names
     if columns is None:  # a stream learns its columns from its first row
         columns = list(next(iter(data), {}))
+    if not isinstance(text_column, str):
+        found = [name for name in text_column if name in columns] or [" or ".join(text_column)]
+        return mix([_text_of(data, name, source) for name in found])
     if text_column not in columns:
         raise ScriptError(
             f"{source} has no column {text_column!r}, only {', '.join(columns)}; name one by --text_column"
@@ -179,6 +193,36 @@ def _text_of(data: Documents, text_column: str, source: str) -> Documents:
     if not len(full):
         raise ScriptError(f"{source} holds no text in its column {text_column!r}")
     return data if len(full) == len(data) else data.select(full)
+
+
+def join(documents: datasets.Dataset) -> datasets.Dataset:
+    """One document, whose lines or paragraphs these are."""
+
+    def joined(rows: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"text": ["".join(text if text.endswith("\n") else f"{text}\n" for text in rows["text"])]}
+
+    return documents.map(joined, batched=True, batch_size=None, features=_TEXT, desc="joining rows")
+
+
+def exclude(documents: Documents, excluded: Documents) -> Documents:
+    """The documents that are not among others, whatever their case and white space.
+
+    Raises:
+        ScriptError: there are none.
+    """
+    known = {_mark(text) for text in texts(excluded)}
+    if isinstance(documents, datasets.IterableDataset):
+        return documents.filter(lambda row: _mark(row["text"]) not in known)
+    state = datasets.fingerprint.Hasher.hash([documents._fingerprint, sorted(known)])
+    kept = documents.filter(lambda row: _mark(row["text"]) not in known, new_fingerprint=state, desc="excluding")
+    logger.info(f"{len(documents) - len(kept):,} of {len(documents):,} documents are in --exclude_file: left out")
+    if not len(kept):
+        raise ScriptError("every document to train on is in --exclude_file: give other text")
+    return kept
+
+
+def _mark(text: str | None) -> bytes:
+    return hashlib.blake2b(" ".join((text or "").casefold().split()).encode(), digest_size=16).digest()
 
 
 def texts(documents: Documents) -> Iterator[str]:
@@ -221,10 +265,11 @@ def mix(sources: Sequence[Documents], weights: Sequence[float] | None = None, se
 
     By weight they go on until each document was drawn once, so that those of other sources may come again.
     """
+    if len(sources) > 1:
+        sources = [source.cast_column("text", _TEXT["text"]) for source in sources]
     if weights is None:
         return sources[0] if len(sources) == 1 else datasets.concatenate_datasets(list(sources))
     shares = [weight / sum(weights) for weight in weights]
-    sources = [source.cast_column("text", datasets.Value("large_string")) for source in sources]
     return datasets.interleave_datasets(sources, shares, seed, stopping_strategy="all_exhausted")
 
 

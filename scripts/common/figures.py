@@ -50,6 +50,21 @@ def of_variants(settings: dict) -> dict[str, str]:
     return families | {f"{name}_equal_compute": family for name, family in families.items()}
 
 
+def new_figure(rows: int = 1, columns: int = 1, figsize: tuple[float, float] | None = None, **arguments) -> tuple:
+    """A figure of panels that is drawn for a file, without pyplot's state and screens.
+
+    Args:
+        arguments: as `matplotlib.figure.Figure.subplots` takes them.
+
+    Returns:
+        the figure, and what that gives: a panel, or an array of them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **arguments)
+
+
 def legend_below(figure, panels: Sequence, columns: int = 4):
     """One legend of all curves of the panels, below them."""
     labels = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}

@@ -99,6 +99,16 @@ def check_folder(name):
         raise ScriptError(f"no such checkpoint folder: {name}")
 
 
+def check_source(name: str, gguf_file: str | None):
+    """`check_folder` of a checkpoint to convert, which may be a GGUF file in a folder."""
+    path = Path(name)
+    if gguf_file is None:
+        check_folder(name)
+    elif path.is_dir() and not (path / gguf_file).is_file():
+        files = sorted(path.name for path in path.glob("*.gguf"))
+        raise ScriptError(f"--gguf_file {gguf_file} is not in {name}, whose GGUF files are {files}")
+
+
 def best_run(name: str) -> str:
     """The folder of the best run in a folder of fine-tuning runs on one task; any other name as it is.
 

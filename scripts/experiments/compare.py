@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import legend_below, of_variants, styles
+from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.files import read_json, read_json_lines
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import parse_options
@@ -182,15 +182,10 @@ def plot(results: dict, image: Path):
     With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs. Dotted
     lines are the n-grams, where the results hold them.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     variants, baseline = results["variants"], results["baseline"]
     lengths = {result["steps"] for result in variants.values() if "curve" in result}
     count = 1 + bool(baseline) + (len(lengths) > 1)
-    figure, panels = plt.subplots(1, count, figsize=(6.5 * count, 5.6), layout="constrained", squeeze=False)
+    figure, panels = new_figure(1, count, figsize=(6.5 * count, 5.6), squeeze=False)
     by_position = panels[0, : 1 + bool(baseline)]
     drawn = styles({name: of_variants(results["settings"])[name] for name in variants})
     buckets = next(iter(variants.values()))["loss_by_position"]
@@ -223,7 +218,6 @@ def plot(results: dict, image: Path):
         panel.grid(alpha=0.3)
     legend_below(figure, panels[0])
     figure.savefig(image, dpi=150)
-    plt.close(figure)
 
 
 def _plot_course(panel, variants: dict[str, dict], drawn: dict[str, dict]):

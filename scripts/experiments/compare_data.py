@@ -16,6 +16,7 @@ OWN_OPTIONS = ("output_dir", "seed", "model_type", "config_name", "model_name_or
 OWN_OPTIONS += ("overwrite_output_dir", "resume_from_checkpoint")
 # Those that have done their work once the text is split and the tokenizer made.
 DATA_OPTIONS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
+DATA_OPTIONS += ("train_weights", "join_rows", "exclude_file")
 DATA_OPTIONS += ("tokenizer_name", "train_tokenizer_vocab_size")
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import legend_below, of_variants, styles
+from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import markdown_table, summarise, write_results
 from ordnung.scripts.experiments.options import TaskOptions
@@ -230,13 +230,8 @@ def markdown(results: dict) -> str:
 
 def plot(results: dict, image: Path):
     """Share of right answers against steps and against FLOPs, one line a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     settings = results["settings"]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    figure, panels = new_figure(1, 2, figsize=(11, 4.6), sharey=True)
     drawn = styles(of_variants(settings))
     for name, result in results["variants"].items():
         style = {key: value for key, value in drawn[name].items() if "marker" not in key}
@@ -256,7 +251,6 @@ def plot(results: dict, image: Path):
     panels[0].axvline(settings["max_steps"], color="grey", linestyle="--", linewidth=1)
     legend_below(figure, panels)
     figure.savefig(image, dpi=150)
-    plt.close(figure)
 
 
 def run(options: TaskOptions) -> int:

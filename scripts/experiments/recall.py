@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.tables import markdown_table, summarise, write_results
 from ordnung.scripts.experiments.options import RecallOptions
@@ -200,19 +201,12 @@ def markdown(results: dict) -> str:
 
 def plot(results: dict, image: Path):
     """A map of mean accuracy for each variant; the dashed line is the end of its receptive field."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     settings, variants = results["settings"], results["variants"]
     edges, rows = settings["distance_edges"], range(len(settings["num_pairs"]))
     names = range_names(edges)
     columns = min(5, len(variants))
     lines = -(-len(variants) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(4.2 * columns + 0.8, 3.6 * lines), layout="constrained", sharey=True, squeeze=False
-    )
+    figure, panels = new_figure(lines, columns, figsize=(4.2 * columns + 0.8, 3.6 * lines), sharey=True, squeeze=False)
     for panel in panels.flat[len(variants) :]:
         panel.remove()
     for panel, (name, result) in zip(panels.flat, variants.items()):
@@ -232,7 +226,6 @@ def plot(results: dict, image: Path):
         panel.set_ylabel("key-value pairs")
     figure.colorbar(colours, ax=panels.flat[: len(variants)], label=f"accuracy (chance {results['chance']:.3f})")
     figure.savefig(image, dpi=150)
-    plt.close(figure)
 
 
 def run(options: RecallOptions) -> int:

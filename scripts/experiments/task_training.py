@@ -86,7 +86,7 @@ def fit(options: TrainingOptions, seed: int, job: Drawn) -> Loop:
         logging_steps=1,
     )
     job.loop = Loop(make_accelerator(training), training, job, None, seed)
-    if job.loop.run():
+    if job.loop.run() or job.loop.told:
         raise KeyboardInterrupt
     return job.loop
 

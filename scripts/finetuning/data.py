@@ -324,6 +324,12 @@ class Examples:
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
 
+    def label_counts(self) -> np.ndarray:
+        """(n,) how many labels each row has in a mean loss: one, or one for each word."""
+        if self.word_labels is None:
+            return np.ones(len(self), dtype=np.int64)
+        return np.add.reduceat((self.word_labels >= 0).astype(np.int64), self.starts[:-1])
+
     def digest(self) -> str:
         """Of all that is learned from them or told of them."""
         digest = hashlib.sha256()

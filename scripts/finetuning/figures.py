@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import read_json_lines
 from ordnung.scripts.finetuning.scores import describe
 
@@ -12,11 +13,12 @@ from ordnung.scripts.finetuning.scores import describe
 MOST_NUMBERS = 20
 
 
-def write_details(folder: Path, data, logits: dict[str, np.ndarray]) -> dict[str, Any]:
+def write_details(folder: Path, data, logits: dict[str, np.ndarray], title: str) -> dict[str, Any]:
     """What stands beside a run's scores, by split (see `scores.describe`); draws confusion matrices.
 
     Args:
         data: `TaskData`.
+        title: of the pictures, the split apart.
     """
     details = {}
     for split, examples in data.scored.items():
@@ -26,26 +28,17 @@ def write_details(folder: Path, data, logits: dict[str, np.ndarray]) -> dict[str
                 details[split]["confusion"],
                 data.task.labels,
                 folder / f"confusion_{split}.png",
-                f"{data.task.name}, {split}",
+                f"{title}, {split}",
             )
     return details
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw_confusion(matrix: list[list[int]], labels: tuple[str, ...], image: Path, title: str):
     """Draw counts of true classes (rows) taken for predicted ones (columns), coloured by share of the true class."""
-    plt, counts = _pyplot(), np.array(matrix)
+    counts = np.array(matrix)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = 2.5 + 0.45 * min(len(labels), 40)
-    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    figure, axes = new_figure(figsize=(size + 1, size))
     shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     if len(labels) <= MOST_NUMBERS:
         for (row, column), count in np.ndenumerate(counts):
@@ -57,17 +50,14 @@ def draw_confusion(matrix: list[list[int]], labels: tuple[str, ...], image: Path
     axes.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="share of the true class")
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def plot_curves(folder: Path, title: str):
     """Draw curves.png from a run's metrics.jsonl: training and held-out loss, and the held-out scores below."""
-    plt, lines = _pyplot(), read_json_lines(folder / "metrics.jsonl")
+    lines = read_json_lines(folder / "metrics.jsonl")
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     scored = [line for line in lines if "eval_loss" in line]
-    figure, panels = plt.subplots(
-        1 + bool(scored), 1, figsize=(7, 3.2 * (1 + bool(scored))), sharex=True, squeeze=False, layout="constrained"
-    )
+    figure, panels = new_figure(1 + bool(scored), 1, figsize=(7, 3.2 * (1 + bool(scored))), sharex=True, squeeze=False)
     losses = panels[0][0]
     losses.plot(*zip(*train), color="C0", alpha=0.6, label="training")
     if scored:
@@ -85,4 +75,3 @@ def plot_curves(folder: Path, title: str):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)

@@ -5,10 +5,14 @@ from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, other_default, required
+from ordnung.scripts.finetuning.labels import as_number
 from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
 from ordnung.scripts.training.options import LoopOptions, Schedule
 from ordnung.scripts.training.runs import check_seeds
+
+# Of a model of BERT's width.
+LEARNING_RATE, WIDTH = 5e-5, 768
 
 
 @dataclass(kw_only=True)
@@ -53,6 +57,12 @@ class FinetuneOptions(LoopOptions, HubOptions):
         None, "What the labels are; default: found from them and said."
     )
     label_separator: str | None = option(None, "Between the labels of a multi-label text; default: found.")
+    threshold: str | None = option(
+        None,
+        "Probability from which on a label of a multi-label text is predicted, kept with the model for `ordnung "
+        "predict`; best: that with the highest macro F1 on the rows that checkpoints are compared on, whose scores it "
+        "flatters. Default: 0.5.",
+    )
     skip_bad_rows: bool = option(False, "Leave out rows that cannot be used, and say how many.")
     max_length: int | None = option(None, "Tokens of an example; default: as many as the model takes.", least=4)
     truncation: Literal["head", "tail", "head_tail"] = option(
@@ -89,7 +99,12 @@ class FinetuneOptions(LoopOptions, HubOptions):
     per_device_train_batch_size: int = other_default(LoopOptions, "per_device_train_batch_size", 32)
     per_device_eval_batch_size: int = option(64, "Examples in an evaluation batch, per process.", least=1)
     num_train_epochs: float = other_default(LoopOptions, "num_train_epochs", 3.0)
-    learning_rate: float = other_default(LoopOptions, "learning_rate", 5e-5)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of AdamW; default: 5e-5 for GLUE and IMDB, and for data of your own what is that for a "
+        "model 768 wide, and more the narrower it is: 5e-5 * 768 / hidden_size.",
+        least=0,
+    )
     weight_decay: float = other_default(LoopOptions, "weight_decay", 0.01)
     adam_beta2: float = other_default(LoopOptions, "adam_beta2", 0.999)
     lr_scheduler_type: Schedule = other_default(LoopOptions, "lr_scheduler_type", "linear")
@@ -126,6 +141,10 @@ class FinetuneOptions(LoopOptions, HubOptions):
         super().__post_init__()
         if bool(self.task_name) + bool(self.train_file) + bool(self.dataset_name and not self.task_name) != 1:
             raise ScriptError("give one of --task_name, --train_file and, for data of your own, --dataset_name")
+        if self.threshold not in (None, "best"):
+            number = as_number(self.threshold)
+            if number is None or not 0 < number < 1:
+                raise ScriptError(f"--threshold {self.threshold} must be between 0 and 1, or best")
         if self.packing and self.task == "qa":
             raise ScriptError(
                 "--packing: an answer's place is told by row, so that --task qa needs a row for each window"
@@ -142,11 +161,14 @@ class FinetuneOptions(LoopOptions, HubOptions):
         if given and not self.use_peft:
             raise ScriptError(f"--{given[0]}: adapters need --use_peft")
         check_seeds(self.seeds)
+        if self.learning_rate is None and self.task_name:
+            self.learning_rate = LEARNING_RATE
         self.config_overrides = self.config_overrides or {}
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
 
 
 OWN_DATA = ("train_file", "validation_file", "test_file", "text_column", "label_column", "task", "problem_type")
+OWN_DATA += ("label_separator", "threshold", "skip_bad_rows")
 
 
 @dataclass(kw_only=True)
@@ -168,7 +190,7 @@ class PredictOptions:
     top_k: int = option(1, "So many classes, the likeliest first; at most so many labels, if above 1.", least=1)
     threshold: float | None = option(
         None,
-        "Probability from which on a label is predicted; default: 0.5 of several labels, 0 of classes.",
+        "Probability from which on a label is predicted; default: of several labels that of training, 0 of classes.",
         least=0,
         most=1,
     )

@@ -16,7 +16,7 @@ from ordnung.scripts.common.rows import load_rows, row_name
 from ordnung.scripts.finetuning import structured
 from ordnung.scripts.finetuning.labels import Labels, as_flag, find_labels, is_missing
 from ordnung.scripts.finetuning.options import FinetuneOptions
-from ordnung.scripts.finetuning.tasks import Task
+from ordnung.scripts.finetuning.tasks import THRESHOLD, Task
 
 logger = logging.getLogger("ordnung.finetune")
 
@@ -75,6 +75,9 @@ def read_task(options: FinetuneOptions) -> Task:
     columns, labels, used = form.columns, form.labels, form.used
     splits = {}
     for split, data in found.items():
+        if split == "test" and not options.test_file and _unlabelled(data, set(used) - set(columns)):
+            logger.info(f"{sources[split]} has no labels and is left out: `ordnung predict` labels it afterwards")
+            continue
         missing = [column for column in used if column not in data.column_names]
         if missing and split == "test" and set(missing).isdisjoint(columns):
             raise ScriptError(
@@ -101,6 +104,9 @@ def read_task(options: FinetuneOptions) -> Task:
     if classes:
         _tell_classes(splits, sources["train"], labels)
     _tell_shared(splits, columns)
+    if options.threshold and form.problem_type != "multi_label_classification":
+        kind = form.problem_type.replace("_", " ")
+        raise ScriptError(f"--threshold {options.threshold} is for texts with several labels, and this is {kind}")
     return Task(
         name=name,
         dataset=options.dataset_name or name,
@@ -113,6 +119,15 @@ def read_task(options: FinetuneOptions) -> Task:
         split_off=split_off,
         value=used[-1],
         unanswerable=options.task == "qa" and not all(splits["train"]["label"]),
+        threshold=None if options.threshold == "best" else float(options.threshold or THRESHOLD),
+    )
+
+
+def _unlabelled(data: datasets.Dataset, columns: set[str]) -> bool:
+    """Whether a split has no label at all; data sets of the Hub often write -1 for it."""
+    return any(
+        column not in data.column_names or all(is_missing(value) or value == -1 for value in data[column][:])
+        for column in columns
     )
 
 
@@ -123,12 +138,13 @@ def _load(options: FinetuneOptions) -> tuple[dict[str, datasets.Dataset], dict[s
         try:
             whole = datasets.load_dataset(name, options.dataset_config_name)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise ScriptError(f"{name} cannot be loaded: {' '.join(str(error.__cause__ or error).split())}") from error
-        found = {split: whole[split] for split in ("train", "validation", "test") if split in whole}
-        # the Hub's test splits often have their labels taken off, and there is no other to score
+            reason = " ".join(str(error.__cause__ or error).split())
+            cure = "; name one by --dataset_config_name" if "Config name is missing" in reason else ""
+            raise ScriptError(f"{name} cannot be loaded: {reason}{cure}") from error
+        found = {SPLITS[split]: whole[split] for split in whole if split in SPLITS}
         if "train" not in found:
             raise ScriptError(f"{name} has no train split, only {', '.join(whole)}")
-        return found, {split: f"{name} ({split})" for split in found}, name.rpartition("/")[2]
+        return found, {split: f"{name} ({split})" for split in found}, Path(name).name
     given = {"train": options.train_file, "validation": options.validation_file, "test": options.test_file}
     folder = Path(options.train_file[0])
     if len(options.train_file) == 1 and folder.is_dir():

@@ -29,8 +29,8 @@ from ordnung.scripts.finetuning.inference import Runner
 from ordnung.scripts.finetuning.labels import is_missing
 from ordnung.scripts.finetuning.model import auto_class
 from ordnung.scripts.finetuning.own import choose_texts
-from ordnung.scripts.finetuning.scores import THRESHOLD
 from ordnung.scripts.finetuning.structured import WORDS, best_answers, cells, encoder_of, tags_of
+from ordnung.scripts.finetuning.tasks import THRESHOLD
 from ordnung.scripts.hub.sharing import PEFT_HEADS
 from ordnung.scripts.training.signals import StopSignals
 
@@ -144,7 +144,8 @@ def answers(logits: np.ndarray, config: PreTrainedConfig, top_k: int, threshold:
     shares = expit(logits) if several else softmax(logits.astype(np.float64), axis=1)
     names = [str(config.id2label.get(number, number)) for number in range(shares.shape[1])]
     order = np.argsort(-shares, axis=1, kind="stable")
-    least = threshold if threshold is not None else THRESHOLD if several else 0.0
+    of_training = getattr(config, "label_threshold", THRESHOLD) if several else 0.0
+    least = of_training if threshold is None else threshold
     for row, ranked in zip(shares, order):
         if several:
             chosen = [number for number in ranked if row[number] >= least][: top_k if top_k > 1 else None]

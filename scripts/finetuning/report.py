@@ -10,7 +10,7 @@ from ordnung.scripts.common.files import read_json, write_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
-from ordnung.scripts.finetuning.scores import seed_interval
+from ordnung.scripts.finetuning.scores import mean_score, seed_interval
 from ordnung.scripts.finetuning.tasks import GLUE, TASKS, Task
 
 
@@ -128,10 +128,20 @@ def own_markdown(results: dict[str, Any], name: str) -> str:
             for metric, values in scores.items()
             if metric in intervals
         ]
+        said = f"{split}: {cut['rows']:,} rows, {cut['cut']:,} of them cut to {cut['to']} tokens"
+        if "threshold" in details:
+            how = ", which scores best on held-out rows" if results["settings"].get("threshold") == "best" else ""
+            said += f"; labels from a probability of {details['threshold']:g} on{how}"
         parts += [
-            f"{split}: {cut['rows']:,} rows, {cut['cut']:,} of them cut to {cut['to']} tokens",
+            said,
             markdown_table(["score", "model", "95 %", baseline["what"]], body),
         ]
+        guess = mean_score({name: value for name, value in baseline.items() if name != "what"})
+        if mean_score({name: values["mean"] for name, values in scores.items()}) <= guess:
+            parts.append(
+                f"Not better than to guess ({baseline['what']}): train longer (--num_train_epochs) or by another "
+                f"--learning_rate than {results['settings']['learning_rate']:g}."
+            )
         if details.get("per_class"):
             names = ("precision", "recall", "f1", "examples")
             rows = [

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -30,10 +30,17 @@ from ordnung.scripts.finetuning.data import Batches, Examples, encode, load_spli
 from ordnung.scripts.finetuning.figures import plot_curves, write_details
 from ordnung.scripts.finetuning.inference import predict
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model, source
-from ordnung.scripts.finetuning.options import FinetuneOptions
+from ordnung.scripts.finetuning.options import LEARNING_RATE, WIDTH, FinetuneOptions
 from ordnung.scripts.finetuning.own import read_task
 from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
-from ordnung.scripts.finetuning.scores import class_weights, mean_score, score, weighted_loss
+from ordnung.scripts.finetuning.scores import (
+    answer_loss,
+    best_threshold,
+    class_weights,
+    mean_score,
+    score,
+    weighted_loss,
+)
 from ordnung.scripts.finetuning.sharing import describe_run, find_targets, push_best
 from ordnung.scripts.finetuning.structured import encoder_of
 from ordnung.scripts.finetuning.tasks import Task, choose_tasks
@@ -138,6 +145,7 @@ class Finetuning(Job):
         self.save_steps = options.eval_steps or self.steps_per_epoch
         self.eval_steps = None if data.selection is None else self.save_steps
         self.keeps_best, self.patience = options.load_best_model_at_end, options.early_stopping_patience
+        self.label_counts = data.train.label_counts()
         self.data = {"training rows": len(data.train), "rows a step": self.step_rows}
         self.about = f"{len(data.train):,} examples, {self.max_steps:,} steps of {self.step_rows}"
         self.loop = Loop(accelerator, options, self, folder, seed, checkpointing.newest_checkpoint(folder))
@@ -187,20 +195,26 @@ class Finetuning(Job):
         return np.concatenate([steps[i] for i in random.permutation(len(steps))] + short)
 
     def batches(self, step: int) -> Step:
-        """A step's rows; its loss is their mean."""
+        """A step's rows; its loss is the mean over their labels."""
         rows, train, size = self.rows(step), self.task_data.train, self.options.per_device_train_batch_size
         starts = range(self.accelerator.process_index * size, self.step_rows, size * self.accelerator.num_processes)
         count = math.ceil(len(rows) / (size * self.accelerator.num_processes))
         # a process without rows of its own still takes part, with no weight
         own = [rows[start : start + size] for start in starts[:count]]
+        counts = self.label_counts
         batches = [
-            (self.make_batch(train, some if len(some) else rows[:1], self.packing), len(some) / len(rows))
+            (
+                self.make_batch(train, some if len(some) else rows[:1], self.packing),
+                float(counts[some].sum() / counts[rows].sum()),
+            )
             for some in own
         ]
         return Step(batches, tokens=int(train.lengths[rows].sum()))
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         outputs = model(**batch, **self.constants)
+        if "start_positions" in batch:
+            return answer_loss(outputs, batch)
         if self.class_weights is None:
             return outputs.loss
         return weighted_loss(outputs.logits, batch["labels"], self.class_weights)
@@ -234,7 +248,20 @@ class Finetuning(Job):
         status = self.loop.run()
         if status == 0:
             self._finish()
-        return status
+        return status or self.loop.told
+
+    def _with_threshold(self, model: torch.nn.Module) -> TaskData:
+        """The task's data with the threshold of several labels chosen, and the model's config with it."""
+        data, task = self.task_data, self.task_data.task
+        if task.problem_type != "multi_label_classification":
+            return data
+        if task.threshold is None:
+            chosen = best_threshold(self.predict(model, data.selection), data.selection)
+            data = replace(data, task=replace(task, threshold=chosen))
+            logger.info(f"{self.name}: labels from a probability of {chosen:.2f} on score best")
+        config = bare(self.accelerator.unwrap_model(self.loop.model, keep_torch_compile=False)).config
+        config.label_threshold = data.task.threshold
+        return data
 
     def _finish(self):
         """Score the chosen model, write predictions and the model, and results.json last of all."""
@@ -244,6 +271,8 @@ class Finetuning(Job):
         with loop.evaluating() as model:
             if task.splits:
                 logits = {name: self.predict(model, examples) for name, examples in data.scored.items()}
+                data = self.task_data = self._with_threshold(model)
+                task = data.task
                 scores = {name: score(task, logits[name], examples) for name, examples in data.scored.items()}
             else:
                 scores = {
@@ -281,9 +310,10 @@ class Finetuning(Job):
             "packing": self.packing,
             "machine": machine_info(),
         }
+        title = f"{Path(options.model_name_or_path).name}, {task.name}, seed {self.seed}"
         if task.splits:
-            results["details"] = write_details(self.folder, data, logits)
-        plot_curves(self.folder, f"{Path(options.model_name_or_path).name}, {task.name}, seed {self.seed}")
+            results["details"] = write_details(self.folder, data, logits, title)
+        plot_curves(self.folder, title)
         write_json(self.folder / "results.json", results)
         for folder in [*checkpointing.checkpoint_folders(self.folder), self.folder / "best"]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -312,6 +342,10 @@ def run(options: FinetuneOptions) -> int:
     with accelerator.main_process_first():  # the others then read what the first has cached
         tokenizer = prepare_tokenizer(options)
         prepared = [prepare_task(task, options, tokenizer) for task in tasks]
+    if options.learning_rate is None:
+        width = getattr(prepared[0].config, "hidden_size", WIDTH)
+        options.learning_rate = float(f"{LEARNING_RATE * WIDTH / width:.2g}")
+        logger.info(f"--learning_rate {options.learning_rate:g}, as the model is {width} wide")
     if accelerator.is_main_process:
         made_of = source(options.model_name_or_path, prepared[0].config)
         made_of |= {f"sha256 of the data of {data.task.name}": data.digest() for data in prepared}
@@ -331,7 +365,8 @@ def run(options: FinetuneOptions) -> int:
             if results["tasks"]:
                 publish(results, output_dir)
         raise
-    if accelerator.is_main_process and status == 0:
+    finished = all(is_finished(output_dir / task.folder / f"seed-{seed}") for task in tasks for seed in options.seeds)
+    if accelerator.is_main_process and finished:
         results = collect(output_dir, options.seeds, options)
         publish(results, output_dir)
         push_best(results, options, targets)

@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import logit
 from torch.nn import functional as F
 
 from ordnung.scripts.finetuning.data import Examples
 from ordnung.scripts.finetuning.glue_metric import Glue, pearson, spearmanr
 from ordnung.scripts.finetuning.structured import answer_scores, best_answers, count_entities, tags_of
-from ordnung.scripts.finetuning.tasks import Task
+from ordnung.scripts.finetuning.tasks import THRESHOLD, Task
 
 # Models are compared by these, where there is one of them, or else by the mean of all scores that are no errors.
 MAIN = ("macro_f1", "entity_f1", "answer_f1")
 ERRORS = ("loss", "mean_absolute_error")
-# Probability above which a label of a multi-label text is predicted.
-THRESHOLD = 0.5
+# Among these a threshold is chosen.
+THRESHOLDS = np.arange(1, 20) / 20
 RESAMPLES = 1000
 # Problem types whose scores are made of sums over rows.
 OF_SUMS = ("token_classification", "question_answering")
@@ -63,12 +64,20 @@ def loss(task: Task, logits: np.ndarray, examples: Examples) -> float:
     return float(F.cross_entropy(values, torch.from_numpy(labels.astype(np.int64))))  # -100 is left out
 
 
+def answer_loss(outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean loss of answers' starts and ends among real tokens; models of transformers' own count padding too."""
+    padding, ends = batch["attention_mask"] == 0, ("start", "end")
+    scores = [outputs[f"{end}_logits"].masked_fill(padding, torch.finfo(torch.float32).min) for end in ends]
+    return sum(F.cross_entropy(each.float(), batch[f"{end}_positions"]) for each, end in zip(scores, ends)) / 2
+
+
 def outcome(task: Task, logits: np.ndarray, examples: Examples) -> tuple[np.ndarray, ...]:
     """What `measure` takes: arrays with a row for each example, predictions first."""
     if task.problem_type == "regression":
         return logits[:, 0].astype(np.float64), examples.labels.astype(np.float64)
     if task.problem_type == "multi_label_classification":
-        return logits > np.log(THRESHOLD / (1 - THRESHOLD)), examples.labels > 0.5
+        threshold = best_threshold(logits, examples) if task.threshold is None else task.threshold
+        return logits >= logit(threshold), examples.labels > 0.5
     if task.problem_type == "token_classification":
         truths = [examples.gold[row] for row in examples.rows]
         return count_entities(task.labels, truths, tags_of(logits, examples, list(map(len, truths))))
@@ -78,6 +87,17 @@ def outcome(task: Task, logits: np.ndarray, examples: Examples) -> tuple[np.ndar
         golds = [[answer["text"] for answer in examples.gold[row]] for row in asked]
         return (np.array([answer_scores(answers[row][0], gold) for row, gold in zip(asked, golds)]),)
     return logits.argmax(-1), examples.labels
+
+
+def best_threshold(logits: np.ndarray, examples: Examples) -> float:
+    """The threshold of several labels with the highest macro F1; of equally good ones the nearest to 0.5."""
+    labels = examples.labels > 0.5
+
+    def goodness(threshold: float) -> tuple[float, float]:
+        scores = measure("multi_label_classification", logits >= logit(threshold), labels)
+        return scores["macro_f1"], -abs(threshold - THRESHOLD)
+
+    return float(max(THRESHOLDS, key=goodness))
 
 
 def measure(problem_type: str, predicted: np.ndarray, labels: np.ndarray | None = None) -> dict[str, float]:
@@ -151,7 +171,7 @@ def describe(task: Task, logits: np.ndarray, examples: Examples, train: Examples
         label: dict(zip(names, (*map(float, row[:3]), int(row[3])))) for label, row in zip(task.labels, zip(*columns))
     }
     if task.problem_type == "multi_label_classification":
-        made["threshold"] = THRESHOLD
+        made["threshold"] = task.threshold
     else:
         made["confusion"] = metrics.confusion_matrix(labels, predicted, labels=numbers).tolist()
     return made

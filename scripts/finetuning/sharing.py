@@ -18,7 +18,7 @@ def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[st
     Args:
         scores: split -> name -> value.
     """
-    if options.train_file:
+    if options.train_file or (options.dataset_name and Path(options.dataset_name).is_dir()):
         named, dataset = [], {"dataset_type": "local", "dataset_name": task.name}
     elif options.dataset_path:
         named = []

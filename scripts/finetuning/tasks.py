@@ -19,6 +19,8 @@ HEADS = {
     "token_classification": "ForTokenClassification",
     "question_answering": "ForQuestionAnswering",
 }
+# Probability from which on a label of a multi-label text is predicted, unless another is asked for.
+THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Task:
         split_off: its validation split was split off the training rows.
         value: what a regression predicts.
         unanswerable: some training questions have no answer.
+        threshold: probability from which on one of several labels is predicted; None: the best of those scored.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Task:
     split_off: bool = False
     value: str = "similarity"
     unanswerable: bool = False
+    threshold: float | None = THRESHOLD
 
     @property
     def regression(self) -> bool:

@@ -1,5 +1,8 @@
 """The text of a linearization: rows of tokens to train and to measure on."""
 
+import dataclasses
+import math
+
 import datasets
 import numpy as np
 import torch
@@ -83,7 +86,7 @@ def encoder_blocks(documents, tokenizer, block_size: int, several: bool) -> Plac
 def load_blocks(
     options: LinearizeOptions, tokenizer, encoder: bool, several: bool
 ) -> tuple[ShuffledBlocks, np.ndarray, np.ndarray]:
-    """The training blocks, and the held-out ones (n, block_size) with their lengths (n,).
+    """The training blocks, and the held-out ones (n, eval_block_size) with their lengths (n,).
 
     Args:
         several: a block may hold several documents, where they are kept apart.
@@ -95,10 +98,11 @@ def load_blocks(
         raise ScriptError("there is no held-out text: give --validation_file or --validation_fraction")
     if not encoder:
         blocks = pretraining.training_blocks(options, train, tokenizer, several)
-        rest = pretraining.held_out_blocks(options, held_out, tokenizer, several)
+        measured = dataclasses.replace(options, block_size=options.eval_block_size)
+        rest = pretraining.held_out_blocks(measured, held_out, tokenizer, several)
         return blocks, rest.blocks, rest.lengths
     placed = encoder_blocks(train, tokenizer, options.block_size, several)
-    rest = encoder_blocks(held_out, tokenizer, options.block_size, several)
+    rest = encoder_blocks(held_out, tokenizer, options.eval_block_size, several)
     # at random, as best fit puts the longest documents first
     some = np.random.default_rng(options.seed).permutation(len(rest))[: options.max_eval_blocks]
     return ShuffledBlocks(placed, placed.lengths, options.seed), rest[some], rest.lengths[some]
@@ -113,7 +117,7 @@ class Text:
     """
 
     def __init__(self, options: LinearizeOptions, tokenizer, encoder: bool, several: bool, device: torch.device):
-        self.tokenizer, self.device = tokenizer, device
+        self.tokenizer, self.device, self.options = tokenizer, device, options
         self.separate = options.respect_document_boundaries or encoder
         self.make_batch = Batches(options, tokenizer, encoder, self.separate)
         self.blocks, rows, lengths = load_blocks(options, tokenizer, encoder, several and self.separate)
@@ -127,6 +131,11 @@ class Text:
         self.blocks.load_state_dict({"position": position})
         return *self.blocks.take(count), position
 
+    def first_rows(self, tokens: int) -> list[dict[str, torch.Tensor]]:
+        """Batches of the first training blocks, of so many tokens; the same on every process."""
+        size, count = self.options.per_device_eval_batch_size, math.ceil(tokens / self.options.block_size)
+        return [self.batch(*self.rows(start, min(size, count - start))) for start in range(0, count, size)]
+
     def batch(self, rows: np.ndarray, lengths: np.ndarray, first: int) -> dict[str, torch.Tensor]:
         if self.separate:
             rows = rows[:, : max(int(lengths.max()), 2)]
@@ -139,7 +148,7 @@ def load_long_text(options: LinearizeOptions, tokenizer) -> np.ndarray:
     Raises:
         ScriptError: as `corpus.load_files`.
     """
-    documents = corpus.load_files(options.long_file, "long_file", options.text_column, streaming=False)
+    documents = corpus.load_files(options.long_file, "long_file", options.text_columns, streaming=False)
     return perplexity.encode(documents, tokenizer, options.long_tokens)[0]
 
 

@@ -18,7 +18,6 @@ from ordnung.scripts.linearizing.teacher import (
     Pair,
     base_of,
     model_inputs,
-    replaced_output,
     student_mixes,
     watched,
 )
@@ -27,6 +26,14 @@ from ordnung.scripts.pretraining.losses import position_buckets
 Batch = dict[str, torch.Tensor]
 STATE_LENGTHS = (512, 2048, 8192, 32768)
 FROM = (0, 256, 512, 1024)  # positions from which losses are told
+# What tables tell losses of: first position, the position after the last, or None for all that follow, and words.
+RANGES = {
+    "all": (0, None),
+    "before 256": (0, 256),
+    "256 to 511": (256, 512),
+    "from 512": (512, None),
+    "from 1024": (1024, None),
+}
 PIECE = 512  # tokens of a long text that are read at once
 DECODED = 16  # tokens generated to time one
 
@@ -56,11 +63,22 @@ class Scores:
         return whole if agree is None else whole | {"agreement": float(agree.mean())}
 
 
-def loss_from(summary: dict[str, Any], position: int) -> float | None:
-    """Mean loss at positions from `position` on, of a `Scores.summary`; None if there are none."""
-    buckets = [bucket for bucket in summary["loss_by_position"] if bucket["first"] >= position]
+def loss_from(summary: dict[str, Any], position: int, end: int | None = None) -> float | None:
+    """Mean loss at positions from `position` on, and before `end`, of a `Scores.summary`; None if there are none."""
+    buckets = [
+        bucket
+        for bucket in summary["loss_by_position"]
+        if bucket["first"] >= position and (end is None or bucket["last"] < end)
+    ]
     tokens = sum(bucket["tokens"] for bucket in buckets)
     return sum(bucket["loss"] * bucket["tokens"] for bucket in buckets) / tokens if tokens else None
+
+
+def told(summary: dict[str, Any]) -> dict[str, float]:
+    """Losses by the words of `RANGES`, of those ranges that differ from all tokens."""
+    found = {name: loss_from(summary, *ends) for name, ends in RANGES.items()}
+    many = loss_from(summary, 256) is not None
+    return {name: loss for name, loss in found.items() if loss is not None and (many or name == "all")}
 
 
 @torch.no_grad()
@@ -160,13 +178,6 @@ def fidelity(pair: Pair, batches: list[Batch]) -> list[dict[str, float]]:
     ]
 
 
-def loss_of(model: PreTrainedModel, pair: Pair, batches: list[Batch]) -> float:
-    """What is to be small: a decoder's loss, an encoder's distance from the teacher."""
-    if pair.encoder:
-        return states_beside(model, pair, batches)["loss"]
-    return float(score(model, model, batches).losses.mean())
-
-
 @torch.no_grad()
 def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
     """The teacher's loss with each layer's attention replaced alone, by layer.
@@ -179,7 +190,7 @@ def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
     if pair.encoder:
         wanted = [base(**model_inputs(base, batch)).last_hidden_state for batch in batches]
     for number in pair.replaced:
-        with replaced_output(pair.teacher, [number], lambda call: student_mixes(pair.student, call)):
+        with watched(pair.teacher, [number], lambda call: student_mixes(pair.student, call)):
             if not pair.encoder:
                 losses[number] = float(score(pair.teacher, pair.teacher, batches).losses.mean())
                 continue
@@ -193,7 +204,7 @@ def replaced_alone(pair: Pair, batches: list[Batch]) -> dict[int, float]:
 
 def without_mixing(pair: Pair):
     """Context in which the student's new mixers give zero: what is left is the floor of its loss."""
-    return replaced_output(pair.student, pair.replaced, lambda call: torch.zeros_like(call.output))
+    return watched(pair.student, pair.replaced, lambda call: torch.zeros_like(call.output))
 
 
 @torch.no_grad()

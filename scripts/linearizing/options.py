@@ -38,6 +38,7 @@ class LinearizeOptions(LoopOptions, TextOptions, HubOptions):
         0.05, "Share held out of the training data if there is no validation data.", above=0, below=1
     )
     max_eval_blocks: int | None = other_default(TextOptions, "max_eval_blocks", 16)
+    eval_block_size: int | None = option(None, "Tokens in a held-out sequence; default: block_size.", least=2)
     tokenizer_name: str | None = option(None, "Tokenizer folder or Hub name; default: the teacher's.")
     respect_document_boundaries: bool = option(
         False, "No token sees another document. An encoder's rows are always so, each document with special tokens."
@@ -106,6 +107,7 @@ class LinearizeOptions(LoopOptions, TextOptions, HubOptions):
             raise ScriptError(f"--model_type {self.model_type!r} is none of {', '.join(FAMILIES)}{hint}")
         self.check_text()
         self.config_overrides = self.config_overrides or {}
+        self.eval_block_size = self.eval_block_size or self.block_size
         if self.keep_attention is not None and "layer_types" in self.config_overrides:
             raise ScriptError(
                 f"--keep_attention {self.keep_attention} and layer_types in --config_overrides both say which layers "

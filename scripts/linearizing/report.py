@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -34,6 +35,7 @@ def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
         "data": options.train_file or [options.dataset_name, options.dataset_config_name],
         "held_out": {"data": options.validation_file or "a part of it", "tokens": len(run.text.held_out_tokens)},
         "block_size": options.block_size,
+        "eval_block_size": options.eval_block_size,
         "parameters": sum(p.numel() for p in student.parameters()),
         "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
         "stages": {
@@ -142,23 +144,26 @@ def text(made: dict[str, Any]) -> str:
     )
     parts.append(f"Most is lost in layer {worst[0]['layer']}.")
     if not made["encoder"]:
-        parts.append(_cost_tables(made))
+        parts += [_cost_tables(made), written(made)]
     if "longer" in made:
         parts.append(f"One long text, read piece by piece:\n\n{long_table(made)}")
     return "\n\n".join(parts)
 
 
+def written(made: dict[str, Any]) -> str:
+    """How student and teacher go on from a held-out text, each token the likeliest."""
+    texts = {name: " ".join(text.split()) for name, text in made["text"].items()}
+    return (
+        f"From held-out text, each token the likeliest: *{texts['prompt']}*\n\n"
+        f"- student: {texts['student']}\n- teacher: {texts['teacher']}"
+    )
+
+
 def _decoder_table(rows: dict[str, dict]) -> str:
-    starts = [start for start in measure.FROM if measure.loss_from(rows["student"], start) is not None]
-    header = [
-        "nats per token, by position",
-        "all",
-        *(f"from {start}" for start in starts[1:]),
-        "top token as teacher's",
-    ]
+    header = ["nats per token, by position", *measure.told(rows["student"]), "top token as teacher's"]
     body = []
     for name, found in rows.items():
-        losses = [f"{measure.loss_from(found, start):.3f}" for start in starts]
+        losses = [f"{loss:.3f}" for loss in measure.told(found).values()]
         body.append([name, *losses, f"{100 * found['agreement']:.1f} %" if "agreement" in found else ""])
     return markdown_table(header, body)
 
@@ -214,12 +219,7 @@ DECODERS = ("student", "teacher", "teacher_static_cache")
 
 def draw(made: dict[str, Any], image: str | Path):
     """Draw loss against position, and against tokens trained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.2))
     if made["encoder"]:
         found = made["layers"]
         for name, color in (("converted", "C1"), ("student", "C0")):
@@ -245,7 +245,6 @@ def draw(made: dict[str, Any], image: str | Path):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(image, dpi=130)
-    plt.close(figure)
 
 
 def write_card(made: dict[str, Any], student, folder: Path):

@@ -10,10 +10,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, read_json_lines, write_json, write_text
+from ordnung.scripts.common.models import check_overrides, check_source
 from ordnung.scripts.hub import sharing
 from ordnung.scripts.linearizing import measure, report
 from ordnung.scripts.linearizing.data import Text, load_long_text, load_pairs
@@ -23,11 +25,11 @@ from ordnung.scripts.linearizing.teacher import (
     FULL,
     Pair,
     TeacherOutputs,
-    check_source,
     fingerprint,
     load_student,
     load_teacher,
     load_tokenizer,
+    writes_text,
 )
 from ordnung.scripts.training import checkpointing
 from ordnung.scripts.training.accelerator import make_accelerator
@@ -39,6 +41,10 @@ logger = logging.getLogger("ordnung.linearize")
 
 MEASURED = "before.json"  # what was measured before training
 STAGES = ("transfer", "distill")
+# options that only teachers of one kind have a use for
+OF_DECODERS = ("long_file", "temperature", "kl_weight", "lm_weight")
+OF_ENCODERS = ("mlm_probability", "similarity_file", "cosine_weight")
+CHOOSING = 4096  # tokens, of those to train on, by which it is chosen where attention stays
 
 
 class Linearization:
@@ -92,6 +98,7 @@ class Linearization:
                 f"--keep_attention {options.keep_attention} leaves none of the teacher's {layers} layers to replace: "
                 f"give at most {layers - 1}"
             )
+        check_kind(options, not writes_text(teacher))
         student, new = load_student(options, teacher)
         self.pair = Pair(teacher, student, new, fingerprint(teacher))
         if not self.pair.replaced:
@@ -100,7 +107,8 @@ class Linearization:
                 "layer_types in --config_overrides, or use `ordnung convert`"
             )
         for model in (teacher, student):
-            limits.check_length(model, options.block_size, "block_size", extrapolate=True)
+            for name in ("block_size", "eval_block_size"):
+                limits.check_length(model, getattr(options, name), name, extrapolate=True)
             model.to(self.accelerator.device)
         tell_of_state(self.pair)
 
@@ -131,6 +139,7 @@ class Linearization:
 
     def _run_stage(self, stage: Stage) -> int:
         """Run a stage, or take its end from where it was finished; returns the exit status."""
+        told = 0
         folder = self.output_dir / stage.name
         checkpoint = checkpointing.newest_checkpoint(folder)
         state = checkpointing.load_trainer_state(checkpoint) if checkpoint else {}
@@ -143,13 +152,13 @@ class Linearization:
             status = loop.run()
             if status:
                 return status
-            tokens, seconds = loop.tokens, loop.seconds
+            tokens, seconds, told = loop.tokens, loop.seconds, loop.told
             stage.take_back(loop.model)
             self.accelerator.free_memory()
         self.steps += stage.max_steps
         self.tokens += tokens
         self.seconds[stage.name] = seconds
-        return 0
+        return told
 
     # Stage 0: convert and measure
 
@@ -164,8 +173,9 @@ class Linearization:
             self._set_layers(before["layer_types"])
             return before
         pair, before = self.pair, {"layer_types": None}
+        logger.info(f"measuring on {len(self.text.held_out_tokens):,} held-out tokens")
         if self.options.keep_attention is not None:
-            before["replaced_alone"] = measure.replaced_alone(pair, self.text.held_out)
+            before["replaced_alone"] = measure.replaced_alone(pair, self.text.first_rows(CHOOSING))
             order = sorted(before["replaced_alone"], key=before["replaced_alone"].get, reverse=True)
             kept = sorted(order[: self.options.keep_attention])
             types = pair.student.config.layer_types
@@ -214,7 +224,7 @@ class Linearization:
 
         def correlation(model):
             size = max(options.per_device_eval_batch_size, 16)
-            return measure.similarity(model, self.tokenizer, self.similar, size, options.block_size)
+            return measure.similarity(model, self.tokenizer, self.similar, size, options.eval_block_size)
 
         found["student"]["similarity"] = correlation(pair.student)
         with measure.without_mixing(pair):
@@ -231,7 +241,10 @@ class Linearization:
         if self.is_main:
             pair.student = type(pair.student).from_pretrained(self.output_dir, dtype=torch.float32)
             pair.student.to(self.accelerator.device).eval()
-            results = report.results(self, self.compare_models(), measure.fidelity(pair, self.text.held_out))
+            after, layers = self.before, self.before["layers"]
+            if self.steps:
+                after, layers = self.compare_models(), measure.fidelity(pair, self.text.held_out)
+            results = report.results(self, after, layers)
             report.draw(results, self.output_dir / report.PICTURE)
             report.write_card(results, pair.student, self.output_dir)
             write_json(self.output_dir / report.RESULTS, results)
@@ -255,6 +268,15 @@ class Linearization:
             if lines:
                 before = {key: before[key] + lines[-1][key] for key in before}
         return points
+
+
+def check_kind(options: LinearizeOptions, encoder: bool):
+    """Raise a ScriptError where an option is of teachers of the other kind, and would have no effect."""
+    for name in OF_DECODERS if encoder else OF_ENCODERS:
+        value, default = getattr(options, name), options.__dataclass_fields__[name].default
+        if value != default:
+            kind, other = ("an encoder", "language models") if encoder else ("a language model", "encoders")
+            raise ScriptError(f"--{name} {value} is for {other}, and {options.source} is {kind}: leave it out")
 
 
 def restore_dropout(student, teacher, options: LinearizeOptions):
@@ -281,7 +303,8 @@ def run(options: LinearizeOptions) -> int:
     The same command goes on where it was stopped; what is finished is kept.
     """
     accelerator, output_dir = make_accelerator(options), Path(options.output_dir)
-    check_source(options)
+    check_source(options.source, options.gguf_file)
+    check_overrides(CONFIG_MAPPING[options.model_type], options.config_overrides)
     target = sharing.find_target(options, output_dir) if accelerator.is_main_process else None
     made = Linearization(options, accelerator)
     status = 0

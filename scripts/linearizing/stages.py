@@ -4,7 +4,6 @@ Costs of a batch are sums, and its `scales` say what they are means over: so a s
 accumulation steps, whatever its rows hold.
 """
 
-import math
 import re
 from functools import partial
 from pathlib import Path
@@ -171,13 +170,8 @@ class Transfer(Stage):
     def build_model(self, folder: Path | None) -> nn.Module:
         super().build_model(folder)
         if folder is None:
-            calibrate(self.pair, self.first_rows())
+            calibrate(self.pair, self.text.first_rows(CALIBRATION))
         return MixerTransfer(self.pair, self.variances, self.options.gradient_checkpointing)
-
-    def first_rows(self) -> list[Batch]:
-        """The first rows of the training text, the same on every process."""
-        size, rows = self.options.per_device_eval_batch_size, math.ceil(CALIBRATION / self.options.block_size)
-        return [self.text.batch(*self.text.rows(start, min(size, rows - start))) for start in range(0, rows, size)]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"transfer": int(real_tokens(batch).sum())}

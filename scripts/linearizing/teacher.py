@@ -20,7 +20,7 @@ import ordnung
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.models import check_folder, check_overrides
+from ordnung.scripts.common.models import check_overrides
 from ordnung.scripts.linearizing.options import LinearizeOptions
 
 FULL = "full_attention"
@@ -66,16 +66,6 @@ def _convert(options: LinearizeOptions, source, model_type: str, **overrides):
     except (ImportError, OSError, ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ScriptError(f"cannot make a {model_type} of {options.source}: {reason}") from error
-
-
-def check_source(options: LinearizeOptions):
-    """Raise a ScriptError where the source is a folder or file that cannot be a checkpoint."""
-    if options.gguf_file is None:
-        check_folder(options.source)
-    elif Path(options.source).is_dir() and not (Path(options.source) / options.gguf_file).is_file():
-        files = sorted(path.name for path in Path(options.source).glob("*.gguf"))
-        raise ScriptError(f"--gguf_file {options.gguf_file} is not in {options.source}, whose GGUF files are {files}")
-    check_overrides(CONFIG_MAPPING[options.model_type], options.config_overrides)
 
 
 def load_teacher(options: LinearizeOptions) -> PreTrainedModel:
@@ -165,30 +155,17 @@ class Mixed:
 
 
 @contextmanager
-def watched(teacher: PreTrainedModel, layers: list[int], see: Callable[[Mixed], None]) -> Iterator[None]:
-    """Context in which `see` is called with each call of these layers' mixers, as soon as it is made."""
+def watched(model: PreTrainedModel, layers: list[int], see: Callable[[Mixed], torch.Tensor | None]) -> Iterator[None]:
+    """Context in which `see` is called with each call of these layers' mixers, as soon as it is made.
+
+    Where it returns states, they take the place of what the mixer gave.
+    """
     handles = []
     for number in layers:
 
         def hook(module, args, kwargs, output, number=number):
-            see(Mixed(number, args[0], output[0], kwargs))
-
-        handles.append(base_of(teacher).layers[number].mixer.register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def replaced_output(model: PreTrainedModel, layers: list[int], mix: Callable[[Mixed], torch.Tensor]) -> Iterator[None]:
-    """Context in which these layers' mixers give what `mix` makes of their call."""
-    handles = []
-    for number in layers:
-
-        def hook(module, args, kwargs, output, number=number):
-            return (mix(Mixed(number, args[0], output[0], kwargs)), *output[1:])
+            mixed = see(Mixed(number, args[0], output[0], kwargs))
+            return None if mixed is None else (mixed, *output[1:])
 
         handles.append(base_of(model).layers[number].mixer.register_forward_hook(hook, with_kwargs=True))
     try:

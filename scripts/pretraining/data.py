@@ -23,18 +23,23 @@ def load_documents(options: PretrainOptions) -> tuple[corpus.Documents, corpus.D
     Raises:
         ScriptError: as `corpus.load_files`; a stream without validation data.
     """
+    how = {"text_column": options.text_columns, "streaming": options.streaming}
     if options.train_file:
-        # with weights, each pattern is a source of its own
-        sources = [[pattern] for pattern in options.train_file] if options.train_weights else [options.train_file]
-        sources = [corpus.load_files(files, "train_file", options.text_column, options.streaming) for files in sources]
+        # with weights, or joined, each pattern is a source of its own
+        alone = options.train_weights or options.join_rows
+        sources = [[pattern] for pattern in options.train_file] if alone else [options.train_file]
+        sources = [corpus.load_files(files, "train_file", **how) for files in sources]
         held_out = None
     else:
-        train, held_out = corpus.load_named(
-            options.dataset_name, options.dataset_config_name, options.text_column, options.streaming
-        )
+        train, held_out = corpus.load_named(options.dataset_name, options.dataset_config_name, **how)
         sources = [train]
     if options.validation_file:
-        held_out = corpus.load_files(options.validation_file, "validation_file", options.text_column, options.streaming)
+        held_out = corpus.load_files(options.validation_file, "validation_file", **how)
+    if options.exclude_file:
+        excluded = corpus.load_files(options.exclude_file, "exclude_file", **how)
+        sources = [corpus.exclude(source, excluded) for source in sources]
+    if options.join_rows:
+        sources, held_out = [corpus.join(source) for source in sources], held_out and corpus.join(held_out)
     if held_out is None and options.validation_fraction > 0:
         if options.streaming:
             raise ScriptError(
@@ -112,8 +117,8 @@ def held_out_blocks(options: PretrainOptions, documents, tokenizer, several: boo
     blocks, lengths, _ = pack(encoded, options.block_size, options.respect_document_boundaries, several=several)
     if len(blocks) == 0:
         raise ScriptError(
-            f"the held-out text holds {tokens} tokens, less than one block of {options.block_size}; raise "
-            "--validation_fraction, give --validation_file, or set --validation_fraction 0 for no evaluation"
+            f"the held-out text holds {tokens} tokens, less than one block of {options.block_size}: give more by "
+            "--validation_file or --validation_fraction, or make blocks smaller"
         )
     return HeldOut(blocks[: options.max_eval_blocks], lengths[: options.max_eval_blocks], tokens / size)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import read_json_lines
 from ordnung.scripts.hub.model_card import HELD_OUT
 from ordnung.scripts.pretraining.options import PretrainOptions
@@ -58,14 +59,10 @@ def plot_loss(metrics: str | Path, image: str | Path, title: str | None = None):
         metrics: a run's metrics.jsonl.
         image: file to write; its ending chooses the format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
     train, evaluation = read_metrics(metrics)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = new_figure(figsize=(7, 4.5))
     if train:
         axes.plot([x["step"] for x in train], [x["loss"] for x in train], color="C0", alpha=0.6, label="training")
     if evaluation:
@@ -86,4 +83,3 @@ def plot_loss(metrics: str | Path, image: str | Path, title: str | None = None):
     perplexity.set_yscale("log")
     perplexity.set_ylabel("perplexity")
     figure.savefig(image, dpi=150)
-    plt.close(figure)

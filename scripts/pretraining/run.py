@@ -174,7 +174,7 @@ class Pretraining(Job):
         accelerator.end_training()
         if status == 0 and self.hub_target is not None:
             sharing.push(self.output_dir, self.hub_target)
-        return status
+        return status or loop.told
 
 
 def run(options: PretrainOptions) -> int:

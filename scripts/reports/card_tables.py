@@ -12,7 +12,7 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.experiments.verdicts import changes, estimate
-from ordnung.scripts.reports import claims, growing, ladder, linearized, lowrank, patterns, rank
+from ordnung.scripts.reports import claims, growing, ladder, linearized, lowrank, patterns, pooling, rank
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports.findings import LOW_RANK
 from ordnung.scripts.reports.results import (
@@ -245,6 +245,7 @@ TABLES = {
     "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
     "finetune_recipes": recipes_table,
+    "pooling": lambda: pooling.markdown(load("pooling")),
     "transfer": transfer_table,
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
@@ -281,6 +282,14 @@ TABLES = {
         {
             "gated convolution": load("linearized_minilm_conv"),
             "the same, attention in layers 3 to 5": load("linearized_minilm_hybrid"),
+        }
+    ),
+    "linearized_sinks": lambda: linearized.converted(
+        {
+            "window 64": load("linearized_sinks_sparse_0"),
+            "window 64 and the first 4": load("linearized_sinks_sparse_4"),
+            "Linformer, window 33 to 64, 128 slots": load("linearized_sinks_linformer_0"),
+            "the same and the first 4": load("linearized_sinks_linformer_4"),
         }
     ),
     "linearized_encoder_layers": lambda: linearized.layers(load("linearized_minilm_conv")),

@@ -16,13 +16,10 @@ def replaced(results: dict[str, Any]) -> str:
 def decoders(runs: dict[str, dict[str, Any]]) -> str:
     """Losses of language models by position, and what they take; `runs` by the name to show."""
     header = ["nats per token", "layers replaced", "tokens", "s"]
-    starts = [start for start in measure.FROM if any(_loss(run, "teacher", start) is not None for run in runs.values())]
-    header += [f"from {start}" if start else "all" for start in starts]
-    header += ["top token agrees", "state at 8,192, MiB"]
+    columns = list(dict.fromkeys(name for run in runs.values() for name in measure.told(run["teacher"])))
+    header += [*columns, "top token agrees", "state at 8,192, MiB"]
     first = next(iter(runs.values()))
-    body = [
-        ["teacher", "", "", "", *(_shown(first, "teacher", start) for start in starts), "", _state(first, "teacher")]
-    ]
+    body = [["teacher", "", "", "", *_losses(first["teacher"], columns), "", _state(first, "teacher")]]
     for name, run in runs.items():
         converted = {**run, "student": run["converted"]["student"]}
         floor = {**run, "student": run["converted"]["floor"]}
@@ -31,7 +28,7 @@ def decoders(runs: dict[str, dict[str, Any]]) -> str:
             (f"{name}, converted", converted, ("0", "0")),
             (name, run, (f"{run['tokens']:,}", f"{run['seconds']:,.0f}")),
         ):
-            losses = [_shown(made, "student", start) for start in starts]
+            losses = _losses(made["student"], columns)
             agreement = f"{100 * made['student']['agreement']:.1f} %"
             state = _state(run, "student")
             body.append([words, replaced(run), *spent, *losses, agreement, state])
@@ -62,6 +59,21 @@ def encoders(runs: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join([_made_on(runs), markdown_table(header, body)])
 
 
+def converted(runs: dict[str, dict[str, Any]]) -> str:
+    """What replacing attention costs a language model before any training; `runs` by the name to show."""
+    columns = list(dict.fromkeys(name for run in runs.values() for name in measure.told(run["teacher"])))
+    first = next(iter(runs.values()))
+    rows = {"teacher": (first["teacher"], _state(first, "teacher"))}
+    rows |= {name: (run["converted"]["student"], _state(run, "student")) for name, run in runs.items()}
+    header = ["nats per token, untrained", *columns, "lost", "top token agrees", "state at 8,192, MiB"]
+    body = []
+    for name, (found, state) in rows.items():
+        lost = found["loss"] - first["teacher"]["loss"]
+        agreement = f"{100 * found['agreement']:.1f} %" if "agreement" in found else ""
+        body.append([name, *_losses(found, columns), f"{lost:.3f}" if agreement else "", agreement, state])
+    return "\n\n".join([_made_on(runs), markdown_table(header, body)])
+
+
 def layers(run: dict[str, Any]) -> str:
     """What was lost in each layer of one run."""
     return report.layer_table(run)
@@ -70,17 +82,13 @@ def layers(run: dict[str, Any]) -> str:
 def _made_on(runs: dict[str, dict[str, Any]]) -> str:
     first = next(iter(runs.values()))
     tokens = sorted({run["held_out"]["tokens"] for run in runs.values()})
-    held_out = " and ".join(f"{count:,}" for count in tokens)
-    return f"Measured on {held_out} held-out tokens, rows of {first['block_size']}. {described(first['machine'])}"
+    held_out, rows = " and ".join(f"{count:,}" for count in tokens), first.get("eval_block_size", first["block_size"])
+    return f"Measured on {held_out} held-out tokens, rows of {rows}. {described(first['machine'])}"
 
 
-def _loss(run: dict[str, Any], name: str, start: int) -> float | None:
-    return measure.loss_from(run[name], start)
-
-
-def _shown(run: dict[str, Any], name: str, start: int) -> str:
-    loss = _loss(run, name, start)
-    return "" if loss is None else f"{loss:.3f}"
+def _losses(summary: dict[str, Any], columns: list[str]) -> list[str]:
+    told = measure.told(summary)
+    return [f"{told[name]:.3f}" if name in told else "" for name in columns]
 
 
 def _state(run: dict[str, Any], name: str) -> str:

@@ -11,6 +11,7 @@ from ordnung.modeling.registration import is_registered
 from ordnung.modeling.sources import SOURCES
 from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.models import best_run, check_folder
@@ -142,10 +143,6 @@ def markdown(results: dict) -> str:
 
 def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Path, title: str | None = None):
     """Draw (H, N, keys) of each layer: heads side by side, on a scale that shows small weights."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
     rows, columns = len(weights), max(len(layer) for layer in weights)
@@ -153,9 +150,7 @@ def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Pat
     faintest = 0.1 / max(layer.shape[-1] for layer in weights)
     brightest = max(float(layer.abs().max()) for layer in weights)
     scale = LogNorm(faintest, max(brightest, 2 * faintest))  # to the largest there is, so that all colours are used
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.3 * columns + 1, 1.3 * rows + 0.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = new_figure(rows, columns, figsize=(1.3 * columns + 1, 1.3 * rows + 0.6), squeeze=False)
     for i, layer in enumerate(weights):
         for j, panel in enumerate(axes[i]):
             panel.set(xticks=[], yticks=[])
@@ -172,7 +167,6 @@ def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Pat
     figure.supylabel("query", fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.6, label="weight (absolute)")
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def kernels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -187,19 +181,16 @@ def kernels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def draw_kernels(found: dict[str, torch.Tensor], dilations: list[int], image: Path, title: str):
     """Draw the size of each head's weights against the lag in tokens, both so that small ones are seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     columns = min(len(found), 4)
     rows = -(-len(found) // columns)
-    shape = {"figsize": (3.2 * columns + 0.6, 2.5 * rows + 0.6), "squeeze": False, "layout": "constrained"}
-    figure, panels = plt.subplots(rows, columns, sharey=True, **shape)
+    shape = {"figsize": (3.2 * columns + 0.6, 2.5 * rows + 0.6), "squeeze": False}
+    figure, panels = new_figure(rows, columns, sharey=True, **shape)
     for panel, (name, kernel), dilation in zip(panels.flat, found.items(), dilations):
         lags = torch.arange(kernel.shape[1]) * dilation
         for head, weights in enumerate(kernel):
-            panel.plot(lags, weights.abs(), color=plt.get_cmap("viridis")(head / len(kernel)), label=f"head {head}")
+            panel.plot(lags, weights.abs(), color=colormaps["viridis"](head / len(kernel)), label=f"head {head}")
         panel.set_yscale("log")
         panel.set_title(name, fontsize=8)
         panel.grid(alpha=0.3)
@@ -211,20 +202,16 @@ def draw_kernels(found: dict[str, torch.Tensor], dilations: list[int], image: Pa
     figure.supylabel("weight (absolute)", fontsize=9)
     figure.suptitle(title, fontsize=9)
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def draw_spectrum(results: dict, image: Path):
     """From the content of a spectrum.json."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     rows, rank = results["layers"], results["rank"]
-    figure, (curves, table) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (curves, table) = new_figure(1, 2, figsize=(11, 4.5))
     for row in rows:
-        colour = plt.get_cmap("viridis")(row["layer"] / max(len(rows) - 1, 1))
+        colour = colormaps["viridis"](row["layer"] / max(len(rows) - 1, 1))
         label = f"{row['layer']}: {row['layer_type']}"
         curves.plot(range(1, len(row["curve"]) + 1), row["curve"], color=colour, label=label)
     curves.axvline(rank, color="grey", linewidth=0.8, linestyle="--")
@@ -238,7 +225,6 @@ def draw_spectrum(results: dict, image: Path):
     figure.suptitle(results["model"], fontsize=9)
     figure.colorbar(shown, ax=table, label=f"share held by {rank} singular values")
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def run(options) -> int:

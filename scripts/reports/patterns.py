@@ -8,6 +8,7 @@ from ordnung.configuration.configuration_sparse_attention_lm import SparseAttent
 from ordnung.modeling.modeling_sparse_attention_lm import SparseAttention
 from ordnung.modeling.ops.sparse_keys import pairs_seen
 from ordnung.modeling.ops.sparse_pattern import Pattern, mask_naive
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.tables import markdown_table
 
 LENGTHS = (4096, 32768)
@@ -58,12 +59,7 @@ def markdown() -> str:
 
 def plot(image: Path):
     """Five kinds as heatmaps, bidirectional above and causal below, with the share of pairs that each computes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(GALLERY), figsize=(2.3 * len(GALLERY), 5.4), layout="constrained")
+    figure, axes = new_figure(2, len(GALLERY), figsize=(2.3 * len(GALLERY), 5.4))
     for line, causal in zip(axes, (False, True)):
         for panel, (kind, fields) in zip(line, GALLERY.items()):
             pattern = Pattern(**fields, causal=causal)
@@ -76,4 +72,3 @@ def plot(image: Path):
         line[0].set_ylabel("causal: query" if causal else "bidirectional: query", fontsize=9)
     figure.supxlabel("key (dark: the window, light: what is seen besides)", fontsize=9)
     figure.savefig(image, dpi=110)
-    plt.close(figure)

@@ -13,6 +13,7 @@ from ordnung import QuadraticKernelLMConfig, QuadraticKernelLMModel
 from ordnung.modeling.mixers.attention import Attention
 from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -217,12 +218,7 @@ def shown(values: list[int]) -> str:
 
 def plot(results: dict, image: Path) -> None:
     """Ranks against n for random and for trained heads; FLOPs of a token against n and against d."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    figure, axes = new_figure(2, 2, figsize=(11, 8.5))
     (random, trained), (by_length, by_size) = axes
     settings = results["settings"]
     for i, d in enumerate(settings["head_sizes"]):
@@ -269,7 +265,6 @@ def plot(results: dict, image: Path) -> None:
     by_size.set_xticks(sizes, map(str, sizes))
     by_size.minorticks_off()
     figure.savefig(image, dpi=120)
-    plt.close(figure)
 
 
 def run(options) -> int:

@@ -150,13 +150,15 @@ class Loop:
     ):
         self.accelerator, self.options, self.job = accelerator, options, job
         self.folder, self.seed = folder, seed
+        self.told = 0
         self.is_main, self.said = accelerator.is_main_process, f"{job.name}: " if job.name else ""
+        self.made_with = {**job.data, "mixed_precision": accelerator.mixed_precision}
         state = checkpointing.load_trainer_state(checkpoint) if checkpoint else {}
         for name, value in state.get("data", {}).items():
-            if job.data[name] != value:
+            if self.made_with[name] != value:
                 raise ScriptError(
-                    f"{checkpoint} was trained with {name} {value}, not {job.data[name]}, so it cannot be resumed "
-                    "exactly; use the same, or start a new run"
+                    f"{checkpoint} was trained with {name} {value}, not {self.made_with[name]}, so it cannot be "
+                    "resumed exactly; use the same, or start a new run"
                 )
         self.step, self.tokens, self.seconds = (state.get(name, 0) for name in ("step", "tokens", "seconds"))
         self.window = state.get("window", [])  # steps since the last logged line
@@ -197,6 +199,9 @@ class Loop:
 
     def run(self) -> int:
         """Train to the last step, until it gets no better, or until a signal.
+
+        A signal from the last step on leaves a finished run, for which this returns 0; `told` is its status then, for
+        programs that would begin another.
 
         Returns:
             exit status: 0, or 128 + the signal's number; a checkpoint was saved then.
@@ -245,6 +250,10 @@ class Loop:
                     logger.warning(f"told to stop{saved}; {how_to_go_on(several, *job.go_on)}")
                     return 128 + (signals.received or signal.SIGTERM)
                 self._clock = time.perf_counter()
+            (late,) = summed(self.accelerator, torch.tensor([float(bool(signals.received))]))
+            if late:
+                self.told = 128 + (signals.received or signal.SIGTERM)
+                logger.warning(f"{self.said}told to stop in the last step: finished, and nothing else is begun")
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()  # or the next run would be logged to them too
@@ -393,7 +402,7 @@ class Loop:
 
     def _save_checkpoint(self):
         names = ("step", "tokens", "seconds", "logged_at", "window", "evaluation", "best", "stale")
-        state = {**{name: getattr(self, name) for name in names}, "data": self.job.data, **self.job.state_dict()}
+        state = {**{name: getattr(self, name) for name in names}, "data": self.made_with, **self.job.state_dict()}
         self.writer.save_checkpoint(self.model, self.optimizer, self.scheduler, state)
 
     def _start_trackers(self):

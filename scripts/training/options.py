@@ -32,7 +32,11 @@ class LoopOptions:
     trust_remote_code: bool = option(False, "Run code that comes with a checkpoint or tokenizer.", section="model")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = option(False, "Compile the model with torch.compile.")
-    mixed_precision: Literal["no", "bf16"] | None = option(None, "Default: what `accelerate launch` says, else no.")
+    mixed_precision: Literal["no", "bf16", "auto"] | None = option(
+        None,
+        "auto: bf16 where the processor (avx512_bf16, amx_bf16) or the accelerator computes in it, else no. Default: "
+        "what `accelerate launch` says, else no.",
+    )
     use_cpu: bool = option(False, "Train on the CPU even where there is an accelerator.")
 
     output_dir: str = required("Folder for what the program writes.", section="output")
@@ -89,7 +93,13 @@ class TextOptions:
     validation_file: list[str] | None = option(None, "Held-out files, as train_file.")
     dataset_name: str | None = option(None, "A data set of the Hub, or a folder `datasets` can load.")
     dataset_config_name: str | None = option(None, "Its configuration.")
-    text_column: str = option("text", "Column that holds a document's text.")
+    text_column: list[str] = option(
+        ["text"], "Column that holds a document's text; of several, each that a file has gives a document a row."
+    )
+    join_rows: bool = option(False, "The rows of each entry of train_file are one document, as WikiText's are.")
+    exclude_file: list[str] | None = option(
+        None, "Files, as train_file: what is in them is not trained on, whatever its case and white space."
+    )
     streaming: bool = option(False, "Read and tokenize while training, and keep nothing on the disk.")
     validation_fraction: float = option(
         0.05, "Share held out of the training data if there is no validation data; 0: no evaluation.", least=0, below=1
@@ -112,3 +122,10 @@ class TextOptions:
                 f"--train_weights has {len(self.train_weights)} numbers and --train_file {len(self.train_file or [])} "
                 "entries: give a weight for each"
             )
+        if self.join_rows and self.streaming:
+            raise ScriptError("--join_rows reads whole files, and --streaming none: leave one of them out")
+
+    @property
+    def text_columns(self) -> str | list[str]:
+        """The text's column, or columns, as `corpus.load_files` takes them."""
+        return self.text_column[0] if len(self.text_column) == 1 else self.text_column

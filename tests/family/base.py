@@ -22,6 +22,8 @@ class FamilyBase:
     has_own_head_dim = False
     # whether the first layer sees each token once, so that what it mixed can be watched token by token
     mixes_each_token_once = True
+    # whether layers of one type do the same, wherever they stand in the stack
+    layers_are_alike = True
     # what has the base model of a causal head do what it does alone
     encodes: dict = {}
     base_arguments = {
@@ -47,6 +49,21 @@ class FamilyBase:
             for parameter in model.parameters():  # away from the initial zeros, where mistakes hide
                 parameter.add_(0.2 * torch.randn_like(parameter))
         return model
+
+    def shallow(self, variant="default"):
+        """`model` with one layer of each kind, for graphs: they take seconds a layer to make."""
+        if not self.layers_are_alike:
+            return self.model(variant)
+        config = self.config(variant)
+        by_layer = {
+            name: value
+            for name, value in self.variants[variant].items()
+            if isinstance(value, list) and len(value) == config.num_hidden_layers
+        }
+        kinds = zip(config.layer_types, *by_layer.values())
+        kept = sorted({kind: number for number, kind in enumerate(kinds)}.values())
+        by_layer = {name: [value[number] for number in kept] for name, value in by_layer.items()}
+        return self.model(variant, num_hidden_layers=len(kept), **by_layer)
 
     def heads(self, is_decoder=True):
         """Auto class names that work for a causal or for a bidirectional config of this family."""

@@ -64,12 +64,15 @@ class Generation(FamilyBase):
         ids = torch.randint(1, VOCAB - 1, (3, 12))
         mask = torch.ones_like(ids)
         mask[0, :5], mask[1, :1] = 0, 0
+        prompts = [ids[row][mask[row] == 1][None] for row in range(3)]
+        alone = {
+            beams: [self.generate(model, prompt, use_cache=False, num_beams=beams)[0, -9:] for prompt in prompts]
+            for beams in (1, 2)
+        }
         for mode in ({}, {"num_beams": 2}, {"prefill_chunk_size": 3}, {"cache_implementation": "static"}):
             got = self.generate(model, ids, attention_mask=mask, disable_compile=True, **mode)
-            for row in range(3):
-                prompt = ids[row][mask[row] == 1][None]
-                alone = self.generate(model, prompt, use_cache=False, num_beams=mode.get("num_beams", 1))
-                assert torch.equal(got[row, 12:], alone[0, prompt.shape[1] :]), mode
+            for row, expected in zip(got, alone[mode.get("num_beams", 1)]):
+                assert torch.equal(row[12:], expected), mode
 
     def test_continues_from_a_returned_state(self, variant):
         model = self.model(variant)

@@ -33,14 +33,14 @@ def graph_batches():
 
 class Graphs(FamilyBase):
     def test_graph_captures_whole_forward(self, compiled_variant):
-        model = self.model(compiled_variant)
+        model = self.shallow(compiled_variant)
         ids = torch.randint(1, VOCAB, (2, 21))
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         self.assert_equal(compiled(ids, use_cache=False).logits, model(ids).logits, compiled_variant)
 
     def test_exports_with_dynamic_length(self, variant):
-        model = self.model(variant)
+        model = self.shallow(variant)
         length = torch.export.Dim("length", min=2, max=64)
         with torch.no_grad():
             program = torch.export.export(
@@ -56,7 +56,7 @@ class Graphs(FamilyBase):
 
     def test_traced_graph_takes_padding_and_other_shapes(self, variant):
         """torch.jit.trace, which records shapes as the exporters do."""
-        model = self.model(variant)
+        model = self.shallow(variant)
         ids, mask = masked_batch()
         for example in (mask, torch.ones_like(mask)):  # a graph made without padding takes it too
             with warnings.catch_warnings():
@@ -72,7 +72,7 @@ class Graphs(FamilyBase):
             pytest.skip("this family's plan of passes has no ONNX form")
         pytest.importorskip("onnxscript", reason="needs ordnung[onnx]")
         runtime = pytest.importorskip("onnxruntime", reason="needs ordnung[onnx]")
-        model = self.model(dtype=torch.float32)
+        model = self.shallow().float()
         ids, mask = masked_batch()
         shape = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=64)}
         with torch.no_grad(), warnings.catch_warnings():

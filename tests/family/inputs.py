@@ -90,6 +90,10 @@ class Inputs(FamilyBase):
 
     def test_wrong_config_is_refused_in_words(self):
         for overrides, message in (
+            (
+                {"position_embedding_type": "rope", "rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+                r"`rope_type` \(.spiral.\) is not known: it must be one of",
+            ),
             ({"hidden_size": 30}, r"`hidden_size` \(30\) must be a multiple of `num_attention_heads` \(4\)"),
             ({"num_key_value_heads": 3}, r"`num_key_value_heads` \(3\) must divide `num_attention_heads` \(4\)"),
             ({"num_key_value_heads": 0}, r"`num_key_value_heads` \(0\) must be at least 1"),
@@ -114,6 +118,16 @@ class Inputs(FamilyBase):
         ):
             with pytest.raises(Exception, match=message):  # huggingface_hub wraps some in its own class
                 self.config(**overrides)
+
+    def test_padding_changes_no_loss_of_an_answer(self):
+        model = self.model(head="AutoModelForQuestionAnswering")
+        ids, mask = masked_batch()
+        for row in range(3):
+            real = (mask[row] == 1).nonzero()[:, 0]
+            ends = {"start_positions": torch.tensor([2]), "end_positions": torch.tensor([5])}
+            alone = model(ids[row][real][None], **ends).loss
+            there = {name: real[place] for name, place in ends.items()}
+            self.assert_equal(model(ids[row][None], attention_mask=mask[row][None], **there).loss, alone)
 
     def test_classification_reads_the_last_real_token(self):
         model = self.model(head="AutoModelForSequenceClassification")

@@ -89,11 +89,12 @@ class Packing(FamilyBase):
 
     def test_packed_documents_under_compile(self, compiled_variant):
         """Where documents lie is in the data: that part runs outside of the graphs."""
-        model = self.model(compiled_variant)
+        model = self.shallow(compiled_variant)
         ids, places = packed_batch()
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
-        for mark in ("position_ids", "seq_idx"):
+        every = ("position_ids", "seq_idx") if compiled_variant == next(iter(self.variants)) else ("position_ids",)
+        for mark in every:  # what a mark says is the same in all variants
             marks = marks_of(mark, places)
             got, expected = compiled(ids, use_cache=False, **marks).logits, model(ids, use_cache=False, **marks).logits
             self.assert_equal(got, expected, compiled_variant)

@@ -1,0 +1,49 @@
+"""bench_quadratic.py from end to end, and that it measures nothing that is wrong."""
+
+import json
+
+import pytest
+
+from ordnung.scripts import bench_quadratic
+from ordnung.scripts.benchmarks import quadratic
+from ordnung.scripts.common.errors import ScriptError
+
+TINY = ["--head_sizes", "2", "4", "--lengths", "8", "40", "--decode_lengths", "9", "20", "--decode_steps", "2"]
+TINY += ["--repeats", "2", "--heads", "2", "--chunk_size", "16"]
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.draws
+def test_program_writes_what_its_tables_need(gate, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert bench_quadratic.main([*TINY, f"--decay_gate={gate}", "--output", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert quadratic.markdown(results) in capsys.readouterr().out
+    assert [(row["head_size"], row["length"]) for row in results["lengths"]] == [(2, 8), (2, 40), (4, 8), (4, 40)]
+    for row in results["lengths"]:
+        assert all(row[task][name]["n"] == 2 for task in quadratic.TASKS for name in ("squared", "softmax"))
+    assert [(row["head_size"], row["length"]) for row in results["decoding"]] == [(2, 9), (2, 20), (4, 9), (4, 20)]
+    assert results["state_tokens"] == {"2": 6 * 3 / 4, "4": 15 * 5 / 8}
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def rows(*ratios):
+    return [
+        {"head_size": 8, "length": n, "forward": {"softmax": {"median": ratio}, "squared": {"median": 1.0}}}
+        for n, ratio in zip((100, 200, 400), ratios)
+    ]
+
+
+def test_crossover_lies_between_lengths():
+    assert quadratic.crossover(rows(0.5, 2.0, 4.0), 8, "forward") == pytest.approx(100 * 2**0.5)
+    assert quadratic.crossover(rows(2.0, 0.5, 2.0), 8, "forward") == pytest.approx(200 * 2**0.5)
+    assert quadratic.crossover(rows(1.5, 2.0, 4.0), 8, "forward") == 100
+    assert quadratic.crossover(rows(0.1, 0.5, 0.9), 8, "forward") is None
+
+
+def test_wrong_outputs_are_not_timed(tmp_path, monkeypatch):
+    right = quadratic.squared
+    monkeypatch.setattr(quadratic, "squared", lambda *args, **more: right(*args, **more).roll(1, 1))
+    with pytest.raises(ScriptError, match="differs from its formula by .* at head size 2"):
+        bench_quadratic.main([*TINY, "--output", str(tmp_path / "out.json")])
+    assert not (tmp_path / "out.json").exists()

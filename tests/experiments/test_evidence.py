@@ -1,0 +1,416 @@
+"""compare.py and recall.py: the task and the measures against their definitions, and both from end to end."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
+
+from ordnung.scripts import compare as compare_program
+from ordnung.scripts import recall as recall_program
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.tables import spread, summarise
+from ordnung.scripts.experiments import compare, recall, starts, sweep
+from ordnung.scripts.experiments.options import CompareOptions, RecallOptions, TransferOptions
+from ordnung.scripts.experiments.scores import SCORES
+from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.training.loop import NotFiniteError
+from ordnung.scripts.training.runs import claim_output_dir
+
+WORDS = "whale ship sea captain the a of and sailed harpoon white wind storm night day mast".split()
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+VARIANTS = {
+    "conv": {"model_type": "conv_lm", "kernel_size": 4},
+    "softmax": {"model_type": "softmax_lm", "position_embedding_type": "rope"},
+}
+
+
+def write_config(path, **options):
+    path.write_text(yaml.safe_dump(options))
+    return ["--config", str(path)]
+
+
+class TestRecallTask:
+    @pytest.fixture
+    def options(self):
+        return RecallOptions(
+            output_dir="none",
+            variants=VARIANTS,
+            sequence_length=40,
+            num_pairs=[3, 8],
+            num_queries=10,
+            alphabet_size=12,
+            distance_edges=[1, 9, 17, 40],
+            eval_sequences=64,
+            batch_size=16,
+        )
+
+    @pytest.mark.parametrize("num_pairs", [1, 3, 8])
+    def test_answers_follow_from_the_pairs(self, options, num_pairs):
+        tokens, labels, distances = recall.sample(options, 50, num_pairs, np.random.default_rng(0))
+        assert tokens.shape == labels.shape == distances.shape == (50, 40)
+        for row, answers, back in zip(tokens.tolist(), labels.tolist(), distances.tolist()):
+            pairs = dict(zip(row[0 : 2 * num_pairs : 2], row[1 : 2 * num_pairs : 2]))
+            assert len(pairs) == len(set(pairs.values())) == num_pairs
+            assert all(1 <= key <= 12 < value <= 24 for key, value in pairs.items())
+            asked = [place for place, token in enumerate(row) if place >= 2 * num_pairs and token]
+            assert len(asked) == 10
+            assert answers == [pairs[row[place]] if place in asked else -100 for place in range(40)]
+            assert back == [place - row.index(row[place]) if place in asked else 0 for place in range(40)]
+
+    def test_seed_decides(self, options):
+        first, again, other = (recall.sample(options, 4, 3, np.random.default_rng(seed))[0] for seed in (0, 0, 1))
+        assert (first == again).all() and (first != other).any()
+
+    def test_all_variants_train_on_the_same_sequences(self, options, monkeypatch):
+        seen, sample = [], recall.sample
+        monkeypatch.setattr(recall, "sample", lambda *args: seen.append(sample(*args)) or seen[-1])
+        options.max_steps = 2
+        for config in variant_configs(VARIANTS, TINY, vocab_size=options.vocab_size).values():
+            recall.train(options, config, 5)
+        for mine, other in zip(seen[:2], seen[2:]):
+            assert (mine[0] == other[0]).all()
+
+    def test_accuracy_by_distance_of_a_model_that_sees_16_tokens_back(self, options):
+        """The model answers a query from its pair if that is at most 16 tokens away, and with a blank if not."""
+
+        class NearSighted(torch.nn.Module):
+            def forward(self, tokens, use_cache):
+                logits = torch.zeros(*tokens.shape, options.vocab_size)
+                logits[..., 0] = 1
+                for row, line in enumerate(tokens.tolist()):
+                    for place, token in enumerate(line):
+                        key = line.index(token)
+                        if 0 < place - key <= 16:
+                            logits[row, place, line[key + 1]] = 2
+                return SimpleNamespace(logits=logits)
+
+        result = recall.measure(options, NearSighted())
+        assert result["accuracy_by_distance"] == [[1, 1, 0], [1, 1, 0]]
+        for total, answers in zip(result["accuracy"], result["answers"]):
+            assert sum(answers) == 640
+            assert total == pytest.approx(sum(answers[:2]) / 640)
+
+    def test_unreachable_distances_have_no_accuracy(self, options):
+        options.distance_edges = [1, 2, 40]
+        result = recall.measure(options, recall.train(options, self.config(options), 0)[0])
+        assert [line[0] for line in result["accuracy_by_distance"]] == [None, None]
+
+    def config(self, options):
+        options.max_steps = 1
+        return variant_configs(VARIANTS, TINY, vocab_size=options.vocab_size)["conv"]
+
+    def test_solved_is_judged_within_the_receptive_field(self):
+        run = {"accuracy_by_distance": [[None, 1.0, 0.1], [1.0, 0.995, 0.0]]}
+        assert recall.solved(run, [1, 3, 9, 17], 9)
+        assert not recall.solved(run, [1, 3, 9, 17], 17)
+        assert not recall.solved(run, [1, 3, 9, 17], None)
+
+    def test_still_learning(self):
+        assert recall.still_learning([3.0, 2.0, 1.0])
+        assert not recall.still_learning([3.0, 1.0, 0.99])
+
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            ({"num_pairs": [2, 16]}, "must be from 1 to 12"),
+            ({"num_queries": 35}, "must be from 1 to 2"),
+            ({"distance_edges": [5, 3]}, "rising"),
+            ({"seeds": [1, 1]}, "different"),
+            ({"max_steps": 0}, "max_steps must be at least 1"),
+        ],
+    )
+    def test_bad_options(self, wrong, message):
+        with pytest.raises(ScriptError, match=message):
+            RecallOptions(
+                **{
+                    "output_dir": "",
+                    "variants": VARIANTS,
+                    "num_pairs": [4],
+                    "alphabet_size": 12,
+                    "sequence_length": 40,
+                    **wrong,
+                }
+            )
+
+
+class TestRecallProgram:
+    @pytest.fixture
+    def argv(self, tmp_path):
+        return write_config(
+            tmp_path / "recall.yaml",
+            output_dir=str(tmp_path / "out"),
+            variants=VARIANTS,
+            config_overrides=TINY,
+            seeds=[0, 1],
+            sequence_length=24,
+            num_pairs=[2, 4],
+            num_queries=8,
+            distance_edges=[1, 8, 24],
+            alphabet_size=6,
+            eval_sequences=8,
+            max_steps=20,
+            batch_size=4,
+        )
+
+    @pytest.mark.draws
+    def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
+        recall_program.main(argv)
+        folder = tmp_path / "out"
+        results = json.loads((folder / "results.json").read_text())
+        assert (folder / "accuracy.png").stat().st_size > 0
+        assert (folder / "results.md").read_text().strip() in capsys.readouterr().out
+        assert results["chance"] == 1 / 6 and results["chance_shown"] == [1 / 2, 1 / 4]
+        assert results["settings"]["max_steps"] == 20
+        assert results["variants"]["conv"]["receptive_field"] == 7
+        assert results["variants"]["softmax"]["receptive_field"] is None
+        for result in results["variants"].values():
+            assert [len(result["accuracy"]), len(result["accuracy_by_distance"])] == [2, 2]
+            assert all(len(curve) == 10 for curve in result["loss_curves"])
+
+        trained, train = [], recall.train
+        monkeypatch.setattr(
+            recall, "train", lambda options, config, seed: trained.append(seed) or train(options, config, seed)
+        )
+        recall_program.main([*argv, "--seeds", "0", "1", "2"])
+        assert trained == [2, 2]
+        again = json.loads((folder / "results.json").read_text())
+        for name, result in results["variants"].items():
+            assert again["variants"][name]["accuracy"][0]["values"][:2] == result["accuracy"][0]["values"]
+
+        with pytest.raises(ScriptError, match="max_steps 20, not 9"):
+            recall_program.main([*argv, "--max_steps", "9"])
+        with pytest.raises(ScriptError, match='variant conv .*"kernel_size": 4.*, not .*"kernel_size": 5'):
+            recall_program.main([*argv, "--variants", "conv={model_type: conv_lm, kernel_size: 5}"])
+
+
+class TestCompareProgram:
+    @pytest.fixture
+    def argv(self, tmp_path, monkeypatch):
+        """A comparison on many documents, so that held-out text is chosen by chance."""
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        random = np.random.default_rng(0)
+        texts = [" ".join(random.choice(WORDS, size=60)) for _ in range(40)]
+        (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+        return write_config(
+            tmp_path / "compare.yaml",
+            output_dir=str(tmp_path / "out"),
+            variants=VARIANTS,
+            config_overrides=TINY,
+            seeds=[0, 1],
+            baseline="softmax",
+            pretrain={
+                "train_file": str(tmp_path / "text.jsonl"),
+                "text_column": "body",
+                "validation_fraction": 0.1,
+                "train_tokenizer_vocab_size": 300,
+                "block_size": 24,
+                "per_device_train_batch_size": 4,
+                "max_steps": 3,
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "use_cpu": True,
+            },
+        )
+
+    @pytest.mark.draws
+    def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
+        assert compare_program.main(argv) == 0
+        folder = tmp_path / "out"
+        results = json.loads((folder / "results.json").read_text())
+        assert (folder / "positions.png").stat().st_size > 0
+        assert (folder / "results.md").read_text().strip() in capsys.readouterr().out
+        assert results["seeds"] == [0, 1] and results["machine"]["threads"] == torch.get_num_threads()
+        for name, result in results["variants"].items():
+            runs = [json.loads((folder / "runs" / f"{name}-seed{i}" / "results.json").read_text()) for i in (0, 1)]
+            assert result["eval_loss"]["values"] == [run["evaluation"]["eval_loss"] for run in runs]
+            assert [run["seed"] for run in runs] == [0, 1]
+            buckets = result["loss_by_position"]
+            assert [(bucket["first"], bucket["last"]) for bucket in buckets] == [(1, 15), (16, 23)]
+            for seed in (0, 1):  # every position has as many tokens as any other
+                mean = sum(b["values"][seed] * (b["last"] - b["first"] + 1) for b in buckets) / 23
+                assert mean == pytest.approx(result["eval_loss"]["values"][seed], abs=1e-5)
+        conv, softmax = results["variants"].values()
+        assert softmax["perplexity_change"]["values"] == [0, 0]
+        ratios = np.divide(conv["eval_perplexity"]["values"], softmax["eval_perplexity"]["values"])
+        np.testing.assert_allclose(conv["perplexity_change"]["values"], ratios - 1)
+
+        # one run is lost, and a seed is added
+        (folder / "runs" / "conv-seed1" / "results.json").unlink()
+        ran, run = [], pretraining.run
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or run(options))
+        assert compare_program.main([*argv, "--seeds", "0", "1", "2"]) == 0
+        folders = [options.output_dir.rsplit("/", 1)[1] for options in ran]
+        assert folders == ["conv-seed1", "conv-seed2", "softmax-seed2"]
+        again = json.loads((folder / "results.json").read_text())["variants"]
+        assert again["conv"]["eval_loss"]["values"][:2] == pytest.approx(conv["eval_loss"]["values"])
+
+        with pytest.raises(ScriptError, match='"max_steps": 3.*, not .*"max_steps": 4'):
+            compare_program.main([*argv, "--pretrain", "max_steps=4"])
+
+    def test_equal_compute(self, argv, tmp_path):
+        variants = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
+        argv += ["--variants", json.dumps(variants), "--seeds", "0", "--pretrain", "eval_steps=1,max_steps=2"]
+        argv += ["--equal_compute", "softmax"]
+        assert compare_program.main(argv) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())["variants"]
+        cubic, longer = results["cubic"], results["softmax_equal_compute"]
+        assert results["softmax"]["steps"] == cubic["steps"] == 2 < longer["steps"]
+        costs = [result["tokens"] * result["forward_flops_per_token"] for result in (cubic, longer)]
+        assert costs[1] == pytest.approx(costs[0], rel=0.5 / longer["steps"])
+        assert len(longer["curve"]) >= len(cubic["curve"]) == 3
+        assert longer["curve"][-1] == {"step": longer["steps"], "eval_loss": longer["eval_loss"]}
+        table = (tmp_path / "out" / "results.md").read_text()
+        assert "| softmax_equal_compute |" in table and f"| {longer['steps']} " in table
+
+        # a dearer variant makes equal compute longer
+        deeper = {"deeper": {"model_type": "cubic_prefix_lm", "num_hidden_layers": 3}}
+        with pytest.raises(ScriptError, match=f"softmax_equal_compute-seed0 was trained for {longer['steps']} steps"):
+            compare_program.main([*argv, "--variants", json.dumps(deeper)])
+        assert not (tmp_path / "out" / "runs" / "deeper-seed0").exists()
+
+    def test_each_variant_trains_with_its_best_of_a_sweep(self, argv, tmp_path, monkeypatch, capsys):
+        argv += ["--seeds", "0", "--sweep", "learning_rate=[1e-5,3e-2,1e-2],max_steps=2,warmup_steps=1"]
+        ran, run = [], pretraining.run
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or run(options))
+        assert compare_program.main(argv) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [options.max_steps for options in ran] == [2] * 6 + [3] * 2 and len(results["sweep"]["conv"]) == 3
+        for name, taken in zip(VARIANTS, ran[6:]):
+            losses = {one["options"]["learning_rate"]: one["eval_loss"] for one in results["sweep"][name]}
+            assert taken.learning_rate == min(losses, key=losses.get) != 1e-5 and taken.warmup_steps != 1
+        # what variants are compared on has no part in it
+        assert all(options.validation_file is None and options.train_file == ran[0].train_file for options in ran[:6])
+        assert (
+            all(options.validation_file for options in ran[6:]) and "- conv: learning_rate" in capsys.readouterr().out
+        )
+
+        def diverges(options):
+            raise NotFiniteError("loss nan")
+
+        monkeypatch.setattr(pretraining, "run", diverges)
+        assert compare_program.main(argv) == 0  # all is kept
+        with pytest.raises(ScriptError, match="no loss of the sweep stayed finite"):
+            compare_program.main([*argv, "--output_dir", str(tmp_path / "other")])
+
+    def test_a_stopped_run_stops_the_comparison(self, argv, tmp_path, monkeypatch):
+        ran = []
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or 143)
+        assert compare_program.main(argv) == 143
+        assert len(ran) == 1 and not (tmp_path / "out" / "results.json").exists()
+
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            (["--pretrain", "seed=3"], "seed: the comparison sets it"),
+            (["--pretrain", "objective=masked"], "leave objective"),
+            (["--pretrain", "respect_document_boundaries=True"], "leave objective"),
+            (["--pretrain", "max_step=3"], "did you mean 'max_steps'"),
+            (["--pretrain", "validation_fraction=0"], "held-out text"),
+            (["--sweep", "learning_rate=0.1"], "--sweep has no list of values"),
+            (["--sweep", "learning_rat=[0.1,0.2]"], "did you mean 'learning_rate'"),
+            (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
+            (["--equal_compute", "conv_lm"], "--equal_compute conv_lm must be one of the variants conv, softmax"),
+            (["--variants", "broken={model_type: conv_lm, kernel_size: 0}"], "variant broken: .*must be at least 1"),
+            (["--variants", "broken=3"], "variant broken must be a mapping"),
+            (["--variants", "a/b={model_type: conv_lm}"], "'a/b' names a folder"),
+        ],
+    )
+    def test_bad_options(self, argv, wrong, message):
+        with pytest.raises(ScriptError, match=message):
+            compare_program.main([*argv, *wrong])
+
+    def test_a_mistake_found_in_the_data_can_be_mended(self, argv, monkeypatch):
+        monkeypatch.setattr(pretraining, "run", lambda options: 143)
+        with pytest.raises(ScriptError, match="at least 258, not 5"):
+            compare_program.main([*argv, "--pretrain", "train_tokenizer_vocab_size=5"])
+        assert compare_program.main(argv) == 143
+
+
+@pytest.mark.parametrize(
+    "block_size, buckets",
+    [(8, [(1, 7)]), (16, [(1, 15)]), (17, [(1, 15), (16, 16)]), (100, [(1, 15), (16, 31), (32, 63), (64, 99)])],
+)
+def test_position_buckets(block_size, buckets):
+    assert compare.position_buckets(block_size) == buckets
+
+
+def test_position_losses_of_a_model_that_knows_the_first_half():
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, tokens, use_cache):
+            """The next token is certain for the first five, then all 8 are as likely."""
+            logits = 100.0 * torch.nn.functional.one_hot(tokens.roll(-1, 1), 8)
+            logits[:, 5:] = 0
+            return SimpleNamespace(logits=logits)
+
+    losses = compare.position_losses(Model(), np.random.default_rng(0).integers(8, size=(7, 10), dtype=np.int32), 3)
+    np.testing.assert_allclose(losses, [0] * 5 + [np.log(8)] * 4, atol=1e-6)
+
+
+def test_summaries():
+    assert summarise([1.0, 3.0]) == {"mean": 2.0, "standard_deviation": pytest.approx(2**0.5), "values": [1.0, 3.0]}
+    assert spread(summarise([1.0, 3.0]), 2) == "2.00 ± 1.41"
+    assert spread(summarise([0.5]), 1, scale=100) == "50.0"
+
+
+def test_a_folder_of_other_things_is_not_claimed(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ScriptError, match="something else"):
+        claim_output_dir(tmp_path, {}, {})
+
+
+def shipped(name, options_type):
+    path = Path(recall_program.__file__).parent / "configs" / f"{name}.yaml"
+    return parse_options(options_type, ["--config", str(path)])
+
+
+def test_protocol_matches_parameters_and_tries_rates_and_warm_ups():
+    options = shipped("compare_protocol", CompareOptions)
+    choices = sweep.grid(options.sweep)
+    assert len(choices) == 9 and {choice["max_steps"] for choice in choices} == {600}
+    assert len(options.seeds) >= 5 and options.pretrain["max_steps"] >= 1500
+    with torch.device("meta"):
+        sizes = [
+            AutoModelForCausalLM.from_config(config).num_parameters()
+            for config in variant_configs(options.variants, options.config_overrides, vocab_size=2048).values()
+        ]
+    assert max(sizes) <= 1.02 * min(sizes)
+
+
+def test_ladder_takes_every_score_beside_a_convolution():
+    for options in (shipped("ladder_compare", CompareOptions), shipped("ladder_recall", RecallOptions)):
+        configs = variant_configs(options.variants, options.config_overrides)
+        scores = {name: getattr(config, "score", None) for name, config in configs.items()}
+        assert scores == {**{name: name for name in SCORES}, "convolution": None} and len(options.seeds) == 5
+
+
+def test_table_of_linformer_takes_every_way_to_share():
+    options = shipped("transfer_linformer", TransferOptions)
+    made = {(v.get("projection_sharing"), v.get("projected_size")) for v in options.variants.values()}
+    assert {share for share, _ in made} == {None, "none", "headwise", "key_value", "layerwise"}
+    assert {("layerwise", k) for k in (64, 128, 256)} <= made
+    assert set(options.task_name) >= {"sst2", "qnli", "imdb"} and len(options.seeds) == 5
+    for name in options.variants:
+        if name != "softmax":
+            starts.options_of(name, options.variants[name], {**options.linearize, "train_file": "any"}, Path("any"))
+
+
+@pytest.mark.parametrize("family", ["conv", "linformer"])
+def test_shipped_tables_make_models(family):
+    for name, options_type in (("compare", CompareOptions), ("recall", RecallOptions)):
+        path = f"{recall_program.__file__.rsplit('/', 1)[0]}/configs/{name}_{family}.yaml"
+        options = parse_options(options_type, ["--config", path])
+        configs = variant_configs(options.variants, options.config_overrides)
+        assert {config.model_type for config in configs.values()} == {f"{family}_lm", "softmax_lm"}
+        assert len(options.seeds) >= 3

@@ -1,0 +1,197 @@
+"""prefix_tasks.py: the tasks against their definitions, and the program from end to end."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ordnung.scripts import prefix_tasks as program
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.experiments import prefix_tasks
+from ordnung.scripts.experiments.options import CompareOptions, TaskOptions
+from ordnung.scripts.experiments.variants import variant_configs
+
+VARIANTS = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "position_embedding_type": "learned"}
+
+
+def test_pointers_are_followed():
+    tokens, labels = prefix_tasks.draw_pointers(50, 7, 3, 5, np.random.default_rng(0))
+    assert tokens.shape == labels.shape == (50, 12)
+    seen = set()
+    for row, answers in zip(tokens.tolist(), labels.tolist()):
+        assert answers[:7] == [-100] * 7
+        visited = [0]
+        while row[visited[-1]] not in visited:
+            visited.append(row[visited[-1]])
+        assert sorted(visited) == list(range(7)) and row[visited[-1]] == 0  # one cycle
+        for query, answer in zip(row[7:], answers[7:]):
+            times, place = divmod(query, 7)
+            seen.add((times, place))
+            for _ in range(times):
+                place = row[place]
+            assert answer == place
+    assert seen == {(times, place) for times in (1, 2, 3) for place in range(7)}
+
+
+def test_functions_are_applied():
+    options = TaskOptions(output_dir="none", task="function", variants=VARIANTS, symbols=5, hops=3, queries=4)
+    tokens, labels = prefix_tasks.draw(options, 60, np.random.default_rng(0))
+    assert tokens.shape == labels.shape == (60, options.tokens) and tokens.max() == options.vocab_size - 1
+    for row, answers in zip(tokens.tolist(), labels.tolist()):
+        assert answers[:5] == [-100] * 5
+        for query, answer in zip(row[5:], answers[5:]):
+            assert answer == row[row[row[query - 5]]]
+    assert len({len(set(row[:5])) for row in tokens.tolist()}) > 2  # no permutations
+    rows = prefix_tasks.draw(options, options.eval_sequences, np.random.default_rng(prefix_tasks.EVALUATION_SEED))[0]
+    right = [[q - 5 == row[row[row[q - 5]]] for q in row[5:]] for row in rows.tolist()]
+    right += [[row[q - 5] == row[row[row[q - 5]]] for q in row[5:]] for row in rows.tolist()]
+    of_none, of_one, of_two = prefix_tasks.fewer_hops(options)
+    assert (of_none, of_one) == tuple(np.mean(part) for part in (right[: len(rows)], right[len(rows) :]))
+    assert of_none < of_two < 1
+
+
+def test_a_variant_has_its_own_rate_and_steps(monkeypatch):
+    own = {"softmax": {"max_steps": 7, "learning_rate": 0.5}}
+    options = TaskOptions(
+        output_dir="none", task="function", variants=VARIANTS, max_steps=3, equal_compute=False, training_by_variant=own
+    )
+    assert (options.of_variant("softmax").learning_rate, options.of_variant("softmax").max_steps) == (0.5, 7)
+    assert options.of_variant("cubic") == options
+    seen = {}
+
+    def train_all(options, configs, run):
+        for name in configs:
+            run(name, 0, Path(f"{name}-seed0.json"))
+        raise KeyboardInterrupt
+
+    def fit(options, seed, job):
+        seen[job.config.model_type] = options.learning_rate, job.max_steps
+        raise KeyboardInterrupt if len(seen) == 2 else ZeroDivisionError
+
+    monkeypatch.setattr(prefix_tasks, "train_all", train_all)
+    monkeypatch.setattr(prefix_tasks, "fit", fit)
+    for variants in (VARIANTS, dict(reversed(VARIANTS.items()))):
+        options.variants = variants
+        with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+            prefix_tasks.run(options)
+    assert seen == {"softmax_lm": (0.5, 7), "cubic_prefix_lm": (1e-3, 3)}
+
+
+def test_triplets_are_counted():
+    tokens, labels = prefix_tasks.draw_triplets(6, 5, 17, np.random.default_rng(0))
+    assert tokens.shape == labels.shape == (6, 17)
+    for row, answers in zip(tokens.tolist(), labels.tolist()):
+        assert answers[:4] == [-100] * 4 and answers[4:-1] == row[5:]
+        for n in range(5, 18):
+            x = row[:n]
+            triplets = sum((x[i] + x[j] + x[-1]) % n == 0 for i in range(n) for j in range(n))
+            assert answers[n - 1] == triplets % n
+
+
+def test_only_scored_prefixes_cost():
+    options = TaskOptions(output_dir="none", task="pointer", variants=VARIANTS, symbols=20, queries=2)
+    config = variant_configs(VARIANTS, TINY, vocab_size=options.vocab_size)["cubic"]
+    few = prefix_tasks.step_flops(options, config)
+    options.symbols, options.queries = 2, 20
+    assert 0 < 3 * few < prefix_tasks.step_flops(options, config)
+
+
+@pytest.fixture
+def argv(tmp_path):
+    path = tmp_path / "tasks.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "output_dir": str(tmp_path / "out"),
+                "task": "pointer",
+                "variants": VARIANTS,
+                "config_overrides": {**TINY, "initializer_range": 0.2},
+                "symbols": 3,
+                "hops": 1,
+                "queries": 4,
+                "max_steps": 60,
+                "evaluations": 3,
+                "learning_rate": 1.0e-2,
+                "warmup_steps": 5,
+                "eval_sequences": 50,
+                "seeds": [0, 1],
+            }
+        )
+    )
+    return ["--config", str(path)]
+
+
+@pytest.mark.draws
+def test_program_from_end_to_end(argv, tmp_path, capsys):
+    program.main(argv)
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    cubic, softmax = (results["variants"][name] for name in ("cubic", "softmax"))
+    assert cubic["parameters"] == softmax["parameters"]
+    for result in (cubic, softmax):
+        assert result["equal_steps"]["step"] == 60
+        assert 0.5 < result["equal_compute"]["answers"]["mean"] <= 1  # chance is a third
+    # the cheaper one went on for as long as the dearer one's FLOPs last
+    assert softmax["equal_compute"]["step"] > 60 == cubic["equal_compute"]["step"]
+    left = cubic["equal_compute"]["flops"] - softmax["equal_compute"]["flops"]
+    assert 0 <= left < softmax["flops_per_step"]
+    assert (out / "accuracy.png").stat().st_size > 1000
+    assert (out / "results.md").read_text().count("| softmax") == 2
+    assert cubic["equal_steps"]["answers_by_hops"] == [cubic["equal_steps"]["answers"]]
+
+    written = (out / "runs" / "cubic-seed0.json").read_text()
+    capsys.readouterr()
+    program.main(argv)
+    assert capsys.readouterr().out.count("finished, kept") == 4
+    assert (out / "runs" / "cubic-seed0.json").read_text() == written
+    with pytest.raises(ScriptError, match="runs with training of cubic {}, not"):
+        program.main([*argv, "--training_by_variant", "cubic={learning_rate: 0.1}"])
+    with pytest.raises(ScriptError, match="was trained for 60 steps.*equal compute takes"):
+        program.main([*argv, "--variants", "cubic3={model_type: cubic_prefix_lm, num_hidden_layers: 3}"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--symbols", "1"], "--symbols must be at least 2"),
+        (["--hops", "0"], "--hops must be at least 1"),
+        (["--task", "triplets", "--sequence_length", "3"], "--sequence_length 3 must exceed --symbols 3"),
+        (["--seeds", "1", "1"], "different numbers"),
+        (["--training_by_variant", "gru={max_steps: 90}"], "gru must be one of cubic, softmax"),
+        (["--training_by_variant", "cubic={seed: 1}"], "cubic: seed is the same for all"),
+        (
+            ["--training_by_variant", "cubic={max_steps: 9}"],
+            r"max_steps \(9\) must be at least that of all \(60\)",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_in_words(argv, wrong, message):
+    with pytest.raises(ScriptError, match=message):
+        program.main([*argv, *wrong])
+
+
+def test_shipped_tables_make_models_of_equal_size():
+    folder = program.__file__.rsplit("/", 1)[0]
+    for name, options_type in (
+        ("tasks_pointer", TaskOptions),
+        ("tasks_function", TaskOptions),
+        ("tasks_function_more", TaskOptions),
+        ("tasks_triplets", TaskOptions),
+        ("tasks_triplets_short", TaskOptions),
+        ("compare_cubic", CompareOptions),
+    ):
+        options = parse_options(options_type, ["--config", f"{folder}/configs/{name}.yaml"])
+        configs = variant_configs(options.variants, {"vocab_size": 64, **options.config_overrides})
+        assert {config.model_type for config in configs.values()} == {"cubic_prefix_lm", "softmax_lm"}
+        assert len(options.seeds) >= 3
+        sizes = set()
+        for variant, config in configs.items():
+            if "num_hidden_layers" not in options.variants[variant]:
+                with torch.device("meta"):
+                    sizes.add(prefix_tasks.AutoModelForCausalLM.from_config(config).num_parameters())
+        assert len(sizes) == 1

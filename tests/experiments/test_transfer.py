@@ -1,0 +1,236 @@
+"""The evidence of fine-tuning: baselines, and the recipe that pretrains, fine-tunes and compares."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_tasks import TINY, sentences
+from transformers import AutoModel
+
+import ordnung
+from ordnung.modeling.registration import FAMILIES
+from ordnung.scripts import baselines as baselines_program
+from ordnung.scripts import transfer as transfer_program
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.tables import summarise
+from ordnung.scripts.experiments import baselines, compare, starts, transfer
+from ordnung.scripts.experiments.options import TransferOptions
+from ordnung.scripts.experiments.variants import variant_configs
+from ordnung.scripts.finetuning import run as finetuning
+from ordnung.scripts.finetuning.tasks import GLUE
+from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.reports import pooling
+
+
+def test_majority(tasks, tmp_path):
+    rows = {"label": [1, 0, 1, 1], "sentence": list("abcd")}
+    assert baselines.fit_majority(rows, GLUE["sst2"])(rows).tolist() == [1, 1, 1, 1]
+    assert baselines.fit_majority(rows, GLUE["stsb"])(rows).tolist() == [0.75] * 4
+
+
+def test_tfidf_finds_the_telling_words(tasks, tmp_path):
+    argv = ["--task_name", "sst2", "stsb", "mnli", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)]
+    assert baselines_program.main(argv) == 0
+    tasks = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    learned, constant = (tasks["sst2"][kind]["metrics"]["validation"]["accuracy"] for kind in ("tfidf", "majority"))
+    assert learned > 0.8 > constant
+    assert tasks["stsb"]["tfidf"]["score"] > 0.2 and tasks["stsb"]["majority"]["score"] == 0
+    assert set(tasks["mnli"]["tfidf"]["metrics"]) == {"validation_matched", "validation_mismatched"}
+
+
+@pytest.fixture
+def argv(tasks, tmp_path, monkeypatch):
+    """A recipe of two tiny variants on two tasks; the second baseline is what a constant would have scored."""
+    monkeypatch.setitem(baselines.BASELINES, "tfidf", baselines.fit_majority)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tasks / "cache")
+    texts = [text for text, _ in sentences(400, 7)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = {
+        "config_overrides": TINY,
+        "variants": {
+            "conv": {"model_type": "conv_lm", "kernel_size": 4},
+            "softmax": {"model_type": "softmax_lm", "position_embedding_type": "rope"},
+        },
+        "pretrain": {
+            "train_file": str(tmp_path / "train.jsonl"),
+            "train_tokenizer_vocab_size": 300,
+            "block_size": 16,
+            "max_steps": 4,
+            "use_cpu": True,
+        },
+        "task_name": ["sst2", "imdb"],
+        "finetune": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "use_cpu": True},
+        "finetune_by_task": {"imdb": {"max_length": 8}},
+        "seeds": [0, 1],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    argv = ["--config", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "out"]
+    return list(map(str, [*argv, "--glue_path", tasks, "--imdb_path", tasks / "imdb"]))
+
+
+def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stops = iter([0, 143])
+    real = finetuning.run
+    monkeypatch.setattr(finetuning, "run", lambda options: next(stops) or real(options))
+    assert transfer_program.main(argv) == 143  # stopped in the second variant
+    monkeypatch.setattr(finetuning, "run", real)
+    monkeypatch.setattr(pretraining, "run", None)  # both are pretrained
+    assert transfer_program.main(argv) == 0
+    results = json.loads((out / "results.json").read_text())
+    for name in ("conv", "softmax"):
+        result = results["variants"][name]
+        assert result["pretraining"]["steps"] == 4
+        for task in ("sst2", "imdb"):
+            folder = out / "finetune" / name / task / task
+            runs = [json.loads((folder / f"seed-{seed}/results.json").read_text()) for seed in (0, 1)]
+            score = result["tasks"][task]["score"]
+            assert score["values"] == [run_task["score"] for run_task in runs]
+            assert score["mean"] == pytest.approx(np.mean(score["values"]))
+            assert runs[0]["parameters"] == result["tasks"][task]["parameters"]
+    assert results["variants"]["conv"]["tasks"]["imdb"]["truncated"]["test"]["to"] == 8
+    table = (out / "results.md").read_text()
+    below = [
+        f"{name} on {task}"
+        for name in ("conv", "softmax")
+        for task in ("sst2", "imdb")
+        if results["variants"][name]["tasks"][task]["score"]["mean"] <= results["baselines"][task]["majority"]["score"]
+    ]
+    assert f"Not above majority class: {', '.join(below) or 'none'}." in table
+    assert table.count("\n| conv ") == 2 and "TF-IDF + logistic regression" in table
+    # a further seed runs, what is there is kept
+    monkeypatch.setattr(baselines, "run", None)
+    assert transfer_program.main([*argv, "--seeds", "0", "1", "2"]) == 0
+    with pytest.raises(ScriptError, match="holds runs with pretrain"):
+        transfer_program.main([*argv, "--pretrain", "max_steps=5"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--finetune", "seeds=3"], "--finetune seeds: it is set for each run"),
+        (["--pretrain", "seed=3"], "--pretrain seed"),
+        (["--finetune", "learning_rat=3"], "unknown option '--learning_rat'; did you mean 'learning_rate'"),
+        (["--task_name", "sst"], "unknown --task_name 'sst'; did you mean 'sst2'"),
+        (["--finetune_by_task", "sst={}"], "unknown --task_name 'sst'"),
+        (["--seeds", "1", "1"], "different numbers"),
+        (["--imdb_path", "nowhere"], "nowhere: there is no such folder"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_trained(argv, tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setattr(pretraining, "run", None)
+    with pytest.raises(ScriptError, match=message):
+        transfer_program.main([*argv, *wrong])
+
+
+def test_shipped_recipes_are_valid():
+    folder = f"{ordnung.__path__[0]}/scripts/configs"
+    for name in ("transfer_cpu", "transfer_longer", "transfer_gpu"):
+        options = parse_options(TransferOptions, ["--config", f"{folder}/{name}.yaml"])
+        models = {config.model_type for config in variant_configs(options.variants, options.config_overrides).values()}
+        assert {"conv_lm", "softmax_lm"} <= models <= set(FAMILIES)
+        assert len(options.seeds) >= 3
+        compare.check_pretrain({**options.pretrain, "train_file": "any.parquet"})
+        for task in options.task_name:
+            assert transfer.finetune_options(options, task, folder, folder).num_train_epochs >= 1
+
+
+@pytest.fixture
+def started(argv, bert, tmp_path):
+    """The recipe with variants of a checkpoint: as it is, converted, linearized."""
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    linformer = {"model_type": "linformer_lm", "projection_type": "adaptive_mean_pool", "projected_size": 4}
+    recipe["variants"] = {
+        "teacher": {"source": str(bert), "model_type": "softmax_lm"},
+        "converted": {"source": str(bert), **linformer},
+        "distilled": {"source": str(bert), **linformer, "distill": {"transfer_steps": 2, "distill_steps": 2}},
+    }
+    steps = {"block_size": 16, "per_device_train_batch_size": 4, "use_cpu": True, "validation_fraction": 0.2}
+    recipe["linearize"] = {"train_file": recipe.pop("pretrain")["train_file"], **steps}
+    recipe |= {"task_name": ["sst2"], "seeds": [0], "finetune_by_task": {}}
+    del recipe["config_overrides"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return argv
+
+
+def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, capsys):
+    assert transfer_program.main(started) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    variants = results["variants"]
+    assert variants.keys() == {"teacher", "converted", "distilled"}
+    assert {name for name in variants if variants[name]["start"]["tokens"]} == {"distilled"}
+    assert variants["converted"]["start"]["parameters"] == variants["distilled"]["start"]["parameters"]
+    states = [
+        AutoModel.from_pretrained(tmp_path / "out" / "start" / name).state_dict() for name in ("converted", "distilled")
+    ]
+    name = "layers.0.mixer.v_proj.weight"
+    assert states[0][name].shape == states[1][name].shape and not torch.equal(states[0][name], states[1][name])
+    assert 0 <= variants["teacher"]["tasks"]["sst2"]["score"]["mean"] <= 1
+    shown = capsys.readouterr().out
+    assert "distillation tokens" in shown and "held-out bits per byte" not in shown
+    # again: everything is kept
+    monkeypatch.setattr(starts, "convert", None)
+    assert transfer_program.main(started) == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"projekted_size": 4}, "variant converted: .*did you mean 'projected_size'"),
+        ({"model_type": "bert"}, "variant converted: model_type 'bert' is none of"),
+        ({"keep_attention": 1}, "variant converted: keep_attention .* add distill"),
+        ({"source": None}, "variant converted is pretrained: give --pretrain, or the source"),
+    ],
+)
+def test_wrong_starts_are_told(started, tmp_path, change, message):
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["variants"]["converted"] |= change
+    if change.get("source", "") is None:
+        del recipe["variants"]["converted"]["source"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ScriptError, match=message):
+        transfer_program.main(started)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_of_pooling_differs_in_nothing_else():
+    options = parse_options(TransferOptions, ["--config", "transfer_pooling"])
+    assert options.pretrained == {} and len(options.seeds) >= 3
+    fields = {name: starts.fields_of(name, variant) for name, variant in options.started.items()}
+    assert fields == {name: {"classifier_pooling": name} for name in ("first", "last", "mean")}
+    assert len({(variant["source"], variant["model_type"]) for variant in options.started.values()}) == 1
+
+
+def test_pooling_is_judged_by_pairs_of_seeds():
+    """What is higher in every seed by nearly as much is higher; one task that fails is enough."""
+    values = {
+        "first": {"rte": [0.5, 0.6, 0.7], "sst2": [0.8, 0.81, 0.8]},
+        "last": {"rte": [0.51, 0.63, 0.69], "sst2": [0.95, 0.94, 0.95]},
+        "mean": {"rte": [0.52, 0.62, 0.721], "sst2": [0.9, 0.91, 0.901]},
+    }
+    variants = {
+        name: {"tasks": {task: {"score": summarise(some), "training_rows": 9} for task, some in tasks.items()}}
+        for name, tasks in values.items()
+    }
+    baselines = {task: {"majority": {"score": 0.5}} for task in ("rte", "sst2")}
+    machine = {"cpu": "any", "gpu": []} | dict.fromkeys(("threads", "torch", "transformers", "ordnung", "date"), "1")
+    results = {"task_name": ["rte", "sst2"], "variants": variants, "seeds": [0, 1, 2], "baselines": baselines}
+    shown = pooling.markdown(results | {"machine": machine})
+    assert '"mean scores higher than first on every task": holds (rte holds, sst2 holds)' in shown
+    assert '"mean scores higher than last on every task": does not hold (rte not decided, sst2 does not hold)' in shown
+    rows = {cells[1].strip(): cells[2].strip() for line in shown.splitlines() if len(cells := line.split("|")) > 3}
+    assert rows["first"] == "60.0 ± 24.8" and rows["mean - first, points"] == "2.0 (1.9 to 2.2, n = 3)"
+
+
+def test_the_shipped_starts_are_valid():
+    options = parse_options(TransferOptions, ["--config", "transfer_minilm"])
+    assert options.pretrained == {} and len(options.started) == 7
+    for name, variant in options.started.items():
+        starts.fields_of(name, variant)
+        if "distill" in variant:
+            made = starts.options_of(name, variant, {**options.linearize, "train_file": "any"}, tmp := "any")
+            assert made.source == variant["source"] and made.output_dir == tmp

@@ -1,0 +1,83 @@
+"""What pretraining cannot use is told before it trains."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny_runs import LINFORMER, TINY
+
+from ordnung.scripts.common.errors import ScriptError
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": ["--model_type", "convlm"]}, "unknown model_type 'convlm'; did you mean 'conv_lm'"),
+        ({"model": []}, "give one of --model_type"),
+        (
+            {"model": ["--model_type=conv_lm", "--config_overrides", "hiden_size=8"]},
+            "'hiden_size', which is no field of ConvLMConfig; did you mean 'hidden_size'",
+        ),
+        ({"model": ["--model_type=conv_lm", "--config_overrides", "hidden_size=abc"]}, "hidden_size"),
+        (
+            {"model": ["--model_type=conv_lm", "--config_overrides", "vocab_size=100"]},
+            "300 tokens.*100.*vocab_size=300",
+        ),
+        ({"objective": "masked"}, "must be odd in a bidirectional model"),
+        ({"model": ["--model_type=gpt2"], "objective": "masked"}, "gpt2 has no model for the masked objective"),
+        ({"model": ["--model_name_or_path", "nowhere/nothing"]}, "nowhere/nothing cannot be made"),
+        ({"model": ["--model_type=conv_lm", "--lerning_rate=1"]}, "'--lerning_rate=1'; did you mean 'learning_rate'"),
+        ({"max_steps": "many"}, "--max_steps.*: invalid int value: 'many'"),
+        ({"max_steps": 0}, "--max_steps must be at least 1, not 0"),
+        ({"objective": "sideways"}, "sideways"),
+        ({"train_file": "nothing*.txt"}, r"nothing\*.txt: no such file"),
+        ({"train_file": None}, "give one of --train_file and --dataset_name"),
+        ({"dataset_name": "x"}, "give one of --train_file and --dataset_name"),
+        ({"train_file": None, "dataset_name": "nowhere/nothing"}, "nowhere/nothing cannot be loaded"),
+        ({"tokenizer_name": None}, "give --tokenizer_name, or --train_tokenizer_vocab_size"),
+        ({"tokenizer_name": "nowhere/nothing"}, "no tokenizer can be loaded from nowhere/nothing"),
+        ({"block_size": 100000}, "the training data holds .* tokens, less than one block of 100000"),
+        ({"block_size": 2000}, "the held-out text holds .* --validation_fraction"),
+        ({"max_steps": None, "streaming": True}, "--streaming needs --max_steps"),
+        ({"streaming": True}, "nothing can be held out of a stream"),
+        ({"report_to": "trackoi"}, "trackoi: unknown tracker.*trackio"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: .*min_lr"),
+        ({"config": "nowhere.yaml"}, "--config nowhere.yaml: no such file"),
+        (
+            {"model": ["--model_type=softmax_lm", "--config_overrides", TINY + ",max_position_embeddings=16"]},
+            r"32 is above the model's max_position_embeddings \(16\); set max_position_embeddings=32 in --config_ov",
+        ),
+        (
+            {
+                "model": [
+                    *LINFORMER[:3],
+                    LINFORMER[3] + ",max_position_embeddings=16,position_embedding_type=none",
+                    "--objective=masked",
+                ]
+            },
+            r"32 is above the model's max_position_embeddings \(16\)",
+        ),
+    ],
+)
+def test_bad_input_is_told_before_training(run, tmp_path, options, message):
+    with pytest.raises(ScriptError, match=message):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_keys_in_a_file_are_errors(run, tmp_path):
+    (tmp_path / "run.yaml").write_text("lerning_rate: 1\n")
+    with pytest.raises(ScriptError, match="'lerning_rate' in .*run.yaml; did you mean 'learning_rate'"):
+        run(config=tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ScriptError, match="option: value"):
+        run(config=tmp_path / "run.yaml")
+
+
+def test_errors_are_one_line_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "ordnung.scripts.pretrain", "--model_type", "convlm", "--output_dir", "x"]
+    command += ["--train_file", "x.txt", "--train_tokenizer_vocab_size", "300"]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: unknown model_type 'convlm'")
+    assert "Traceback" not in failed.stderr and not (tmp_path / "x").exists()
