@@ -47,6 +47,7 @@ class TestSparseAttentionLM(FamilyTester):
             "attn_implementation": "eager",
         },
     }
+    exported_variants = ("strided", "all", "eager")
     mixing_exponent = 1
     state_grows = False
 
