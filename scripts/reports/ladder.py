@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ordnung.scripts.common.figures import COLOURS
+from ordnung.scripts.common.figures import COLOURS, new_figure
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.verdicts import MARGIN, Interval, beyond_counting, changes, equal, interval
@@ -60,12 +60,7 @@ def markdown() -> str:
 
 def plot(image: Path):
     """A line a rung: mean and 95 % t-interval of its difference from the dot product, over the margin in grey."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharey=True)
+    figure, panels = new_figure(1, 2, (10, 3.4), sharey=True)
     for panel, found, label in (
         (panels[0], text(), "perplexity above the dot product's, %"),
         (panels[1], recall(), "right answers more than the dot product, %"),
@@ -81,4 +76,3 @@ def plot(image: Path):
         panel.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
     figure.savefig(image, dpi=120)
-    plt.close(figure)

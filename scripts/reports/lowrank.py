@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ordnung.scripts.common.figures import COLOURS
+from ordnung.scripts.common.figures import COLOURS, new_figure
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.verdicts import interval
@@ -44,13 +44,8 @@ def markdown(results: dict) -> str:
 
 def plot(results: dict, image: Path):
     """Both against the length, log-log, beside a rank that does not grow and one that grows as the length does."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lengths, own, shuffled = needed(results)
-    figure, panel = plt.subplots(figsize=(6, 4.6), layout="constrained")
+    figure, panel = new_figure(figsize=(6, 4.6))
     for ranks, label, colour, line in (
         (own, "attention of the encoder", COLOURS["softmax_lm"], "-"),
         (shuffled, "its weights, each row shuffled", COLOURS["linformer_lm"], "--"),
@@ -71,4 +66,3 @@ def plot(results: dict, image: Path):
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     figure.savefig(image, dpi=120)
-    plt.close(figure)
