@@ -26,8 +26,8 @@ class QuadraticKernelLMConfig(BackboneConfig):
         head_dim: size d of queries and keys, even. It sets the cost: features and state grow as d^2, and time as d^2
             times the size of values.
         v_head_dim: size of a head's values, `hidden_size / num_attention_heads` if None.
-        chunk_size: tokens whose weights are computed pair by pair; older ones are seen through the state. It changes
-            speed and memory, not the result.
+        chunk_size: tokens whose weights are computed pair by pair, of each token from half as many before it to all of
+            these; older ones are seen through the state. It changes speed and memory, not the result.
         score_bound_coef: how much the loss grows with scores beyond 4 in size: this times the mean of the squared
             excess, over the pairs of tokens inside a chunk. In training only.
 

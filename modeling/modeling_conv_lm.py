@@ -108,7 +108,7 @@ class Convolution(Mixer):
     def forward(
         self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, rows=None, **kwargs
     ) -> tuple[torch.Tensor, None]:
-        self.warn_if_blind(hidden_states)
+        self.warn_if_blind(hidden_states, rows)
         values = self.v_proj(hidden_states)  # (B, N, D)
         if self.config.gate == "input_output":
             input_gate, output_gate = self.gate_proj(hidden_states).chunk(2, dim=-1)
@@ -137,13 +137,17 @@ class Convolution(Mixer):
         kernel = self.kernel().view(self.config.num_attention_heads, -1, self.kernel_size).mean(1)
         return (kernel[:, tap.clamp(0, self.kernel_size - 1)] * seen).transpose(0, 1)
 
-    def warn_if_blind(self, hidden_states: torch.Tensor) -> None:
+    def warn_if_blind(self, hidden_states: torch.Tensor, rows=None) -> None:
         if not self.training or self.layer_idx > 0 or is_tracing(hidden_states):
             return
-        field = self.config.receptive_field
-        if field is not None and field < hidden_states.shape[1]:
+        field, length = self.config.receptive_field, hidden_states.shape[1]
+        if field is None or length <= field:
+            return
+        if rows is not None and rows.packed:  # by its longest document
+            length = int(rows.positions.max()) + 1
+        if field < length:
             logger.warning_once(
-                f"Training on {hidden_states.shape[1]} tokens, but no output of this stack sees more than {field}: "
+                f"Training on {length} tokens, but no output of this stack sees more than {field}: "
                 "raise `kernel_size`, `dilation` or `num_hidden_layers`, or add a 'full_attention' layer."
             )
 

@@ -255,10 +255,13 @@ class QuadraticKernelAttention(Mixer):
 
     def flops(self, seq_len: int) -> int:
         config, d, e = self.config, self.config.head_dim, self.value_dim + 1
-        N, C = seq_len, config.chunk_size
-        inside = (N // C) * C**2 + (N % C) ** 2  # pairs of tokens in a chunk, later ones too
-        # all but the first chunk read the state, all but the last one add to it
-        across = max(0, 2 * N - min(C, N) - (N % C or C))
+        N, C = seq_len, -(-config.chunk_size // 2)
+        blocks = -(-N // C)
+        sizes = [min(C, N - C * i) for i in range(blocks)]
+        # pairs of a block's tokens with it and the block before, later ones too
+        inside = sum(size * (size + C * (i > 0)) for i, size in enumerate(sizes))
+        # all but two blocks read the state, all but two add to it
+        across = max(0, N - 2 * C) + max(0, blocks - 2) * C
         mixing = 2 * inside * (d + 1 + e) + 2 * across * num_features(d + 1) * e
         if config.sliding_window is not None:
             block = min(config.sliding_window, N)

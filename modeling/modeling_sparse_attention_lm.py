@@ -43,9 +43,25 @@ class SparseCacheLayer(RecurrentStateLayer):
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__(max_cache_len, **kwargs)
         self.max_cache_len = max_cache_len
+        # (B, tokens so far), which were real: kept for eager attention, to say whose the weights of a step are
+        self.real: torch.BoolTensor | None = None
+
+    def remember(self, real: torch.BoolTensor) -> None:
+        self.real = real if self.real is None else torch.cat([self.real, real], 1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.real is not None:
+            self.real = self.real[:, : self.real.shape[1] + tokens_to_remove]
+
+    def change(self, function) -> None:
+        super().change(function)
+        if self.real is not None:
+            self.real = function(self.real)
 
     def reset(self) -> None:
         super().reset()
+        self.real = None
         if self.state is not None:
             SparseState(*self.state).drawn.fill_(NEVER)
 
@@ -106,12 +122,19 @@ class SparseAttention(Projections, Mixer):
         def mix(query, key, value, *rest):
             *rest, lengths = rest
             if past_key_values is not None:
-                return self.go_on(self.state_of(past_key_values), query, key, value, lengths, rows, options)
-            is_global = rest.pop() if given else None
-            return self.attend((query, key, value, self.pattern, lengths, is_global, rest or None), N, options)
+                layer = self.state_of(past_key_values)
+                output, weights = self.go_on(layer, query, key, value, lengths, rows, options)
+            else:
+                is_global = rest.pop() if given else None
+                inputs = query, key, value, self.pattern, lengths, is_global, rest or None
+                output, weights = self.attend(inputs, N, options)
+            return output, weights if rows is None or weights is None else weights.transpose(1, 2)
 
         output, weights = over_rows(rows, mix, *inputs)
-        return self.merge_heads(output), None if weights is None else of_batch(weights, rows)
+        if weights is not None:
+            real = None if past_key_values is None else self.state_of(past_key_values).real
+            weights = of_batch(weights, rows, real)
+        return self.merge_heads(output), weights
 
     def check_global(self, hidden_states, mask) -> None:
         if mask is None:
@@ -137,19 +160,23 @@ class SparseAttention(Projections, Mixer):
         return [query, key, self.heads(self.v_global_proj(hidden_states))]
 
     def attend(self, inputs, N, options) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`sparse_attention` of `inputs`; with eager attention its weights too, (R, M, H, N)."""
+        """`sparse_attention` of `inputs`; with eager attention its weights too, (R, H, M, N)."""
         if self.config._attn_implementation != "eager":
             return sparse_attention(*inputs, **options), None
         output, weights = weighted_attention(*inputs, **options)
-        return output, F.pad(weights, (0, N - weights.shape[-1])).transpose(1, 2)
+        return output, widened(weights, N)
 
     def go_on(self, layer: SparseCacheLayer, query, key, value, lengths, rows: Rows | None, options):
-        """Attention of more tokens, which enter the layer's generation state; weights of the first ones alone."""
+        """Attention of more tokens, which enter the layer's generation state; in a graph no weights after the first."""
         if self.pattern.stride and is_tracing(key) and layer.max_cache_len is None:
             raise ValueError(
                 "`global_stride` has the generation state grow, which a graph cannot do: compile with a static cache, "
                 "`StaticCache(config=model.config, max_cache_len=...)` or cache_implementation='static'."
             )
+        weigh = self.config._attn_implementation == "eager" and not is_tracing(key)
+        if weigh:
+            made = None if rows is None else rows.real
+            layer.remember(key.new_ones(key.shape[:2], dtype=torch.bool) if made is None else made)
         if layer.state is None:
             before = empty_state(key, self.pattern, layer.max_cache_len or 0)
             output, weights = self.attend((query, key, value, self.pattern, lengths), key.shape[1], options)
@@ -157,13 +184,13 @@ class SparseAttention(Projections, Mixer):
         else:
             before = SparseState(*layer.state)
             in_place = not (layer.record_past or torch.is_grad_enabled() or before.pairs.requires_grad)
-            output, after = step(self.pattern, before, query, key, value, lengths, in_place, **options)
-            weights = None
+            inputs = query, key, value, lengths, in_place, weigh
+            output, weights, after = step(self.pattern, before, *inputs, **options)
         layer.update_state(before, after, self.add_to_state, (key, value), None if rows is None else rows.real)
         return output, weights
 
     def add_to_state(self, before, key, value, lengths) -> SparseState:
-        return step(self.pattern, SparseState(*before), None, key, value, lengths)[1]
+        return step(self.pattern, SparseState(*before), None, key, value, lengths)[2]
 
     def flops(self, seq_len: int) -> int:
         return linear_flops(self) * seq_len + 4 * pairs_seen(self.pattern, seq_len) * self.q_proj.out_features
@@ -176,16 +203,33 @@ class SparseAttention(Projections, Mixer):
         return places * (self.k_proj.out_features + self.v_proj.out_features) * itemsize
 
 
-def of_batch(weights: torch.Tensor, rows: Rows | None) -> torch.Tensor:
-    """Weights (B, N, H, N) of keys counted from the first of their row, as (B, H, N, N) of those of the batch."""
-    if rows is not None:
-        if rows.packed:
-            position, document = rows.positions, rows.documents
-        else:
-            position, document = (rows.real.long().cumsum(1) - 1).clamp(min=0), rows.real.long() - 1  # -1 at padding
+def widened(weights: torch.Tensor, keys: int) -> torch.Tensor:
+    """Weights (..., K) with zeros for the other keys; themselves if there are none, so that gradients come to them."""
+    return F.pad(weights, (0, keys - weights.shape[-1])) if weights.shape[-1] < keys else weights
+
+
+def of_batch(weights: torch.Tensor, rows: Rows | None, real: torch.BoolTensor | None) -> torch.Tensor:
+    """Weights of keys counted from the first of their row as (B, H, N, tokens), of those of the batch.
+
+    Args:
+        weights: (B, H, N, keys) without `rows`, otherwise (B, N, H, keys).
+        real: (B, tokens), which of all tokens so far are no padding, where these are more than those of `rows`.
+    """
+    if rows is None:
+        rows = Rows([])
+    else:
+        weights = weights.transpose(1, 2)
+    if rows.packed:
+        position, document = rows.positions, rows.documents
         together = (document[:, :, None] == document[:, None]) & (document >= 0)[:, None]
-        weights = weights.gather(3, position[:, None, None].expand(weights.shape)) * together[:, :, None]
-    return weights.transpose(1, 2)
+        return weights.gather(3, position[:, None, None].expand(weights.shape)) * together[:, None]
+    real = rows.real if real is None else real
+    if real is None or (rows.real is None and bool(real.all())):
+        return weights if real is None else widened(weights, real.shape[1])
+    position = (real.long().cumsum(1) - 1).clamp(min=0)[:, None, None]
+    weights = widened(weights, real.shape[1])
+    weights = weights.gather(3, position.expand(weights.shape)) * real[:, None, None]
+    return weights if rows.real is None else weights * rows.real[:, None, :, None]
 
 
 def names_global_mask(head: type) -> type:

@@ -5,8 +5,10 @@
 
 The operators alone, with values as wide as queries and keys, forward and with the gradients: from what length on is the
 squared kernel the faster one? Then single tokens after a context: the step of the state, and attention to keys and
-values in a cache that grows (a copy for each token, as transformers' DynamicCache) and in a static one. The size of the
-state is given in tokens of a key-value cache. Outputs are compared first; competitors are timed in turns.
+values in a cache that grows (a copy for each token, as transformers' DynamicCache) and in a static one; and steps of
+whole models, QuadraticKernelLM and SoftmaxLM with both caches. The size of the state is given in tokens of a key-value
+cache. Outputs are compared first; competitors are timed in turns. With one thread, seconds are the thread's own, which
+other programs on the machine do not lengthen much.
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ class QuadraticBenchOptions:
     decay_gate: bool = option(False, "Time the kernel with a decay gate.")
     lengths: list[int] = option([512, 1024, 2048, 4096, 8192, 16384], "Tokens.", least=1)
     decode_lengths: list[int] = option([512, 4096, 32768], "Tokens before those decoded.", least=1)
+    model_lengths: list[int] = option([512, 2048, 8192, 32768], "Tokens before those that models generate.", least=1)
     decode_steps: int = option(16, "Tokens decoded in a sample.", least=1)
     repeats: int = option(5, "Times each is timed.", least=1, section="timing")
     threads: int = option(1, "CPU threads.", least=1)

@@ -17,6 +17,8 @@ def pytest_generate_tests(metafunc):
     """A family's test class names its configurations in `variants`: tests that take `variant` run once for each."""
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", list(metafunc.cls.variants))
+    if "exported_variant" in metafunc.fixturenames:
+        metafunc.parametrize("exported_variant", metafunc.cls.exported_variants or list(metafunc.cls.variants))
     if "compiled_variant" in metafunc.fixturenames:  # compiling takes seconds: the first one and the last
         variants = list(metafunc.cls.variants)
         metafunc.parametrize("compiled_variant", list(dict.fromkeys((variants[0], variants[-1]))))

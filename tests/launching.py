@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import ordnung
+from ordnung.scripts.training.runs import LOCK
 
 SCRIPTS = Path(ordnung.__file__).parent / "scripts"
 
@@ -34,6 +35,23 @@ def end(status):
     sys.stderr.flush()
     os._exit(status)
 """
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire(timeout=0)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def holding(folder: Path) -> subprocess.Popen:
+    """A process that writes to the folder, as far as others can see; it ends where somebody else does."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLD, str(folder / LOCK)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def launch(config: str, script: Path, arguments: list, **environment: str) -> str:

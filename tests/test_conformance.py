@@ -1,6 +1,5 @@
 """tests/conformance itself, on a small checkout made here; its table covers every family and head."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,14 +80,29 @@ class GenerationTesterMixin:
 }
 
 
-def run(*args) -> tuple[int, str]:
-    process = subprocess.run(
-        [sys.executable, str(HARNESS / "run.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return process.returncode, process.stdout + process.stderr
+@pytest.fixture
+def harness(monkeypatch):
+    """The folder of the harness among those that are imported from."""
+    monkeypatch.syspath_prepend(str(HARNESS))
+    yield
+    for name in ("run", "families"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(harness, monkeypatch, capfd):
+    """`run.py` with these words: its exit status and what it writes. Each row has a process of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    import run
+
+    def call(*args) -> tuple[int, str]:
+        try:
+            code = run.main(list(map(str, args)))
+        except SystemExit as end:
+            code = end.code
+        return code, "".join(capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture
@@ -101,12 +115,10 @@ def checkout(tmp_path):
 
 
 @pytest.fixture
-def families(monkeypatch):
-    monkeypatch.syspath_prepend(str(HARNESS))
+def families(harness):
     import families
 
-    yield families
-    del sys.modules["families"]
+    return families
 
 
 def test_table_covers_every_class_and_gives_reasons(families):
@@ -130,7 +142,7 @@ def test_default_rows_test_every_class(families):
         assert families.untested({**others, **families.default_rows(model_type)}) == []
 
 
-def test_runs_rows_and_reports(checkout):
+def test_runs_rows_and_reports(run, checkout):
     code, output = run(checkout, "--rows", "conv_lm", "conv_lm-hybrid")
     assert code == 1, output
     table = {line.split()[0]: line.split()[1:4] for line in output.splitlines() if line.startswith("conv_lm")}
@@ -144,7 +156,7 @@ def test_runs_rows_and_reports(checkout):
     assert output.rstrip().endswith("8 passed, 2 failed, 4 skipped")
 
 
-def test_passes_without_the_generation_tests_and_names_what_is_missing(checkout):
+def test_passes_without_the_generation_tests_and_names_what_is_missing(run, checkout):
     (checkout / "tests/generation/test_utils.py").unlink()
     with open(checkout / "tests/test_modeling_common.py", "a") as file:
         file.write("    def test_generation_tester_mixin_inheritance(self):\n        self.fail()\n")
@@ -154,7 +166,7 @@ def test_passes_without_the_generation_tests_and_names_what_is_missing(checkout)
     assert output.rstrip().endswith("3 passed, 0 failed, 1 skipped")
 
 
-def test_an_exclusion_that_fits_no_test_fails(checkout):
+def test_an_exclusion_that_fits_no_test_fails(run, checkout):
     # only a checkout that has all modules can tell
     for name, text in {
         "exporters/test_export.py": "class ExportTesterMixin: pass\n",
@@ -171,7 +183,7 @@ def test_an_exclusion_that_fits_no_test_fails(checkout):
 
 
 @pytest.mark.parametrize("break_it", ["no tests", "another version"])
-def test_a_wrong_checkout_is_refused_in_words(checkout, break_it):
+def test_a_wrong_checkout_is_refused_in_words(run, checkout, break_it):
     if break_it == "no tests":
         (checkout / "tests/test_modeling_common.py").unlink()
     else:

@@ -5,7 +5,7 @@ Legend: R rows, N tokens, H heads, G key and value heads (H is a multiple), D he
 
 import torch
 
-from ordnung.modeling.ops.sparse_blocks import BLOCK, attend, blocks_of, by_blocks, is_exporting
+from ordnung.modeling.ops.sparse_blocks import BLOCK, attend, attend_weighted, blocks_of, by_blocks, is_exporting
 from ordnung.modeling.ops.sparse_keys import make_plan
 from ordnung.modeling.ops.sparse_pattern import Pattern
 
@@ -58,7 +58,7 @@ def weighted_attention(
     query, key, value, pattern: Pattern, lengths=None, is_global=None, global_inputs=None, dropout=0.0, scale=None
 ):
     """`sparse_attention` by the weights of all pairs of tokens, most of them 0, which it returns too: (R, H, N, N)."""
-    R, N, H, D = query.shape
+    N = query.shape[1]
     plan, landmarks = make_plan(pattern, N, query.device, lengths, is_global)
     keys, seen = plan.keys(None, 0, blocks_of(N))  # (R or 1, n, K) and (R or 1, n, C, K)
     mask = torch.zeros(keys.shape[0], keys.shape[1] * BLOCK, N, dtype=torch.uint8, device=query.device)
@@ -70,19 +70,12 @@ def weighted_attention(
         real = True if lengths is None else (torch.arange(N, device=query.device) < lengths[:, None])[:, None, None]
         mask = mask | (looking & real)
 
-    def mix(query, key, value):
-        key, value = (x.repeat_interleave(H // x.shape[2], 2) for x in (key, value))
-        scores = torch.einsum("rnhd,rmhd->rhnm", query, key) * (D**-0.5 if scale is None else scale)
-        exact = torch.promote_types(query.dtype, torch.float32)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=exact).to(query.dtype)
-        dropped = torch.nn.functional.dropout(weights, dropout)
-        return torch.einsum("rhnm,rmhd->rhnd", dropped, value), weights
-
-    output, weights = mix(query, key, value)
+    output, weights = attend_weighted(query, key, value, mask, dropout, scale)
     if global_inputs is not None:
-        others = mix(*global_inputs)
-        output, weights = (torch.where(looking, *pair) for pair in zip(others, (output, weights)))
-    return output.transpose(1, 2), weights
+        others = attend_weighted(*global_inputs, mask, dropout, scale)
+        output = torch.where(looking.transpose(1, 2), others[0], output)
+        weights = torch.where(looking, others[1], weights)
+    return output, weights
 
 
 def same_type(*tensors):

@@ -89,6 +89,16 @@ def attend(query, key, value, mask=None, causal=False, dropout=0.0, scale=None):
     return unfold(F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale), C)
 
 
+def attend_weighted(query, key, value, mask, dropout=0.0, scale=None):
+    """`attend` under a mask (B or 1, 1, C, K), and its weights (B, H, C, K) before dropout."""
+    H, D = query.shape[2:]
+    key, value = (x.repeat_interleave(H // x.shape[2], 2) for x in (key, value))
+    scores = torch.einsum("bchd,bkhd->bhck", query, key) * (D**-0.5 if scale is None else scale)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=exact).to(query.dtype)
+    return torch.einsum("bhck,bkhd->bchd", F.dropout(weights, dropout), value), weights
+
+
 def fold(query, shared: int):
     """(B, C, H, D) to (B, G, C H / G, D): the heads that share keys and values are more queries of these."""
     if shared == 1:

@@ -11,8 +11,9 @@ that stays visible, or for good. Only the strided tokens grow in number. Rows co
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from ordnung.modeling.ops.sparse_blocks import attend, is_graph
+from ordnung.modeling.ops.sparse_blocks import attend, attend_weighted, is_graph
 from ordnung.modeling.ops.sparse_keys import NEVER, is_fixed, ordered, positions_of, reservoir
 from ordnung.modeling.ops.sparse_pattern import Pattern
 
@@ -163,31 +164,36 @@ def visible(pattern: Pattern, query, key, drawn, redrawn, turn):
     return seen & (key <= query)
 
 
-def add(pattern: Pattern, state: SparseState, query, pairs, lengths, in_place, **options):
+def add(pattern: Pattern, state: SparseState, query, pairs, lengths, in_place, weigh, **options):
     """`step` for so few tokens that the random blocks change once at most."""
     M = pairs.shape[1]
     count = state.count + (M if lengths is None else lengths)
     state = grown(pattern, state, count)
-    turns, leaves = what_happens(pattern, state, M)
+    turns, leaves = what_happens(pattern, state, 2 if weigh else M)
     drawn, late, turn = state.drawn, state.drawn, None
     if turns:
         late, turn = redrawn(pattern, state.count, drawn)
         drawn = torch.where((count > turn)[:, None], late, drawn)
-    output = None
-    if M > 1 and query is not None:
+    output = weights = None
+    if (M > 1 or weigh) and query is not None:
         position, there = held(pattern, state.pairs.shape[1], state.count, state.drawn)
         new = state.count[:, None] + torch.arange(M, device=count.device)  # (B, M)
         keys = torch.cat([position, new], 1)
         mask = visible(pattern, new.minimum(count[:, None] - 1), keys, state.drawn, late, turn)
         mask = mask & torch.cat([there, new < count[:, None]], 1)[:, None]
-        output = look(query, torch.cat([state.pairs, pairs], 1), mask, count, lengths, options)
+        joined = torch.cat([state.pairs, pairs], 1)
+        output, weights = look(query, joined, mask, count, lengths, options, weigh)
+        if weigh:  # by the keys' positions, of all tokens so far
+            kept, tokens = weights, int(count.max())
+            weights = kept.new_zeros(*kept.shape[:3], tokens)
+            weights.scatter_add_(3, keys.clamp(0, tokens - 1)[:, None, None].expand(kept.shape), kept)
     if M == 1 and in_place:
         state = move_one(pattern, state, pairs, None if lengths is None else lengths > 0, count, drawn, leaves)
     else:
         state = moved(pattern, state, pairs, count, drawn)
-    if M == 1 and query is not None:  # it sees just what is held after it came
-        output = look(query, state.pairs, state.there[:, None], count, lengths, options)
-    return output, state
+    if output is None and query is not None:  # a single token sees just what is held after it came
+        output, _ = look(query, state.pairs, state.there[:, None], count, lengths, options)
+    return output, weights, state
 
 
 def what_happens(pattern: Pattern, state: SparseState, M: int) -> tuple[bool, bool]:
@@ -206,14 +212,15 @@ def what_happens(pattern: Pattern, state: SparseState, M: int) -> tuple[bool, bo
     return False, any(p >= 0 and (p < g or (s and p % s == s - 1) or p // r in blocks) for p, blocks in leaving)
 
 
-def look(query, pairs, mask, count, lengths, options):
-    """Attention (B, M, H, D) to pairs (B, K, 2, G, D) under a mask (B, M, K)."""
+def look(query, pairs, mask, count, lengths, options, weigh=False):
+    """Attention (B, M, H, D) to pairs (B, K, 2, G, D) under a mask (B, M, K), and its weights (B, H, M, K) or None."""
     if lengths is not None:
         mask = mask | (count == 0)[:, None, None]  # a row of nothing but padding so far: anything but NaN
-    return attend(query, pairs[:, :, 0], pairs[:, :, 1], mask[:, None], **options)
+    inputs = query, pairs[:, :, 0], pairs[:, :, 1], mask[:, None]
+    return attend_weighted(*inputs, **options) if weigh else (attend(*inputs, **options), None)
 
 
-def step(pattern: Pattern, state: SparseState, query, key, value, lengths=None, in_place=False, **options):
+def step(pattern: Pattern, state: SparseState, query, key, value, lengths=None, in_place=False, weigh=False, **options):
     """Attention of M more tokens, to what is held and to each other.
 
     Args:
@@ -221,20 +228,26 @@ def step(pattern: Pattern, state: SparseState, query, key, value, lengths=None, 
         key, value: (B, M, G, D).
         lengths: (B,) how many of each row's M tokens are real, these first; None for all.
         in_place: whether a step of one token may write into the state; its memory then stays where it is.
+        weigh: whether to return the weights of all tokens so far.
         options: `dropout` and `scale`, as `attend` takes them.
 
     Returns:
-        (B, M, H, D) or None, and the state after these tokens.
+        (B, M, H, D) or None, the weights (B, H, M, tokens) or None, and the state after these tokens.
     """
     pairs = torch.stack([key, value.to(key.dtype)], 2).to(state.pairs.dtype)
     size = min(STEP, pattern.random_block) if pattern.num_random else STEP
-    outputs = []
+    outputs, seen = [], []
     for first in range(0, pairs.shape[1], size):
         part, some = pairs[:, first : first + size], query if query is None else query[:, first : first + size]
         fewer = None if lengths is None else (lengths - first).clamp(0, part.shape[1])
-        output, state = add(pattern, state, some, part, fewer, in_place, **options)
+        output, weights, state = add(pattern, state, some, part, fewer, in_place, weigh, **options)
         outputs.append(output)
-    return None if query is None else torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
+        seen.append(weights)
+    if query is None:
+        return None, None, state
+    tokens = seen[-1].shape[-1] if weigh else 0
+    weights = torch.cat([F.pad(x, (0, tokens - x.shape[-1])) for x in seen], 2) if weigh else None
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], weights, state
 
 
 def first_state(pattern: Pattern, key, value, lengths=None, tokens: int = 0) -> SparseState:

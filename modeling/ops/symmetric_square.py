@@ -1,4 +1,4 @@
-"""The features of a squared dot product: (q . k)^2 = sum over f of multiplicity[f] features(q)[f] features(k)[f].
+"""The features of a squared dot product: (q . k)^2 = sum over f of counted(q)[f] features(k)[f].
 
 Legend: X rows, p entries of a vector, C vectors of a row, s shift, S = p // 2 + 1 shifts, F = S p features.
 
@@ -17,15 +17,6 @@ def num_features(p):
     return p * (p // 2 + 1)
 
 
-def multiplicity(p, like):
-    """(F, 1), how often each feature counts, in the dtype and on the device of `like`."""
-    weight = torch.full((p // 2 + 1, p), 2.0, dtype=like.dtype, device=like.device)
-    weight[0] = 1
-    if p % 2 == 0:
-        weight[-1] = 1
-    return weight.view(-1, 1)
-
-
 def shifted(x):
     """The view (X, S, p, C) of x (X, p, C) whose entry (s, a) is x[a + s mod p]."""
     p = x.shape[1]
@@ -38,7 +29,7 @@ def features(x):
 
 
 def counted(x):
-    """`features(x)` times their multiplicity."""
+    """`features(x)`, each times how often it counts: 2 for the products of different entries."""
     return once((2 * x[:, None] * shifted(x)).flatten(1, 2), x.shape[1])
 
 

@@ -52,6 +52,18 @@ def timed(run: Callable, *arguments, device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
+def thread_timer(threads: int) -> Callable[[Callable], float]:
+    """What times a call on the CPU: with one thread in its own seconds, which other programs hardly lengthen."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
+
+    def measured(run: Callable) -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return measured
+
+
 def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each of `timers` returns when all are called in turns, A B B A A B; a first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}

@@ -1,17 +1,20 @@
 """What attention with a squared kernel costs, beside fused softmax attention."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel
 from ordnung.modeling.ops.symmetric_square import num_features
 from ordnung.scripts.benchmarks import growth
-from ordnung.scripts.benchmarks.measure import in_turns, summarise, timed
+from ordnung.scripts.benchmarks.measure import in_turns, summarise, thread_timer
+from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
@@ -21,6 +24,9 @@ from ordnung.scripts.common.tables import markdown_table
 KERNEL = Kernel(0.5, 1.0)
 TASKS = {"forward": "Forward", "gradients": "Forward and gradients"}
 CACHES = ("state", "dynamic", "static")
+PIECE = 1024  # tokens that fill a state at a time
+# what was aimed at: (head size, tokens) -> how many times faster than fused softmax attention at least, forward
+AIMS = {(16, 4096): 2.4, (32, 4096): 1.05, (64, 4096): 0.5, (16, 16384): 9.0, (32, 16384): 4.0, (64, 16384): 1.6}
 
 
 def make_inputs(options, d: int, length: int) -> list[torch.Tensor]:
@@ -60,6 +66,8 @@ def measure_length(options, d: int, length: int) -> dict:
     competitors = {"squared": partial(squared, options, *inputs, gate), "softmax": partial(softmax, *inputs)}
     seed = torch.randn(1, length, options.heads, d)
 
+    timed = thread_timer(options.threads)
+
     def forward(compute):
         with torch.no_grad():
             return timed(compute)
@@ -79,7 +87,7 @@ def measure_decoding(options, d: int, length: int) -> dict:
     """Seconds of one token after a context, median over samples of `decode_steps`."""
     heads, steps = options.heads, options.decode_steps
     query, key, value = make_inputs(options, d, steps)
-    state = torch.rand(1, heads, num_features(d + 1), d + 1)
+    state = torch.rand(1, heads, d + 1, num_features(d + 1))
     full = [torch.randn(1, heads, length + steps, d) for _ in range(2)]
 
     def with_state():
@@ -100,9 +108,57 @@ def measure_decoding(options, d: int, length: int) -> dict:
             scaled_dot_product_attention(one[0], *(x[:, :, : length + t + 1] for x in held))
 
     runs = {"state": with_state, "dynamic": partial(with_cache, True), "static": partial(with_cache, False)}
+    return {"head_size": d, "length": length, **steps_in_turns(options, runs)}
+
+
+def steps_in_turns(options, runs: dict[str, Callable]) -> dict[str, dict]:
+    """Seconds of one of the `decode_steps` that each of `runs` takes."""
+    timed = thread_timer(options.threads)
     seconds = in_turns({name: partial(timed, run) for name, run in runs.items()}, options.repeats)
-    times = {name: summarise([x / steps for x in values]) for name, values in seconds.items()}
-    return {"head_size": d, "length": length, **times}
+    return {name: summarise([x / options.decode_steps for x in values]) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def measure_model(options, length: int) -> dict:
+    """Seconds of a step of whole models after a context, as generation takes it, and bytes of what they go on from.
+
+    The caches of softmax attention hold random keys and values; the state is filled by the model, in pieces.
+    """
+    torch.manual_seed(options.seed)
+    steps, heads, width = options.decode_steps, options.heads, 64 * options.heads
+    fields = {"vocab_size": 256, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": heads}
+    fields |= {"max_position_embeddings": length + steps, "position_embedding_type": "rope"}
+    squared, soft = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields)).eval()
+        for name in ("quadratic_kernel_lm", "softmax_lm")
+    )
+    ids = torch.randint(256, (1, length + steps))
+    past = {name: DynamicCache(config=(squared if name == "state" else soft).config) for name in ("state", "dynamic")}
+    past["static"] = StaticCache(soft.config, max_cache_len=length + steps)
+    for start in range(0, length, PIECE):
+        squared(ids[:, start : min(start + PIECE, length)], past_key_values=past["state"], logits_to_keep=1)
+    for i in range(2):
+        random = [torch.randn(1, heads, length, 64) for _ in range(2)]
+        for name in ("dynamic", "static"):
+            past[name].update(*random, i)
+    held = {name: state_bytes(cache) for name, cache in past.items()}
+    outputs = {}
+
+    def decode(name):
+        model, cache = squared if name == "state" else soft, past[name]
+        for i in range(length, length + steps):
+            position = torch.tensor([[i]])
+            outputs[name] = model(ids[:, i : i + 1], past_key_values=cache, position_ids=position).logits
+        if name == "dynamic":
+            cache.crop(-steps)
+        elif name == "static":
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(length)
+
+    times = steps_in_turns(options, {name: partial(decode, name) for name in CACHES})
+    if not torch.allclose(outputs["dynamic"], outputs["static"], atol=1e-4):
+        raise ScriptError("softmax attention gives other logits with a static cache than with one that grows")
+    return {"length": length, **times, "bytes": held}
 
 
 def crossover(rows: list[dict], d: int, task: str) -> float | None:
@@ -141,9 +197,39 @@ def markdown(results: dict) -> str:
         for row in results["decoding"]
     ]
     parts.append(f"**One decoded token**\n\n{markdown_table(header, body)}")
+    if results.get("models"):
+        header = ["tokens before", "state, µs", "growing cache, µs", "static cache, µs", "state, MiB", "cache, MiB"]
+        body = [
+            [f"{row['length']:,}", *(f"{1e6 * row[name]['median']:,.0f}" for name in CACHES)]
+            + [f"{row['bytes'][name] / 2**20:.2f}" for name in ("state", "dynamic")]
+            for row in results["models"]
+        ]
+        what = (
+            f"One generated token of whole models of 2 layers and {settings['heads']} heads of 64 channels: "
+            "QuadraticKernelLM with its defaults, and SoftmaxLM"
+        )
+        parts.append(f"**{what}**\n\n{markdown_table(header, body)}")
     held = ", ".join(f"{tokens:,.0f} at d = {d}" for d, tokens in results["state_tokens"].items())
     parts.append(f"The state is as large as the keys and values of this many tokens: {held}.")
     return "\n\n".join(parts)
+
+
+def claims(results: dict) -> str:
+    """What was aimed at beside what was measured."""
+    body = []
+    for (d, length), least in AIMS.items():
+        rows = [row["forward"] for row in results["lengths"] if (row["head_size"], row["length"]) == (d, length)]
+        got = rows[0]["softmax"]["median"] / rows[0]["squared"]["median"] if rows else None
+        verdict = "not run" if got is None else "yes" if got >= least else "no"
+        body.append([f"d = {d}, {length:,} tokens", f"{least:g}×", f"{got:.2f}×" if rows else "-", verdict])
+    for name, what in (("state", "QuadraticKernelLM"), ("dynamic", "SoftmaxLM, growing cache")):
+        rows = sorted(results.get("models", []), key=lambda row: row["length"])
+        if len(rows) > 1:
+            got = rows[-1][name]["median"] / rows[0][name]["median"]
+            aim, verdict = ("1.15× at most", "yes" if got <= 1.15 else "no") if name == "state" else ("-", "-")
+            step = f"a step after {rows[-1]['length']:,} tokens against one after {rows[0]['length']:,}: {what}"
+            body.append([step, aim, f"{got:.2f}×", verdict])
+    return markdown_table(["forward against fused softmax, and decoding", "aim", "measured", "reached"], body)
 
 
 def plot(results: dict, image: Path) -> None:
@@ -187,6 +273,7 @@ def run(options) -> int:
         "state_tokens": {str(d): state_tokens(d) for d in options.head_sizes},
         "lengths": [],
         "decoding": [],
+        "models": [],
     }
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +286,10 @@ def run(options) -> int:
                 results[key].append(measure(options, d, length))
                 write_json(output, results)
                 print(f"{key}: head size {d}, {length} tokens", flush=True)
+    for length in sorted(options.model_lengths):
+        results["models"].append(measure_model(options, length))
+        write_json(output, results)
+        print(f"models: {length} tokens", flush=True)
     plot(results, output.with_suffix(".png"))
     print(markdown(results))
     return 0

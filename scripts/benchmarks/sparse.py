@@ -3,7 +3,6 @@
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import (
     BigBirdConfig,
@@ -26,7 +26,7 @@ from transformers import (
 from ordnung.modeling.convert import convert
 from ordnung.modeling.ops.sparse_attention import sparse_attention
 from ordnung.modeling.ops.sparse_pattern import Pattern
-from ordnung.scripts.benchmarks.measure import PeakMemory, in_turns
+from ordnung.scripts.benchmarks.measure import PeakMemory, in_turns, thread_timer
 from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
@@ -71,16 +71,10 @@ def compiled_flex(window: int) -> Callable:
     return run
 
 
-def measured(run: Callable, clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return clock() - start
-
-
 def compared(runs: dict[str, Callable], baseline: str, options) -> dict[str, dict]:
     """Median seconds of each, and the median of how many times faster it is than `baseline` in the same turn."""
-    clock = time.thread_time if options.threads == 1 else time.perf_counter
-    seconds = in_turns({name: partial(measured, run, clock) for name, run in runs.items()}, options.rounds)
+    measured = thread_timer(options.threads)
+    seconds = in_turns({name: partial(measured, run) for name, run in runs.items()}, options.rounds)
     return {
         name: {
             "seconds": statistics.median(own),
@@ -117,9 +111,11 @@ def measure_attention(options, length: int, backward: bool, flex: Callable | Non
     patterns = {name: Pattern(options.window, **fields, random_block=block) for name, fields in KINDS.items()}
     attend = {"SDPA": sdpa}
     attend |= {name: partial(sparse_attention, pattern=pattern) for name, pattern in patterns.items()}
-    if flex is not None and not backward:
+    reason = flex_reason(flex, inputs, backward)
+    if flex is not None and reason is None:
         attend[FLEX] = flex
-        check(FLEX, flex(*inputs), attend["local"](*inputs))
+        with torch.no_grad():
+            check(FLEX, flex(*inputs), attend["local"](*inputs))
 
     def run(function):
         if backward:
@@ -132,7 +128,19 @@ def measure_attention(options, length: int, backward: bool, flex: Callable | Non
     rows = compared(runs, "SDPA", options)
     for name, row in rows.items():
         row["peak_bytes"] = peak_bytes(runs[name])
+    if reason is not None:
+        rows[FLEX] = {"reason": reason}
     return {"length": length, "backward": backward, "competitors": rows}
+
+
+def flex_reason(flex: Callable | None, inputs, backward: bool) -> str | None:
+    """Why FlexAttention cannot run here, in its own words; None if it can, or is not asked to."""
+    try:
+        with torch.set_grad_enabled(backward):
+            None if flex is None else flex(*inputs)
+    except (TorchDynamoException, RuntimeError, NotImplementedError) as error:  # a compiler fails in many ways
+        return str(error).strip().splitlines()[0].split(". ")[0]
+    return None
 
 
 def encoders(options, length: int) -> dict[str, torch.nn.Module]:
@@ -298,10 +306,12 @@ def markdown(results: dict) -> str:
     """The tables of a results dictionary."""
 
     def ms(row):
+        if "reason" in row:
+            return row["reason"]
         return f"{1e3 * row['seconds']:.1f} ms, {row['faster']:.2f}×"
 
     def mib(row):
-        return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
+        return "-" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.1f}"
 
     def step(row):
         microseconds = 1e6 * row["seconds"] / results["settings"]["decode_steps"]

@@ -35,7 +35,7 @@ def fields_of(name: str, variant: dict[str, Any]) -> dict[str, Any]:
         hint = closest(str(model_type), FAMILIES)
         raise ScriptError(f"variant {name}: model_type {model_type!r} is none of {', '.join(FAMILIES)}{hint}")
     if "distill" not in variant and "keep_attention" in variant:
-        raise ScriptError(f"variant {name}: keep_attention chooses layers by text that is held out: add distill")
+        raise ScriptError(f"variant {name}: keep_attention chooses layers by text: add distill")
     fields = {field: value for field, value in variant.items() if field not in OWN}
     try:
         return check_overrides(CONFIG_MAPPING[model_type], fields)

@@ -1,6 +1,7 @@
 """What the labels of a user's own data are: classes, numbers or several labels each; found from the values."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from ordnung.scripts.common.errors import ScriptError, closest
 # Whole numbers of more kinds than this are quantities, not classes.
 MOST_CLASSES = 20
 SEPARATORS = ";|,"
+COMMAS = re.compile(r"\s*[+-]?\d+,\d+\s*")
 
 
 def is_missing(value: Any) -> bool:
@@ -50,6 +52,14 @@ def parts(value: Any, separator: str | None) -> list[str]:
     return [as_class(part) for part in value if not is_missing(part)]
 
 
+def as_flags(value: Any) -> list[float] | None:
+    """The zeros and ones of a list of numbers or truth values, or None."""
+    if not isinstance(value, (list, tuple)) or any(isinstance(part, str) for part in value):
+        return None
+    found = [as_flag(part) for part in value]
+    return None if None in found else found
+
+
 @dataclass(frozen=True)
 class Labels:
     """What labels mean.
@@ -59,12 +69,14 @@ class Labels:
         why: what told so, in words.
         names: of the labels 0, 1, ...; empty for a regression.
         separator: of the labels in a text, where one holds several.
+        flags: labels are lists with a 0 or 1 for each name.
     """
 
     problem_type: str
     why: str
     names: tuple[str, ...] = ()
     separator: str | None = None
+    flags: bool = False
 
     def encode(self, value: Any) -> int | float | list[float]:
         """The number of a label, a quantity, or a 0 or 1 for each label.
@@ -75,6 +87,11 @@ class Labels:
         if self.problem_type == "multi_label_classification":
             if value is None:
                 raise ValueError("the labels are missing; a row without any has an empty list or text")
+            if self.flags:
+                found = as_flags(value)
+                if found is None or len(found) != len(self.names):
+                    raise ValueError(f"label {value!r} is no list of {len(self.names)} zeros and ones; correct it")
+                return found
             chosen = parts(value, self.separator)
             for name in chosen:
                 self._known(name)
@@ -120,8 +137,13 @@ def find_labels(
     whole = all(number is None or number == int(number) for number in numbers)
     if names is not None and not lists:
         kind, why = "single_label_classification", "the data set names them"
+    elif lists and problem_type in (None, "multi_label_classification") and (count := _flags(present)):
+        names = tuple(f"label_{number}" for number in range(count))
+        return Labels("multi_label_classification", "lists of 0 and 1", names, flags=True)
     elif lists:
         kind, why = "multi_label_classification", "lists"
+    elif problem_type is separator is None and len(kinds) > MOST_CLASSES and all(map(COMMAS.fullmatch, kinds)):
+        raise ScriptError(f"labels such as {present[0]!r} seem to be numbers with a decimal comma: write a point")
     # a few cells that are no number, as "n/a", do not make classes of many quantities
     elif numeric == len(present) and whole and len(kinds) <= MOST_CLASSES:
         kind, why = "single_label_classification", f"whole numbers, {len(kinds)} different"
@@ -167,6 +189,14 @@ def _find_separator(present: Sequence[Any], kinds: set[str]) -> str | None:
             if len(found) < len(kinds) + (separator != ","):  # a comma may well be part of a name
                 return separator
     return None
+
+
+def _flags(present: Sequence[Any]) -> int | None:
+    """How many labels lists of 0 and 1 tell of, one a place; None of lists of labels, which name each once."""
+    found = [as_flags(value) for value in present]
+    ((length, count),) = Counter(map(len, present)).most_common(1)
+    twice = any(len(set(flags)) < len(flags) for flags in found if flags)
+    return length if twice and None not in found and count > len(present) / 2 else None
 
 
 def _truths(kinds: set[str]) -> bool:

@@ -14,7 +14,7 @@ from ordnung.scripts.common.corpus import find_files
 from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.rows import load_rows, row_name
 from ordnung.scripts.finetuning import structured
-from ordnung.scripts.finetuning.labels import Labels, as_flag, find_labels, is_missing
+from ordnung.scripts.finetuning.labels import Labels, as_flag, as_number, find_labels, is_missing
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import THRESHOLD, Task
 
@@ -28,6 +28,7 @@ TEXTS = "text sentence review content body message comment document tweet uttera
 LABELS = "label labels class category target y score rating stars sentiment topic tags intent similarity".split()
 NUMBERS = ("id", "idx", "index", "")  # a column of row numbers is written without a name
 HELD_OUT = 0.1
+LARGE = 10  # of a regression: larger values are told
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
@@ -190,6 +191,13 @@ def _classification(options: FinetuneOptions, train: datasets.Dataset, source: s
         f"{source}: {len(train):,} rows; text: {' and '.join(columns)}; label: {', '.join(label_columns)}; {kind} "
         f"({labels.why}){': ' + ', '.join(labels.names[:20]) if labels.names else ''}"
     )
+    if labels.problem_type == "regression":
+        numbers = [number for value in train[label_columns[0]][:] if (number := as_number(value)) is not None]
+        if max(map(abs, numbers), default=0) > LARGE:
+            logger.warning(
+                f"{label_columns[0]} has values from {min(numbers):g} to {max(numbers):g}: a model begins near 0 and "
+                "is slow to reach far ones; scale them to about -1 to 1, and what is predicted back"
+            )
 
     def read(row: dict[str, Any]) -> Any:
         if not several:

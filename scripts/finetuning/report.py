@@ -137,7 +137,7 @@ def own_markdown(results: dict[str, Any], name: str) -> str:
             markdown_table(["score", "model", "95 %", baseline["what"]], body),
         ]
         guess = mean_score({name: value for name, value in baseline.items() if name != "what"})
-        if mean_score({name: values["mean"] for name, values in scores.items()}) <= guess:
+        if mean_score({name: values["mean"] for name, values in scores.items()}) <= guess < 1:
             parts.append(
                 f"Not better than to guess ({baseline['what']}): train longer (--num_train_epochs) or by another "
                 f"--learning_rate than {results['settings']['learning_rate']:g}."

@@ -154,14 +154,15 @@ def describe(task: Task, logits: np.ndarray, examples: Examples, train: Examples
     made = {"intervals": bootstrap(task.problem_type, arrays)}
     predicted, labels = arrays
     if task.problem_type == "regression":
-        guess, named = train.labels.mean(), "the training rows' mean"
-    elif task.problem_type == "multi_label_classification":
-        guess, named = train.labels.mean(0) > 0.5, "the labels of more than half of the training rows"
+        guesses, named = [train.labels.mean()], "the training rows' mean"
+    elif task.problem_type == "multi_label_classification":  # all of them have the best F1 of labels without a text
+        guesses, named = [train.labels.mean(0) > 0.5, np.True_], "always the frequent labels, or all: the better"
     else:
-        guess = np.bincount(train.labels).argmax()
-        named = f"always {task.labels[guess]}"
-    constant = np.broadcast_to(guess, labels.shape)
-    made["baseline"] = {"what": named, **measure(task.problem_type, constant, labels)}
+        guesses = [np.bincount(train.labels).argmax()]
+        named = f"always {task.labels[guesses[0]]}"
+    constants = (np.broadcast_to(guess, labels.shape) for guess in guesses)
+    measured = [measure(task.problem_type, constant, labels) for constant in constants]
+    made["baseline"] = {"what": named, **{name: max(each[name] for each in measured) for name in measured[0]}}
     if task.problem_type == "regression":
         return made
     numbers = range(len(task.labels))

@@ -223,6 +223,13 @@ def recipes_table() -> str:
     return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
 
 
+def pooling_table() -> str:
+    """What a classifier had better read of a sentence encoder; in words that it is not measured yet."""
+    if not has_results("pooling"):
+        return "Not run to its end yet: `ordnung transfer --config transfer_pooling --glue_path data/glue`."
+    return pooling.markdown(load("pooling"))
+
+
 def packing_table(name: str) -> str:
     """Time of a packed token against one of a full row, and one of the padded batch of the same documents."""
     results = load(name)
@@ -245,7 +252,7 @@ TABLES = {
     "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
     "finetune_recipes": recipes_table,
-    "pooling": lambda: pooling.markdown(load("pooling")),
+    "pooling": pooling_table,
     "transfer": transfer_table,
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
@@ -274,6 +281,7 @@ TABLES = {
     "sparse_claims": lambda: bench_sparse.claims(load("sparse_attention_lm_bench")),
     "sparse_bench": lambda: bench_sparse.markdown(load("sparse_attention_lm_bench")),
     "sparse_recall": lambda: recall.markdown(load("sparse_attention_lm_recall")),
+    "quadratic_claims": lambda: bench_quadratic.claims(load("quadratic_kernel_lm_bench")),
     "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
     "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),

@@ -60,7 +60,7 @@ def markdown() -> str:
 
 def plot(image: Path):
     """A line a rung: mean and 95 % t-interval of its difference from the dot product, over the margin in grey."""
-    figure, panels = new_figure(1, 2, (10, 3.4), sharey=True)
+    figure, panels = new_figure(1, 2, figsize=(10, 3.4), sharey=True)
     for panel, found, label in (
         (panels[0], text(), "perplexity above the dot product's, %"),
         (panels[1], recall(), "right answers more than the dot product, %"),

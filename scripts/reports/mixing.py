@@ -169,31 +169,39 @@ def draw_weights(weights: list[torch.Tensor], layer_types: list[str], image: Pat
     figure.savefig(image, dpi=120)
 
 
-def kernels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """(H, K) of each layer that convolves: its weights by tap, a head's channels averaged."""
-    heads = model.config.num_attention_heads
+def kernels(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each layer that convolves its lags in tokens (K,), below 0 for tokens that follow, and its weights (H, K).
+
+    A head's channels are averaged.
+    """
+
+    def by_lag(mixer):
+        weights = mixer.kernel().detach().float().cpu().unflatten(0, (model.config.num_attention_heads, -1)).mean(1)
+        return (torch.arange(mixer.kernel_size) - mixer.ahead) * mixer.dilation, weights
+
     return {
-        f"{number}: {kind}": layer.mixer.kernel().detach().float().cpu().unflatten(0, (heads, -1)).mean(1)
+        f"{number}: {kind}": by_lag(layer.mixer)
         for number, (layer, kind) in enumerate(zip(model.layers, model.config.layer_types))
         if hasattr(layer.mixer, "kernel")
     }
 
 
-def draw_kernels(found: dict[str, torch.Tensor], dilations: list[int], image: Path, title: str):
+def draw_kernels(found: dict[str, tuple[torch.Tensor, torch.Tensor]], image: Path, title: str):
     """Draw the size of each head's weights against the lag in tokens, both so that small ones are seen."""
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(len(found), 4)
     rows = -(-len(found) // columns)
     shape = {"figsize": (3.2 * columns + 0.6, 2.5 * rows + 0.6), "squeeze": False}
     figure, panels = new_figure(rows, columns, sharey=True, **shape)
-    for panel, (name, kernel), dilation in zip(panels.flat, found.items(), dilations):
-        lags = torch.arange(kernel.shape[1]) * dilation
+    for panel, (name, (lags, kernel)) in zip(panels.flat, found.items()):
         for head, weights in enumerate(kernel):
             panel.plot(lags, weights.abs(), color=colormaps["viridis"](head / len(kernel)), label=f"head {head}")
         panel.set_yscale("log")
         panel.set_title(name, fontsize=8)
         panel.grid(alpha=0.3)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels.flat[len(found) :]:
         panel.axis("off")
     if len(kernel) <= 12:
@@ -266,8 +274,7 @@ def run(options) -> int:
         written += [f"mixing{ending}.png", f"spectrum{ending}.png", f"spectrum{ending}.json"]
     found = kernels(model)
     if found:
-        mixers = [layer.mixer for layer in model.layers if hasattr(layer.mixer, "kernel")]
-        draw_kernels(found, [mixer.dilation for mixer in mixers], output_dir / "kernels.png", name)
+        draw_kernels(found, output_dir / "kernels.png", name)
         written.append("kernels.png")
     for image in written:
         print(output_dir / image)

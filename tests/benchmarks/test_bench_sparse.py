@@ -41,6 +41,20 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
         sparse.check("x", torch.tensor([1.0, torch.nan]), torch.ones(2))
 
 
+def test_where_flex_attention_cannot_run_its_row_says_why():
+    options = bench_sparse.SparseBenchOptions(window=16, num_attention_heads=2, rounds=1)
+
+    def broken(query, key, value):
+        raise RuntimeError("no C++ compiler. Install one.\nand more")
+
+    results = {"settings": vars(options), "encoders": [], "prefill": [], "decoding": []}
+    results["attention"] = [sparse.measure_attention(options, 40, False, broken)]
+    assert results["attention"][0]["competitors"][sparse.FLEX] == {"reason": "no C++ compiler"}
+    assert "| no C++ compiler" in sparse.markdown(results)
+    inputs = [torch.randn(1, 20, 2, 64, requires_grad=True) for _ in range(3)]
+    assert "does not support backward on CPU" in sparse.flex_reason(sparse.compiled_flex(16), inputs, True)
+
+
 def test_exponent_is_that_of_the_last_two_lengths():
     rows = [{"length": n, "competitors": {"a": {"seconds": n**2.0}}} for n in (1, 10, 20)]
     assert sparse.growth(rows, "a") == "2.00" and sparse.growth(rows, "b") == "-"

@@ -3,9 +3,7 @@
 import io
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,7 +20,6 @@ import ordnung  # noqa: F401
 from ordnung.scripts import generate
 from ordnung.scripts.common.errors import ScriptError, run_script
 
-SCRIPT = Path(generate.__file__)
 CONFIG = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "kernel_size": 4}
 
 
@@ -112,12 +109,13 @@ def test_a_terminal_that_lacks_a_character_shows_another(checkpoint, monkeypatch
     assert end.value.code == 0 and terminal.buffer.getvalue().startswith(b"a?b")
 
 
-def test_runs_as_a_program(checkpoint):
-    command = [sys.executable, SCRIPT, "--model_name_or_path", checkpoint, "--max_new_tokens", "3"]
-    result = subprocess.run(command, input="Call me", capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Call me")
-    assert "3 tokens in" in result.stderr
+def test_runs_as_a_program(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Call me"))
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model_name_or_path", str(checkpoint), "--max_new_tokens", "3"])
+    with pytest.raises(SystemExit) as end:
+        run_script(generate.main)
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and out.startswith("Call me") and "3 tokens in" in err
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ PASSES = {
     "test_training_gradient_checkpointing*": "The test has each layer called once in a forward pass and hands all its "
     "calls one mock; here a layer is called for each group of prefixes.",
 }
-# Sparse attention gives the weights of a prefill; those of later tokens are of keys that are not held in their order.
-NO_WEIGHTS_OF_STEPS = {"has_attentions": False}
+COPIED_WEIGHTS = {
+    "test_retain_grad_hidden_states_attentions": "The weights that are returned are put where the padding of a row "
+    "leaves their tokens, after the output was made: no gradient comes to that copy."
+}
 
 
 # What Llama, Qwen and their like are made of.
@@ -154,8 +156,7 @@ ROWS = {
             "random_block_size": 2,  # the tests set the window to 2
             "position_embedding_type": "rope",
         },
-        flags=NO_WEIGHTS_OF_STEPS,
-        excluded=STATE_LAYERS,
+        excluded={**STATE_LAYERS, **COPIED_WEIGHTS},
     ),
     "sparse_attention_lm-modern": Row(
         "sparse_attention_lm",
@@ -165,17 +166,13 @@ ROWS = {
             "global_stride": 5,
             "layer_types": ["sparse_attention", "full_attention"],
         },
-        flags=NO_WEIGHTS_OF_STEPS,
-        excluded=STATE_LAYERS,
+        excluded={**STATE_LAYERS, **COPIED_WEIGHTS},
     ),
     "sparse_attention_lm-bidirectional": Row(
         "sparse_attention_lm",
         heads=("Model", "ForMaskedLM", "ForMultipleChoice", *CLASSIFIERS),
         config={"is_decoder": False, "sliding_window": 3, "num_global_tokens": 2, "global_stride": 5},
-        excluded={
-            "test_retain_grad_hidden_states_attentions": "The weights that are returned are put where the padding of a "
-            "row leaves their tokens, after the output was made: no gradient comes to that copy."
-        },
+        excluded=COPIED_WEIGHTS,
     ),
     "quadratic_kernel_lm": Row(
         "quadratic_kernel_lm",

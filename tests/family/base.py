@@ -12,6 +12,8 @@ class FamilyBase:
     model_type: str
     # name -> config arguments on top of `base_arguments`
     variants: dict[str, dict] = {"default": {}}
+    # those that torch.export takes seconds for, where they hold all that is in the others; by default all
+    exported_variants: tuple[str, ...] = ()
     counted_variant = "default"  # one whose mixing torch's FLOP counter sees
     mixing_exponent: int  # of the number of tokens, in the FLOPs of mixing
     state_grows: bool

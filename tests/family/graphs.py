@@ -39,8 +39,8 @@ class Graphs(FamilyBase):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         self.assert_equal(compiled(ids, use_cache=False).logits, model(ids).logits, compiled_variant)
 
-    def test_exports_with_dynamic_length(self, variant):
-        model = self.shallow(variant)
+    def test_exports_with_dynamic_length(self, exported_variant):
+        model = self.shallow(exported_variant)
         length = torch.export.Dim("length", min=2, max=64)
         with torch.no_grad():
             program = torch.export.export(
@@ -52,7 +52,7 @@ class Graphs(FamilyBase):
             )
         for tokens in (5, 40):
             ids = torch.randint(1, VOCAB, (1, tokens))
-            self.assert_equal(program.module()(ids, use_cache=False).logits, model(ids).logits, variant)
+            self.assert_equal(program.module()(ids, use_cache=False).logits, model(ids).logits, exported_variant)
 
     def test_traced_graph_takes_padding_and_other_shapes(self, variant):
         """torch.jit.trace, which records shapes as the exporters do."""

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 
 import datasets
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launching import SCRIPTS, launch, launch_sharded
+from launching import SCRIPTS, holding, launch, launch_sharded
 from tiny_tasks import assert_same_run, metrics, results, weights
 from transformers import (
     AutoConfig,
@@ -126,17 +125,14 @@ def test_old_scores_are_not_given_for_another_model_or_data(run_task, own_copy, 
 
 
 def test_a_second_process_does_not_write_to_the_same_folder(run_task, tmp_path):
-    hold = "import sys, pathlib; from ordnung.scripts.training.runs import hold; hold(pathlib.Path(sys.argv[1]))"
-    hold += "; print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with holding(tmp_path / "out") as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ScriptError, match="another process is writing to --output_dir .*out: wait for it"):
             run_task("sst2", max_steps=2)
         other.kill()
     run_task("sst2", max_steps=2)  # what is left of one that was killed does not matter
-    late = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert late.returncode != 0 and "another process is writing to" in late.stderr
+    with holding(tmp_path / "out") as late:
+        assert late.wait() != 0 and "could not be acquired" in late.stderr.read()
 
 
 @pytest.mark.parametrize("model", ["softmax", "bert"])
@@ -236,6 +232,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run_task, monkeypatch, kind
     assert metrics(whole, "eval_loss") == metrics(stopped, "eval_loss")
     name = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
     assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+
+
+def test_a_signal_in_the_last_step_of_a_run_stops_before_the_next(run_task, tmp_path, monkeypatch):
+    own, out = Loop.take_step, tmp_path / "out/cola"
+
+    def stopping(self):
+        own(self)
+        if self.step == self.job.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {"seeds": [0, 1], "max_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "take_step", stopping)
+        run_task("cola", status=128 + signal.SIGTERM, **options)
+    first = out / "seed-0/results.json"
+    assert not (out / "seed-1").exists() and not (tmp_path / "out/results.json").exists()
+    written = first.stat().st_mtime_ns
+    run_task("cola", **options)
+    assert first.stat().st_mtime_ns == written and results(tmp_path / "out")["seeds"] == [0, 1]
 
 
 @pytest.fixture

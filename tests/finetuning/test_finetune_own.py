@@ -115,6 +115,10 @@ def test_several_labels_and_numbers_are_learned(model, tmp_path):
     assert config.problem_type == "multi_label_classification" and [*config.label2id] == ["billing", "other", "outage"]
     run = results(folder)
     assert run["metrics"]["validation"]["micro_f1"] > 0.9 > run["details"]["validation"]["baseline"]["micro_f1"]
+    # to name all labels is right in their share of cases, and misses none
+    shares = [row["examples"] / 50 for row in run["details"]["validation"]["per_class"].values()]
+    all_named = np.mean([2 * share / (1 + share) for share in shares])
+    assert run["details"]["validation"]["baseline"]["macro_f1"] == pytest.approx(all_named)
     folder = tune(
         model,
         write_csv(tmp_path / "prices.csv", prices(400, 0)),
@@ -148,11 +152,23 @@ def test_several_labels_and_numbers_are_learned(model, tmp_path):
             ("Bath, England", "Cork, Ireland"),
         ),
         (["None", "some", None], "single_label_classification", ("None", "some")),
+        ([[0, 1, 1], [1, 0, 0], [0, 0, 0]], "multi_label_classification", ("label_0", "label_1", "label_2")),
+        ([[0], [1], [0, 1]], "multi_label_classification", ("0", "1")),
     ],
 )
 def test_problem_types_are_found(values, problem, names):
     found = labelling.find_labels(values, None, None)
     assert (found.problem_type, found.names) == (problem, names)
+
+
+def test_lists_of_flags_are_of_one_length():
+    found = labelling.find_labels([[0, 1], [1, 1], [0, 0], [1, 1, 1]], None, None)
+    assert found.encode([1, 0]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"label \[1, 1, 1\] is no list of 2 zeros and ones; correct it"):
+        found.encode([1, 1, 1])
+    assert labelling.find_labels([f"{i},1" for i in range(30)], None, ",").names[-1] == "29"
+    with pytest.raises(ScriptError, match="labels such as '0,1' seem to be numbers with a decimal comma: write a"):
+        labelling.find_labels([f"{i},1" for i in range(30)], None, None)
 
 
 def test_a_problem_type_is_set():
@@ -250,6 +266,14 @@ def test_a_label_of_the_validation_split_alone(tmp_path):
         read(train, validation_file=[str(other)])
     with pytest.raises(ScriptError, match="has no labels .column 'label'.*ordnung predict"):
         read(train, test_file=[str(write_csv(tmp_path / "c.csv", [{"text": "x"}]))])
+
+
+def test_far_values_are_told(tmp_path, caplog):
+    for last, told in ((9, False), (250_000, True)):
+        rows = [{"text": f"word {i}", "price": i / 7} for i in range(20)] + [{"text": "last", "price": last}]
+        caplog.clear()
+        assert read(write_csv(tmp_path / f"{last}.csv", rows)).regression
+        assert ("price has values from 0 to 250000: a model begins near 0" in caplog.text) == told
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path, caplog):

@@ -193,8 +193,15 @@ def state_of(size):
     return SimpleNamespace(config=SimpleNamespace(longest_row=None), base_model_prefix="model", model=inner)
 
 
-@pytest.mark.parametrize("name", ["linearize_minilm", "linearize_smollm2"])
-def test_shipped_configs_are_valid(name):
-    options = parse_options(LinearizeOptions, ["--config", name, "--train_file", "any"])
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("linearize_minilm", []),
+        ("linearize_smollm2", ["--model_type=sparse_attention_lm", "--config_overrides", "sliding_window=64"]),
+        ("linearize_smollm2", ["--model_type=linformer_lm", "--config_overrides", ""]),
+    ],
+)
+def test_shipped_configs_are_valid(name, more):
+    options = parse_options(LinearizeOptions, ["--config", name, "--train_file", "any", *more])
     config = AutoConfig.for_model(options.model_type, **options.config_overrides)
     assert config.model_type == options.model_type and options.transfer_steps and options.distill_steps

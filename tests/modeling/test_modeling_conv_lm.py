@@ -208,6 +208,8 @@ def test_training_beyond_the_receptive_field_warns(caplog):
     model = build(kernel_size=3).train()
     with caplog.at_level(logging.WARNING):
         model(torch.randint(1, VOCAB, (1, 7)))
+        # documents side by side are as long as they are alone
+        model(torch.randint(1, VOCAB, (1, 21)), position_ids=torch.arange(7).repeat(3)[None])
         assert "no output of this stack sees more" not in caplog.text
         model(torch.randint(1, VOCAB, (1, 23)))
     transformers_logging.disable_propagation()

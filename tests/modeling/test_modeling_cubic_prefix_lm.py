@@ -32,6 +32,7 @@ class TestCubicPrefixLM(FamilyTester):
         "modern-folded": {**MODERN, "qk_norm": False, "position_embedding_type": "learned", "attention_bias": "qkv"},
         "modern-stride": {**MODERN, "prefix_stride": 3},
     }
+    exported_variants = ("rope-stride", "post-two-layers", "stride-post", "causal", "modern-folded")
     counted_variant = "stride-post"  # torch does not count its fused CPU kernel
     single_precision = ("stride-post",)
     mixing_exponent = 2  # of the encoder's mixer

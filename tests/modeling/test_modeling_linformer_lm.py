@@ -90,6 +90,7 @@ class TestCausalLinformerLM(FamilyTester):
             "projection_sharing": "key_value",
         },
     }
+    exported_variants = ("own-weights", "mean-pool", "conv-post", "short-table", "sinks", "sinks-without-slots")
     counted_variant = "eager"  # torch does not count its fused CPU kernel
     mixing_exponent = 1
     state_grows = False

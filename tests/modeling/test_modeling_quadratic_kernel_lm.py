@@ -54,6 +54,7 @@ class TestQuadraticKernelLM(FamilyTester):
             "layer_types": ["full_attention", "quadratic_kernel", "quadratic_kernel"],
         },
     }
+    exported_variants = ("csq", "taylor-window", "square-exclusive", "grouped")
     has_own_head_dim = True
     mixing_exponent = 1
     state_grows = False

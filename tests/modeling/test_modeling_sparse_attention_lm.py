@@ -47,6 +47,7 @@ class TestSparseAttentionLM(FamilyTester):
             "attn_implementation": "eager",
         },
     }
+    exported_variants = ("strided", "all", "eager")
     mixing_exponent = 1
     state_grows = False
 
@@ -243,6 +244,31 @@ def test_weights_of_padded_and_packed_rows_lie_where_their_tokens_lie():
         alone = model(ids[row : row + 1, place], output_attentions=True, use_cache=False).attentions[1][0]
         assert_equal(weights[row, :, place, place], alone)
         assert_equal(weights[row, :, place].sum(-1), torch.ones_like(weights[row, :, place, 0]))
+
+
+@torch.no_grad()
+def test_weights_of_steps_are_those_of_the_whole_row():
+    """In parts and single tokens, wherever padding lies; after beams have moved and tokens were taken back."""
+    fields = {"sliding_window": 4, "num_global_tokens": 2, "global_stride": 5, "num_key_value_heads": 2}
+    random = {"num_random_blocks": 1, "random_block_size": 4}
+    model = build("AutoModelForCausalLM", attn_implementation="eager", **fields, **random)
+    ids = torch.randint(1, VOCAB, (3, 30))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[1, 3:9] = mask[2, 12:15] = 0
+    expected = model(ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+    past, order = DynamicCache(config=model.config), torch.tensor([2, 0, 1])
+    past.activate_past_recording()
+    for start, stop in ((0, 10), (10, 11), (11, 25), (25, 26), (26, 27), (27, 30)):
+        part = model(
+            ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past, output_attentions=True
+        ).attentions
+        for got, whole in zip(part, expected, strict=True):
+            assert_equal(got, whole[:, :, start:stop, :stop])
+        if stop == 27:
+            past.crop(-1)
+            model(ids[:, 26:27], attention_mask=mask[:, :stop], past_key_values=past)
+            past.reorder_cache(order)
+            ids, mask, expected = ids[order], mask[order], [x[order] for x in expected]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -127,7 +127,7 @@ def test_steps_from_a_state_equal_the_definition(name, split):
     state = first_state(pattern, key[:, :done], value[:, :done])
     for tokens in split[1:]:
         place = slice(done, done + tokens)
-        output, state = step(pattern, state, query[:, place], key[:, place], value[:, place])
+        output, _, state = step(pattern, state, query[:, place], key[:, place], value[:, place])
         torch.testing.assert_close(output, expected[:, place], rtol=0, atol=1e-12)
         done += tokens
     assert state.count.tolist() == [60, 60]
@@ -146,7 +146,7 @@ def test_steps_of_rows_of_other_lengths(pattern, in_place):
         for tokens in split:
             place = slice(done, done + tokens)
             now = (lengths - done).clamp(0, tokens)
-            output, state = step(pattern, state, query[:, place], key[:, place], value[:, place], now, in_place)
+            output, _, state = step(pattern, state, query[:, place], key[:, place], value[:, place], now, in_place)
             assert output.isfinite().all()
             for row, length in enumerate(now.tolist()):
                 torch.testing.assert_close(output[row, :length], expected[row, place][:length], rtol=0, atol=1e-12)

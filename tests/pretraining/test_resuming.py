@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from launching import holding
 from tiny_runs import CUBIC, LINFORMER, SOFTMAX, TINY, assert_same_run, metrics
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -166,10 +167,7 @@ def test_a_signal_ends_the_run_at_a_checkpoint(run, whole, tmp_path, monkeypatch
 
 
 def test_a_second_process_does_not_write_to_the_same_folder(run, tmp_path):
-    holder = "import sys, pathlib; from ordnung.scripts.training.runs import hold; hold(pathlib.Path(sys.argv[1]))"
-    holder += "; print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", holder, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with holding(tmp_path / "out") as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ScriptError, match="another process is writing to --output_dir .*out: wait for it"):
             run(max_steps=2)

@@ -168,7 +168,16 @@ def test_kernels_are_the_mixers_weights_by_lag():
     found = mixing.kernels(model)
     assert list(found) == ["0: causal_conv", "2: causal_conv"]
     weights = mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))[2]  # (H, 9, 9)
-    torch.testing.assert_close(found["2: causal_conv"].flip(1), weights[:, 8, 4:], check_dtype=False)
+    lags, kernel = found["2: causal_conv"]
+    torch.testing.assert_close(kernel, weights[:, 8, 8 - lags], check_dtype=False)
+    # of an encoder, tokens that follow too
+    model = make("conv_lm", is_decoder=False, kernel_size=5, dilation=2)
+    with torch.no_grad():
+        model.layers[0].mixer.kernel_logits.normal_()
+    lags, kernel = mixing.kernels(model)["0: centred_conv"]
+    assert lags.tolist() == [-4, -2, 0, 2, 4]
+    weights = mixing.mixing_weights(model, torch.randint(1, VOCAB, (1, 9)))[0]
+    torch.testing.assert_close(kernel, weights[:, 4, 4 - lags], check_dtype=False)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
