@@ -54,7 +54,7 @@ def exponents(lengths: Sequence[float], values: Sequence[float]) -> dict[str, fl
     if len(x) < 3:
         return {"all": found["last"], "low": -math.inf, "high": math.inf, **found}
     line = linregress(x, y)
-    half = float(line.stderr * stdtrit(len(x) - 2, 0.975))
+    half = float(np.nan_to_num(line.stderr) * stdtrit(len(x) - 2, 0.975))  # a constant has none
     return {"all": float(line.slope), "low": float(line.slope) - half, "high": float(line.slope) + half, **found}
 
 

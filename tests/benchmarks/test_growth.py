@@ -19,6 +19,7 @@ def test_exponents_of_powers():
     line = linregress([0, 1, 2], [0, 0, 3])  # three points, one degree of freedom
     assert found["high"] - found["all"] == pytest.approx(12.7062 * line.stderr, rel=1e-5)
     assert exponents([1, 2, 4, 8], [1, 2, 4, 8])["low"] == pytest.approx(1)  # a power of the length leaves no doubt
+    assert exponents([1, 2, 4], [7, 7, 7]) == {"all": 0, "low": 0, "high": 0, "last": 0}  # nor does a constant
 
 
 def test_crossovers_lie_between_lengths():

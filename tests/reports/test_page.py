@@ -81,7 +81,8 @@ def test_a_later_run_takes_the_place_of_an_earlier_one():
 def test_page_holds_all_that_it_needs(written):
     text = written.read_text(encoding="utf-8")
     assert len(text) < 3_000_000
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+    own = re.sub(r"<script>.*?</script>", "", text, flags=re.S)  # the libraries of Vega hold words of markup
+    assert not re.search(r"<(script|link|img|iframe)\b|@import|url\(", own)
     assert all(name in text for name in FAMILIES) and "holds in part" in text
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 from ordnung.scripts import plot_rank
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.reports import rank
+from ordnung.scripts.reports import lowrank, rank
 
 TINY = ["--lengths", "16", "64", "--head_sizes", "3", "--cost_lengths", "8", "300", "--cost_head_sizes", "4", "8"]
 
@@ -54,6 +54,7 @@ def test_heads_of_checkpoints(tmp_path, tokenizer, capsys):
         "--text_file",
         str(tmp_path / "text.txt"),
     ]
+    arguments += ["--share", "0.9", "--passages", "2"]
     assert plot_rank.main([*arguments, "--model_name_or_path", *names]) == 0
     results = json.loads((tmp_path / "out" / "rank.json").read_text())
     assert rank.markdown(results) in capsys.readouterr().out
@@ -64,7 +65,24 @@ def test_heads_of_checkpoints(tmp_path, tokenizer, capsys):
     for row in softmax["lengths"]:
         assert [len(layer) for layer in row["own"]] == [len(layer) for layer in row["shifted"]] == [4, 4, 4]
         assert all(head <= min(45, row["n"] // 2) for layer in row["shifted"] for head in layer)
+        assert [len(passage) for passage in row["needed"]] == [len(passage) for passage in row["shuffled"]] == [3, 3]
+        assert row["needed"][0] != row["needed"][1]  # they read other words
     assert (tmp_path / "out" / "rank.png").stat().st_size > 10_000
+    lengths, own, chance = lowrank.needed(results)
+    assert lengths == [16, 64] and own.shape == (2, 2) and (own <= lengths).all()
+    assert f"| {own[:, 1].mean():.1f} (" in lowrank.markdown(results)
+    lowrank.plot(results, tmp_path / "low.png")
+    assert (tmp_path / "low.png").stat().st_size > 10_000
+
+
+def test_singular_values_that_hold_a_share():
+    assert rank.needed(torch.diag(torch.tensor([8.0, 1.0, 1.0])), 0.75).tolist() == 1
+    assert rank.needed(torch.stack([torch.eye(4), torch.ones(4, 4)]), 0.7).tolist() == [3, 1]
+    weights = torch.randn(2, 40, 40).mul(3).softmax(-1)
+    mixed = rank.shuffled(weights, seed=0)
+    assert torch.equal(mixed.sort(-1).values, weights.sort(-1).values) and not torch.equal(mixed, weights)
+    alike = weights[:, :1].expand(-1, 40, -1)  # of rank one, and of a high one once each row has its own order
+    assert rank.needed(alike, 0.9).tolist() == [1, 1] and min(rank.needed(rank.shuffled(alike, 0), 0.9)) > 10
 
 
 def test_queries_and_keys_are_those_of_the_scores(tmp_path):
@@ -94,7 +112,11 @@ def test_a_real_encoder(tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--model_name_or_path", "x"], "give --text_file"), (["--lengths", "9"], "--lengths 9 must be even")],
+    [
+        (["--model_name_or_path", "x"], "give --text_file"),
+        (["--lengths", "9"], "--lengths 9 must be even"),
+        (["--share", "1"], "--share 1.0 must be between 0 and 1"),
+    ],
 )
 def test_wrong_options_are_refused(more, message, tmp_path):
     with pytest.raises(ScriptError, match=message):
