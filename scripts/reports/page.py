@@ -254,7 +254,7 @@ def curves(cost: Sequence[dict], quality: Sequence[dict]) -> dict:
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "params": params,
         "vconcat": [
-            picture(0, cost, "tokens", within, {"type": "log"}),
+            picture(0, cost, "tokens", within, {"type": "log", "nice": False}),
             picture(1, quality, "position, pairs or steps", "", {"zero": False}),
         ],
         "padding": {"left": 5, "top": 5, "bottom": 5, "right": 150},
@@ -307,7 +307,7 @@ def heatmaps(mixers: Sequence[dict]) -> dict:
                     "field": "shown",
                     "type": "quantitative",
                     "title": "weight",
-                    "scale": {"type": "log", "scheme": "viridis", "domain": [faintest, 1]},
+                    "scale": {"type": "log", "scheme": "viridis", "domain": [faintest, 1], "clamp": True},
                 },
                 "tooltip": [{"field": name, "type": "nominal"} for name in ("query", "key", "w")],
             },

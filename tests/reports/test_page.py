@@ -16,7 +16,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PICKS = """<script>
 const told = {}, count = (where) => document.querySelectorAll(where).length;
 const set = async (picture, id, value) => { await picture.view.signal(id, value).runAsync(); };
-const lines = () => count("#curves .mark-line path");
+const lines = () => count("#curves .mark-line.role-mark path");
 window.drawn.then(async ([curves, heatmaps]) => {
   told.title = document.querySelector("#curves .role-title-text text").textContent;
   told.all = lines();
@@ -28,7 +28,8 @@ window.drawn.then(async ([curves, heatmaps]) => {
   told.second = document.querySelector("#curves .role-title-text text").textContent;
   told.tiles = {};
   for (const family of document.querySelector("#pick-mixer select").options) {
-    await set(heatmaps, "family", family.value); told.tiles[family.value] = count("#heatmaps .mark-rect path");
+    await set(heatmaps, "family", family.value);
+    told.tiles[family.value] = count("#heatmaps .mark-rect.role-mark path");
   }
   told.requests = performance.getEntriesByType("resource").map((one) => one.name);
   document.body.dataset.told = JSON.stringify(told);
@@ -88,7 +89,8 @@ def test_page_holds_all_that_it_needs(written):
 
 def test_a_browser_draws_what_is_picked(written):
     path = written.with_name("picked.html")
-    path.write_text(written.read_text(encoding="utf-8").replace("</body>", PICKS), encoding="utf-8")
+    before, _, after = written.read_text(encoding="utf-8").rpartition("</body>")
+    path.write_text(before + PICKS + after, encoding="utf-8")
     found = re.search(r'data-told="([^"]*)"', opened(path))
     assert found, "the page drew nothing"
     told = json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&"))
