@@ -12,7 +12,7 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.experiments.verdicts import changes, estimate
-from ordnung.scripts.reports import claims, growing, ladder, linearized, lowrank, patterns, pooling, rank
+from ordnung.scripts.reports import claims, growing, ladder, linearized, lowrank, patterns, pooling, rank, window
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports.findings import LOW_RANK
 from ordnung.scripts.reports.results import (
@@ -281,6 +281,7 @@ TABLES = {
     "sparse_claims": lambda: bench_sparse.claims(load("sparse_attention_lm_bench")),
     "sparse_bench": lambda: bench_sparse.markdown(load("sparse_attention_lm_bench")),
     "sparse_recall": lambda: recall.markdown(load("sparse_attention_lm_recall")),
+    "sparse_imdb": lambda: window.markdown(load("sparse_attention_lm_imdb"), load("sparse_attention_lm_imdb_whole")),
     "quadratic_claims": lambda: bench_quadratic.claims(load("quadratic_kernel_lm_bench")),
     "quadratic_bench": lambda: bench_quadratic.markdown(load("quadratic_kernel_lm_bench")),
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
