@@ -22,8 +22,8 @@ FIELDS = {
 }
 RUN = (
     "--validation_fraction 0.1 --train_tokenizer_vocab_size 280 --block_size 16 --per_device_train_batch_size 4 "
-    "--gradient_accumulation_steps 2 --max_steps 6 --eval_steps 3 --logging_steps 1 --save_steps 3 --learning_rate 0.01 "
-    "--seed 1 --optim adamw_torch --use_cpu"
+    "--gradient_accumulation_steps 2 --max_steps 6 --eval_steps 3 --logging_steps 1 --save_steps 3 --seed 1 "
+    "--learning_rate 0.01 --optim adamw_torch --use_cpu"
 ).split()
 
 
