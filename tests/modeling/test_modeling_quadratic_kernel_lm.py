@@ -300,7 +300,7 @@ def test_state_of_another_model_is_refused():
         model(ids, past_key_values=DynamicCache(), use_cache=True)
     for other in ({"centering": "prefix"}, {"head_dim": 6}, {"short_conv_kernel": 2}, {"sliding_window": 4}):
         past = model(ids, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"a state of shapes \[\(4, 15, 9\).*`centering`.*\(sums, conv"):
+        with pytest.raises(ValueError, match=r"a state of shapes \[\(4, 9, 15\).*`centering`.*\(sums, conv"):
             build(**{"head_dim": 4, **other})(ids, past_key_values=past, use_cache=True)
 
 

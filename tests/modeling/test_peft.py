@@ -99,7 +99,7 @@ class TestEveryFamily:
         assert (plain - expected).abs().max() > 1e-3
         model.save_pretrained(tmp_path / "adapter")
         loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
-        assert torch.equal(loaded(ids).logits, expected)
+        torch.testing.assert_close(loaded(ids).logits, expected)  # memory that lies otherwise rounds otherwise
         merged = model.merge_and_unload()
         assert type(merged) is type(base)
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
