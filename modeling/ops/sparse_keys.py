@@ -116,9 +116,8 @@ def causal_spans(pattern: Pattern, N, start, size: int, death, drawn, end: int |
 @lru_cache(KEPT)
 def kept_spans(pattern: Pattern, N: int, first: int, number: int, size: int, end: int, beyond: bool):
     """`causal_spans` on the CPU, of so many blocks from the query `first` on: layers and calls share them."""
-    with torch.inference_mode(False):
-        start = block_starts(N, first, number, size, "cpu")
-        return causal_spans(pattern, N, start, size, *kept_deaths(pattern, N), end, beyond)
+    start = block_starts(N, first, number, size, "cpu")
+    return causal_spans(pattern, N, start, size, *kept_deaths(pattern, N), end, beyond)
 
 
 @lru_cache(1)
