@@ -327,6 +327,7 @@ FIGURES = {
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),
     "cubic_prefix_lm_compare": lambda image: compare.plot(load_compare("cubic_prefix_lm_compare"), image),
     "sparse_attention_lm_patterns": patterns.plot,
+    "sparse_attention_lm_recall": lambda image: recall.plot(load("sparse_attention_lm_recall"), image),
     "quadratic_kernel_lm_bench": lambda image: bench_quadratic.plot(load("quadratic_kernel_lm_bench"), image),
     "quadratic_kernel_lm_rank": lambda image: rank.plot(load("quadratic_kernel_lm_rank"), image),
     "quadratic_kernel_lm_recall": lambda image: recall.plot(load("quadratic_kernel_lm_recall"), image),
