@@ -4,7 +4,7 @@ Legend: R rows, N tokens, C queries of a block, n blocks, K keys that a block ga
 `ops.sparse_pattern`.
 """
 
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -212,13 +212,12 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
         lengths, is_global: as `sparse_attention` takes them.
     """
     if pattern.causal:
-        tables = cache(partial(deaths, pattern, N, device))  # of windows alone few blocks need them, or none
 
         def keys_of(first, number, size, end, beyond=False):
             start = block_starts(N, first, number, size, device)
             # where a mode looks at each operation, its tensors may be others than those that are kept
             if end is None or is_in_torch_dispatch_mode():
-                born, early, dead = causal_spans(pattern, N, start, size, *tables(), end, beyond)
+                born, early, dead = causal_spans(pattern, N, start, size, *deaths(pattern, N, device), end, beyond)
             else:
                 born, early, dead = kept_spans(pattern, N, first, number, size, end, beyond)
             # beyond the row: what sees at least itself
