@@ -4,15 +4,17 @@ Legend: R rows, N tokens, C queries of a block, n blocks, K keys that a block ga
 `ops.sparse_pattern`.
 """
 
-from functools import cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ordnung.modeling.ops.sparse_blocks import BLOCK, WIDE, Plan, is_exporting, spare
 from ordnung.modeling.ops.sparse_pattern import Pattern, priority
 
 NEVER = 2**62
+KEPT = 2048  # slabs of causal models of which `kept_spans` stay: 16 bytes for each of some hundred keys
 
 
 def is_fixed(pattern: Pattern, position: torch.Tensor) -> torch.Tensor:
@@ -75,8 +77,8 @@ def positions_of(pattern: Pattern, blocks: torch.Tensor) -> torch.Tensor:
     return ((blocks % 2**31)[..., None] * pattern.random_block + token).flatten(-2)
 
 
-def causal_keys(pattern: Pattern, N, start, size: int, death, drawn, end: int | None, beyond: bool = False):
-    """What blocks of queries gather: see `Plan.keys`.
+def causal_spans(pattern: Pattern, N, start, size: int, death, drawn, end: int | None, beyond: bool = False):
+    """What blocks of queries gather, and which queries see it.
 
     Args:
         start: (n,) the first queries of the blocks, of `size` queries each.
@@ -86,11 +88,10 @@ def causal_keys(pattern: Pattern, N, start, size: int, death, drawn, end: int | 
         beyond: those beyond the windows alone: see `Plan.beyond`.
 
     Returns:
-        (1, n, K) positions, within the row, and (1, n, C, K) which of them each query sees.
+        (n, K) positions, within the row; the first query that sees each; and the first one after it that does not.
     """
     w, device = pattern.window, death.device
     start = start[:, None]
-    query = (start + torch.arange(size, device=device)).clamp(max=N - 1)  # beyond the row: what sees at least itself
     # the keys of the windows; or those that leave one while others of these queries still have them in theirs
     near = start + torch.arange(-w, size - w if beyond else size, device=device)
     # before that window, each key once
@@ -109,9 +110,25 @@ def causal_keys(pattern: Pattern, N, start, size: int, death, drawn, end: int | 
     if end is not None:
         used = ((dead > start) & (dead > early)).any(0)
         born, early, dead = born[:, used], early[:, used], dead[:, used]
-    early, dead, query = early.int(), dead.clamp(max=2**31 - 1).int(), query.int()  # half as many bytes to compare
-    mask = (early[:, None] <= query[..., None]) & (query[..., None] < dead[:, None])
-    return born.clamp(0, N - 1)[None], mask[None]
+    return born.clamp(0, N - 1), early.int(), dead.clamp(max=2**31 - 1).int()  # half as many bytes to compare
+
+
+@lru_cache(KEPT)
+def kept_spans(pattern: Pattern, N: int, first: int, number: int, size: int, end: int, beyond: bool):
+    """`causal_spans` on the CPU, of so many blocks from the query `first` on: layers and calls share them."""
+    start = block_starts(N, first, number, size, "cpu")
+    return causal_spans(pattern, N, start, size, *kept_deaths(pattern, N), end, beyond)
+
+
+@lru_cache(1)
+def kept_deaths(pattern: Pattern, N: int):
+    """`deaths` on the CPU, of the last length alone."""
+    return deaths(pattern, N, "cpu")
+
+
+def block_starts(N, first, number, size: int, device) -> torch.Tensor:
+    """(number,) the first queries of blocks from the query `first` on; of blocks beyond the row, those of its last."""
+    return (first + size * torch.arange(number, device=device)).clamp(max=(N - 1) // BLOCK * BLOCK)
 
 
 class Landmarks(NamedTuple):
@@ -146,7 +163,12 @@ class Landmarks(NamedTuple):
 
 
 def bidirectional_keys(pattern: Pattern, N, start, size: int, length, landmarks: Landmarks, beyond: bool = False):
-    """As `causal_keys`, for R or 1 rows; `length` is (R or 1, 1). `size` is `BLOCK` where there are random blocks."""
+    """What `Plan.keys` gives of blocks from `start` (n,) on, of `size` queries: `BLOCK` where there are random blocks.
+
+    Args:
+        length: (R or 1, 1).
+        beyond: see `Plan.beyond`.
+    """
     w, device = pattern.window, length.device
     rows, bound = landmarks.taken.shape[0], length[..., None]
     row = torch.arange(rows, device=device)[:, None, None]
@@ -189,23 +211,25 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
     Args:
         lengths, is_global: as `sparse_attention` takes them.
     """
-
-    def starts(first, last):
-        return torch.arange(first, last, device=device).clamp(max=(N - 1) // BLOCK) * BLOCK
-
-    def wide_starts(start, number, size):
-        return start + size * torch.arange(number, device=device)
-
     if pattern.causal:
-        tables = cache(partial(deaths, pattern, N, device))  # of windows alone few blocks need them, or none
+
+        def keys_of(first, number, size, end, beyond=False):
+            start = block_starts(N, first, number, size, device)
+            # where a mode looks at each operation, its tensors may be others than those that are kept
+            if end is None or is_in_torch_dispatch_mode():
+                born, early, dead = causal_spans(pattern, N, start, size, *deaths(pattern, N, device), end, beyond)
+            else:
+                born, early, dead = kept_spans(pattern, N, first, number, size, end, beyond)
+            # beyond the row: what sees at least itself
+            query = (start[:, None] + torch.arange(size, device=device)).clamp(max=N - 1).int()[..., None]
+            return born[None], ((early[:, None] <= query) & (query < dead[:, None]))[None]
 
         def causal(row, first, last):
-            end = None if row is None else min(N, last * BLOCK)
-            return causal_keys(pattern, N, starts(first, last), BLOCK, *tables(), end)
+            end = None if row is None else min(N, last * BLOCK)  # slabs, which are computed on a CPU and in no graph
+            return keys_of(first * BLOCK, last - first, BLOCK, end)
 
         def beyond(row, start, number, size):
-            end = max(0, start + number * size - pattern.window)
-            return causal_keys(pattern, N, wide_starts(start, number, size), size, *tables(), end, beyond=True)
+            return keys_of(start, number, size, max(0, start + number * size - pattern.window), beyond=True)
 
         inner = inner_blocks(pattern, N, device, None if pattern.local else beyond)
         return Plan(causal, True, pattern.window // BLOCK, *inner), None
@@ -217,10 +241,12 @@ def make_plan(pattern: Pattern, N, device, lengths=None, is_global=None) -> tupl
     def bidirectional(row, first, last):
         some = slice(None) if row is None or rows == 1 else slice(row, row + 1)
         here = Landmarks(*(x[some] for x in landmarks))
-        return bidirectional_keys(pattern, N, starts(first, last), BLOCK, length[some], here)
+        start = block_starts(N, first * BLOCK, last - first, BLOCK, device)
+        return bidirectional_keys(pattern, N, start, BLOCK, length[some], here)
 
     def both_beyond(row, start, number, size):
-        return bidirectional_keys(pattern, N, wide_starts(start, number, size), size, length, landmarks, beyond=True)
+        start = block_starts(N, start, number, size, device)
+        return bidirectional_keys(pattern, N, start, size, length, landmarks, beyond=True)
 
     beyond = None if pattern.local and is_global is None else both_beyond
     inner = inner_blocks(pattern, N, device, beyond) if rows == 1 and lengths is None else ()

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ordnung.modeling.ops.sparse_attention import sparse_attention, weighted_attention
-from ordnung.modeling.ops.sparse_keys import NEVER, deaths, pairs_seen, reservoir
+from ordnung.modeling.ops.sparse_keys import NEVER, deaths, kept_spans, pairs_seen, reservoir
 from ordnung.modeling.ops.sparse_pattern import PRIME, Pattern, mask_naive, priority, sparse_attention_naive
 from ordnung.modeling.ops.sparse_state import empty_state, first_state, step
 
@@ -219,6 +219,37 @@ def test_the_way_of_graphs_and_other_devices_is_equal(pattern):
         gradients = torch.autograd.grad(got.square().sum(), tensors)
     for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), tensors), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_kept_keys_serve_every_later_call():
+    """Of inference mode, other types, lengths and patterns."""
+    kept_spans.cache_clear()
+    first = Pattern(70, 3, 9, 2, 16)
+    others = [{"window": 66}, {"stride": 7}, {"seed": 1}]
+    tensors = inputs(330, rows=1)
+    with torch.inference_mode():
+        sparse_attention(*tensors, first)
+    sparse_attention(*(x.bfloat16() for x in tensors), first).sum().backward()
+    made = kept_spans.cache_info().misses
+    for changed, N in ({}, 330), *((other, 330) for other in others), ({}, 340), ({}, 330):
+        pattern, tensors = first._replace(**changed), inputs(N, rows=1)
+        got = sparse_attention(*tensors, pattern)
+        gradients = torch.autograd.grad(got.square().sum(), tensors)
+        with sdpa_kernel(SDPBackend.MATH):  # keeps nothing
+            expected = sparse_attention(*tensors, pattern)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), tensors), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert kept_spans.cache_info().misses == (len(others) + 2) * made  # each once
+
+
+def test_tensors_of_a_mode_are_not_kept_and_meet_none_that_are():
+    """Fake ones, or those that a tracer watches."""
+    tensors = inputs(330, rows=1)
+    before = kept_spans.cache_info()
+    with Largest():
+        sparse_attention(*tensors, Pattern(70, 3, 9)).sum().backward()
+    assert kept_spans.cache_info() == before
 
 
 @pytest.mark.parametrize("pattern", CASES)
