@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ordnung.scripts import cli
+from ordnung.scripts.common.options import parse_key_values
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "scripts/README.md", "modeling/README.md")}
@@ -63,6 +64,7 @@ def checkpoint(tmp_path, monkeypatch, tokenizer):
     rows = [f"a whale of {i} tons,{'ab'[i % 2]}" for i in range(20)]
     (tmp_path / "tickets.csv").write_text("\n".join(["text,label", *rows, ""]))
     (tmp_path / "new.csv").write_text("number,text\n007,a whale\n")
+    (tmp_path / "my_book.txt").write_text("a whale swims by and a man rows away.\n" * 40)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "out/tickets")
     tokenizer.save_pretrained(tmp_path / "out/tickets")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
@@ -101,6 +103,7 @@ def test_commands_start(command, checkpoint, monkeypatch):
     smaller = {
         "convert": "--source bert",
         "evaluate": "--max_tokens 400 --block_size 32 --stride 16 --use_cpu",
+        "linearize": "--source bert --block_size 16 --transfer_steps 2 --distill_steps 2 --max_eval_blocks 4 --use_cpu",
         "finetune": "--max_steps 2 --seeds 0 --max_length 16 --use_cpu",
         "predict": "--use_cpu",
         "plot-mixing": "--max_length 16",
@@ -110,6 +113,9 @@ def test_commands_start(command, checkpoint, monkeypatch):
         "--config_overrides hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4 --use_cpu",
     }
     program, *options = shlex.split(command)[1:]
+    if "--config_overrides" in options:  # its own sizes, which a test's take the place of
+        own = parse_key_values(options[options.index("--config_overrides") + 1])
+        AutoConfig.for_model(options[options.index("--model_type") + 1], **own)
     if program == "finetune":
         options += ["--output_dir", "out/tuned"] if "--train_file" in options else ["--dataset_path", "data"]
     words = [program, *options, *smaller[program].split()]
