@@ -1,5 +1,6 @@
 """What README.md and the guides show works: Python blocks run, commands parse and start, links exist."""
 
+import importlib
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from ordnung.scripts import cli
-from ordnung.scripts.common.options import parse_key_values
+from ordnung.scripts.common.options import parse_key_values, parse_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "scripts/README.md", "modeling/README.md")}
@@ -128,6 +129,36 @@ def test_commands_start(command, checkpoint, monkeypatch):
     if program == "pretrain":
         model = AutoModelForCausalLM.from_pretrained("out/conv")
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def all_commands():
+    """Commands of all pages and cards, but for claims.md: what made its results files is history."""
+    pages = [ROOT / name for name in PAGES]
+    pages += [path for path in (ROOT / "model_cards").rglob("*.md") if path.name != "claims.md"]
+    found = []
+    for page in pages:
+        text = re.sub(r"<!-- table: .*?<!-- end -->", "", page.read_text(), flags=re.S).replace("\\\n", " ")
+        found += re.findall(r"^(?: {4})?(?:taskset -c \S+ )?ordnung ([a-z-]+ [^#\n`]*)", text, re.M)
+    return sorted({" ".join(line.split()) for line in found})
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_options_of_every_page_and_card_exist(command, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def parse(*args):
+        parse_options(*args)
+        raise Parsed
+
+    # a variable of the shell stands for pairs
+    program, *options = shlex.split(re.sub(r"\$\w+", "train_file=texts.jsonl", command.partition("&&")[0]))
+    if program in cli.OTHERS:
+        pytest.skip("the options are another package's")
+    module = importlib.import_module(f"ordnung.scripts.{cli.PROGRAMS[program]}")
+    monkeypatch.setattr(module, "parse_options", parse)
+    with pytest.raises(Parsed):
+        module.main(options)
 
 
 @pytest.mark.parametrize("page", PAGES)
