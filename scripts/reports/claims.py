@@ -23,7 +23,7 @@ from ordnung.scripts.reports.findings import (
     speed,
     squared_cost,
     squared_faster,
-    squared_rank,
+    squared_ranks,
     squared_steady,
     steady,
     steady_decode,
@@ -182,8 +182,8 @@ def quadratic_claims() -> list[Claim]:
     cost = [
         squared_cost("d", 2),
         squared_cost("n", 0),
-        squared_rank("own", "softmax attention's weights: (d + 1)(d + 2) / 2"),
-        squared_rank("shifted", "the squared kernel's: (d + 1)(d + 2) / 2"),
+        *squared_ranks(squared=False),
+        *squared_ranks(squared=True),
     ]
     sizes, file = (16, 32, 64), "quadratic_kernel_lm_compare"
     text = [

@@ -210,15 +210,25 @@ def squared_cost(by: str, power: float) -> Finding:
     return Finding(f"FLOPs of a token grow as {by}^{power:g}", number, verdict, RANK, f"costs, {by}")
 
 
-def squared_rank(kind: str, what: str) -> Finding:
-    """Whether (d + 1)(d + 2) / 2 bounds the rank in every head of a trained encoder, at its longest row."""
-    (model,) = load(RANK)["models"]
-    row = model["lengths"][-1]
-    ranks = [rank for layer in row[kind] for rank in layer]
-    number = f"{min(ranks)} to {max(ranks)} in {len(ranks)} heads of {model['model']} at {row['n']:,} tokens, "
-    number += f"bound {model['bound']}"
-    verdict = at_most(Interval(sum(ranks) / len(ranks), min(ranks), max(ranks), len(ranks)), model["bound"])
-    return Finding(f"rank of {what}", number, verdict, RANK, f"models, lengths, {kind}")
+def squared_ranks(squared: bool) -> list[Finding]:
+    """Whether (d + 1)(d + 2) / 2 bounds the rank in every head, at their longest rows: of each trained model a finding.
+
+    Args:
+        squared: of the squared kernel, of a model that has it or on what softmax layers score; else of softmax.
+    """
+    found = []
+    for model in load(RANK)["models"]:
+        row = model["lengths"][-1]
+        if not squared and "shifted" not in row:  # it has no softmax
+            continue
+        kind = "shifted" if squared and "shifted" in row else "own"
+        ranks = [rank for layer in row[kind] for rank in layer]
+        number = f"{min(ranks)} to {max(ranks)} in {len(ranks)} heads of {model['model']} at {row['n']:,} tokens, "
+        number += f"bound {model['bound']}"
+        verdict = at_most(Interval(sum(ranks) / len(ranks), min(ranks), max(ranks), len(ranks)), model["bound"])
+        what = "the squared kernel's" if squared else "softmax attention's weights"
+        found.append(Finding(f"rank of {what}: (d + 1)(d + 2) / 2", number, verdict, RANK, f"models, lengths, {kind}"))
+    return found
 
 
 def low_rank(exponent: bool) -> Finding:
