@@ -3,10 +3,12 @@
 import argparse
 import copy
 import dataclasses
+import importlib
 import json
 import operator
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -232,6 +234,22 @@ def parse_options(
         raise ScriptError(f"unknown option {unknown[0]!r}{closest(unknown[0].lstrip('-'), names)}; --help lists all")
     check_bounds(options)
     return options
+
+
+def program(options_type: type, module: str, description: str) -> Callable[[list[str] | None], int]:
+    """The `main` of a program: it parses the options, and only then imports what does the work.
+
+    Args:
+        options_type, description: as `parse_options` takes them.
+        module: in `ordnung.scripts`; its `run` takes the options and returns the exit status.
+    """
+
+    def main(argv: list[str] | None = None) -> int:
+        """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
+        options = parse_options(options_type, argv, description)
+        return importlib.import_module(f"ordnung.scripts.{module}").run(options)
+
+    return main
 
 
 def _installed_configs() -> dict[str, dict]:
