@@ -29,9 +29,9 @@ from ordnung.scripts.training.accelerator import make_accelerator
 
 def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: list[np.ndarray]):
     """A function that takes the steps of `batches`, lists of rows."""
-    train, names = data.train, ("input_ids", "labels")
+    train = data.train
     rows = [
-        dict(zip(names, (train.ids[start:end].tolist(), int(label))))
+        {"input_ids": train.ids[start:end].tolist(), "labels": int(label)}
         for start, end, label in zip(train.starts, train.starts[1:], train.labels)
     ]
     loader = DataLoader(
@@ -145,8 +145,7 @@ def run(bench) -> int:
         training = {**recipes, "bare": bare}
         predicting = predicting_loops(plain, task, bench.predict_rows, Path(folder)) if bench.predict_rows else {}
         device = plain.accelerator.device.type
-        loops = {name: partial(timed, loop, device=device) for name, loop in {**training, **predicting}.items()}
-        seconds = in_turns(loops, bench.rounds)
+        seconds = in_turns({**training, **predicting}, bench.rounds, partial(timed, device=device))
         predicted = min(bench.predict_rows, len(plain.data.train))
     examples = {name: sum(map(len, recipe.rows)) for name, recipe in recipes.items()}
     examples |= {"bare": examples["ours"], "predict": predicted, "bare_predict": predicted}
@@ -163,7 +162,11 @@ def run(bench) -> int:
         scale = tokens[other] / tokens[name]
         return [scale * a / b for a, b in zip(seconds[name], seconds[other])]
 
-    of_bare = ratios("ours", "bare")
+    lines = [("ours", "bare", ratios("ours", "bare"))] + [(name, "ours", ratios(name, "ours")) for name in others]
+    if predicting:
+        lines.append(("predict", "bare_predict", ratios("predict", "bare_predict")))
+    timed_against = {name: each for name, _, each in lines}
+    of_bare = timed_against["ours"]
     results = {
         "model": bench.model_name_or_path,
         "task": task.name,
@@ -173,14 +176,12 @@ def run(bench) -> int:
         "tokens": {name: count for name, count in tokens.items() if name in training},
         "steps": bench.steps,
         "rows_a_step": bench.per_device_train_batch_size,
-        "recipes": {name: {"of_ours": median(each := ratios(name, "ours")), "each": each} for name in others},
+        "recipes": {name: {"of_ours": median(each := timed_against[name]), "each": each} for name in others},
         "machine": machine_info(),
     }
-    lines = [("ours", "bare", of_bare)] + [(name, "ours", ratios(name, "ours")) for name in others]
     if predicting:
-        results["predict"] = {"ratio": median(each := ratios("predict", "bare_predict")), "ratios": each}
-        results["predict"]["rows"] = predicted
-        lines.append(("predict", "bare_predict", each))
+        each = timed_against["predict"]
+        results["predict"] = {"ratio": median(each), "ratios": each, "rows": predicted}
     for name, other, each in lines:
         print(f"time of {name} / {other}: {median(each):.3f} ({min(each):.3f} to {max(each):.3f})")
     speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in results["examples_per_second"].items())

@@ -1,6 +1,7 @@
 """What predicting from every prefix costs."""
 
 import math
+import operator
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -105,7 +106,7 @@ def measure_training(options, layers: int, length: int) -> dict:
     if not error < 1e-4:
         raise ScriptError(f"cubic differs from naive by {error:.1e} with {layers} layers and {length} tokens")
     steps = {name: partial(step, model, compute, tokens) for name, (model, compute) in competitors.items()}
-    seconds = in_turns(steps, options.repeats)
+    seconds = in_turns(steps, options.repeats, operator.call)  # they time themselves
     rows = {}
     for name, (model, compute) in competitors.items():
         flops, attention = counted_flops(model, compute, tokens)
@@ -142,7 +143,7 @@ def measure_decoding(options, length: int) -> dict:
 
     timers = {"encoded anew": lambda: timed(encode_anew)}
     timers |= {name: partial(after_prompt, model) for name, model in models.items()}
-    seconds = in_turns(timers, options.repeats)
+    seconds = in_turns(timers, options.repeats, operator.call)
     prefill = {}
     for n in (length // 2, length):
         prompt = tokens[:, :n]

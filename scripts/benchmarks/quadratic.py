@@ -66,18 +66,17 @@ def measure_length(options, d: int, length: int) -> dict:
     competitors = {"squared": partial(squared, options, *inputs, gate), "softmax": partial(softmax, *inputs)}
     seed = torch.randn(1, length, options.heads, d)
 
-    timed = thread_timer(options.threads)
-
+    @torch.no_grad()
     def forward(compute):
-        with torch.no_grad():
-            return timed(compute)
+        compute()
 
     def gradients(compute):
-        return timed(lambda: torch.autograd.grad(compute(), inputs, seed))
+        torch.autograd.grad(compute(), inputs, seed)
 
     row = {"head_size": d, "length": length}
     for task, run in (("forward", forward), ("gradients", gradients)):
-        seconds = in_turns({name: partial(run, compute) for name, compute in competitors.items()}, options.repeats)
+        runs = {name: partial(run, compute) for name, compute in competitors.items()}
+        seconds = in_turns(runs, options.repeats, thread_timer(options.threads))
         row[task] = {name: summarise(values) for name, values in seconds.items()}
     return row
 
@@ -113,8 +112,7 @@ def measure_decoding(options, d: int, length: int) -> dict:
 
 def steps_in_turns(options, runs: dict[str, Callable]) -> dict[str, dict]:
     """Seconds of one of the `decode_steps` that each of `runs` takes."""
-    timed = thread_timer(options.threads)
-    seconds = in_turns({name: partial(timed, run) for name, run in runs.items()}, options.repeats)
+    seconds = in_turns(runs, options.repeats, thread_timer(options.threads))
     return {name: summarise([x / options.decode_steps for x in values]) for name, values in seconds.items()}
 
 

@@ -73,8 +73,7 @@ def compiled_flex(window: int) -> Callable:
 
 def compared(runs: dict[str, Callable], baseline: str, options) -> dict[str, dict]:
     """Median seconds of each, and the median of how many times faster it is than `baseline` in the same turn."""
-    measured = thread_timer(options.threads)
-    seconds = in_turns({name: partial(measured, run) for name, run in runs.items()}, options.rounds)
+    seconds = in_turns(runs, options.rounds, thread_timer(options.threads))
     return {
         name: {
             "seconds": statistics.median(own),
@@ -143,21 +142,24 @@ def flex_reason(flex: Callable | None, inputs, backward: bool) -> str | None:
     return None
 
 
-def encoders(options, length: int) -> dict[str, torch.nn.Module]:
-    """One layer each, embeddings included. Ours has Longformer's weights, and full attention ours."""
-    torch.manual_seed(options.seed)
+def sizes_of(options, length: int) -> dict[str, int]:
+    """Config fields of one layer for so many tokens."""
     width = options.num_attention_heads * HEAD_DIM
-    sizes = {
+    return {
         "vocab_size": VOCAB,
         "hidden_size": width,
         "num_hidden_layers": 1,
         "num_attention_heads": options.num_attention_heads,
         "intermediate_size": 4 * width,
-        "max_position_embeddings": length + 2,
-        "pad_token_id": 0,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": length,
     }
+
+
+def encoders(options, length: int) -> dict[str, torch.nn.Module]:
+    """One layer each, embeddings included. Ours has Longformer's weights, and full attention ours."""
+    torch.manual_seed(options.seed)
+    sizes = {**sizes_of(options, length + 2), "pad_token_id": 0}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     longformer = LongformerModel(LongformerConfig(**sizes, attention_window=options.window), add_pooling_layer=False)
     bert = {"position_embedding_type": "learned", "norm_position": "post", "is_decoder": False}
     ours = convert(longformer, "sparse_attention_lm", output_report=True)[0]
@@ -199,17 +201,8 @@ def measure_encoders(options, length: int, backward: bool) -> dict:
 def decoders(options, room: int) -> dict[str, torch.nn.Module]:
     """Causal models of one layer with the weights of a Mistral, by what they look at."""
     torch.manual_seed(options.seed)
-    width = options.num_attention_heads * HEAD_DIM
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=options.num_attention_heads,
-        num_key_value_heads=options.num_attention_heads,
-        intermediate_size=4 * width,
-        max_position_embeddings=room,
-        sliding_window=options.window,
-    )
+    heads = {"num_key_value_heads": options.num_attention_heads}
+    config = MistralConfig(**sizes_of(options, room), **heads, sliding_window=options.window)
     mistral = MistralForCausalLM(config).eval()
     ours = partial(convert, mistral, "sparse_attention_lm", output_report=True)
     besides = {"num_global_tokens": 16, "random_block_size": min(RANDOM_BLOCK, options.window)}
