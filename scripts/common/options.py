@@ -270,6 +270,16 @@ def find_config(name: str) -> Path:
     return installed
 
 
+def arguments(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that give a program's options these values; an option with None is left out."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{name}", *map(str, items)]
+    return words
+
+
 def _yaml_arguments(path: str, known: set[str]) -> list[str]:
     """The file's entries as command-line arguments, so that one parser checks and converts both."""
     try:
@@ -281,12 +291,7 @@ def _yaml_arguments(path: str, known: set[str]) -> list[str]:
         raise ScriptError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ScriptError(f"--config {path} must hold `option: value` lines, not a {type(values).__name__}")
-    arguments = []
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             raise ScriptError(f"unknown option {name!r} in {path}{closest(str(name), known)}; --help lists all")
-        if value is None:
-            continue
-        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        arguments += [f"--{name}", *map(str, items)]
-    return arguments
+    return arguments(values)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ordnung.modeling.registration import LORA_TARGETS
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.linearizing import measure
-from ordnung.scripts.linearizing.data import IGNORED, Text, documents_of, mean_states, real_tokens
+from ordnung.scripts.linearizing.data import Text, documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.linearizing.teacher import (
     Mixed,
@@ -33,6 +33,7 @@ from ordnung.scripts.linearizing.teacher import (
     student_mixes,
     watched,
 )
+from ordnung.scripts.pretraining.blocks import IGNORED
 from ordnung.scripts.training.accelerator import summed
 from ordnung.scripts.training.loop import Job, Step
 from ordnung.scripts.training.optimization import make_optimizer, recompute_activations
