@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 from scipy.stats import linregress
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, Variant
+from ordnung.scripts.benchmarks.variants import VARIANTS, Shape
 from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, new_figure, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
@@ -21,19 +21,9 @@ from ordnung.scripts.common.tables import markdown_table
 TASKS = {"train": "training step", "prefill": "prompt", "decode": "one more token", "state": "generation state, bytes"}
 
 
-def variant_of(name: str) -> Variant:
-    """A family as benchmark.py has it, or with its defaults."""
-
-    def config(shape: Shape) -> PreTrainedConfig:
-        heads = {"num_attention_heads": shape.num_attention_heads, "max_position_embeddings": shape.max_length}
-        return AutoConfig.for_model(name, **shape.common(), **heads)
-
-    return VARIANTS.get(name) or Variant(f"{name}, default configuration", AutoModelForCausalLM, config)
-
-
 def count(name: str, shape: Shape, lengths: list[int]) -> dict[str, list[int]]:
     """FLOPs, and bytes of the state, of one sequence of each length (tokens); the weights take no memory."""
-    variant, counted = variant_of(name), {task: [] for task in TASKS}
+    variant, counted = VARIANTS[name], {task: [] for task in TASKS}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(variant.config(shape))
     for length in lengths:

@@ -299,9 +299,7 @@ VARIANTS: dict[str, Variant] = {
         prefix_group_tokens=1 << 16,
     ),
     "quadratic_kernel_lm": _ours(
-        "quadratic_kernel_lm",
-        "QuadraticKernelLM, default configuration: queries and keys of 16",
-        flops=quadratic_flops,
+        "quadratic_kernel_lm", "QuadraticKernelLM, default configuration: queries and keys of 16", flops=quadratic_flops
     ),
     "sparse_local": _sparse("", num_global_tokens=0),
     "sparse_global": _sparse(" and 16 global tokens", num_global_tokens=16),

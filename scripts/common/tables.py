@@ -20,6 +20,12 @@ def spread(summary: dict[str, Any], decimals: int, scale: float = 1.0) -> str:
     return " ± ".join(f"{value * scale:,.{decimals}f}" for value in values)
 
 
+def ranged(values: Sequence[float], decimals: int, more: str = "") -> str:
+    """Values as text: their median, and in brackets the least, the largest and what else is to be said."""
+    middle, low, high = (f"{value:.{decimals}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high}{more})"
+
+
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it also reads well in a terminal."""
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]

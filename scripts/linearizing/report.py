@@ -87,15 +87,9 @@ def share(results: dict[str, Any], start: int = 0) -> float | None:
             return None
         floor, teacher = results["converted"]["floor"]["similarity"], results["teacher"]["similarity"]
         return (results["student"]["similarity"] - floor) / (teacher - floor)
-    lost, left = (
-        _difference(found, results["teacher"], start) for found in (results["converted"]["student"], results["student"])
-    )
-    return None if not lost else 1 - left / lost
-
-
-def _difference(ours: dict, theirs: dict, start: int) -> float | None:
-    ours, theirs = measure.loss_from(ours, start), measure.loss_from(theirs, start)
-    return None if ours is None else ours - theirs
+    forms = (results["converted"]["student"], results["student"], results["teacher"])
+    converted, student, teacher = (measure.loss_from(found, start) for found in forms)
+    return None if converted in (None, teacher) else 1 - (student - teacher) / (converted - teacher)
 
 
 def _eval_results(made: dict[str, Any]) -> list[dict]:
@@ -127,11 +121,7 @@ def text(made: dict[str, Any]) -> str:
         "converted, no mixing in replaced layers (floor)": made["converted"]["floor"],
         "student, no mixing in replaced layers": made["floor"],
     }
-    if made["encoder"]:
-        table = _encoder_table(rows)
-    else:
-        table = _decoder_table(rows)
-    parts = [head, table]
+    parts = [head, (_encoder_table if made["encoder"] else _decoder_table)(rows)]
     ratio = share(made)
     if ratio is not None and made["encoder"]:
         parts.append(f"Of the way from no mixing to the teacher the student has come {100 * ratio:.0f} %.")

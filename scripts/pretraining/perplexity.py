@@ -80,14 +80,9 @@ def evaluate(model: torch.nn.Module, tokens: np.ndarray, block_size: int, stride
 
 def encode(documents: corpus.Documents, tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
     """The documents' tokens one after the other, at most `max_tokens`, and the tokens per UTF-8 byte of their text."""
-    parts, sizes = [np.zeros(0, dtype=np.int32)], [0.0]
-    for ids, size in corpus.tokenize(
-        corpus.texts(documents), tokenizer, math.inf if max_tokens is None else max_tokens
-    ):
-        parts.append(ids)
-        sizes.append(size)
-    tokens = np.concatenate(parts)
-    return tokens, len(tokens) / max(sum(sizes), 1)
+    found = list(corpus.tokenize(corpus.texts(documents), tokenizer, math.inf if max_tokens is None else max_tokens))
+    tokens = np.concatenate([np.zeros(0, dtype=np.int32), *(ids for ids, _ in found)])
+    return tokens, len(tokens) / max(sum(size for _, size in found), 1)
 
 
 def load_documents(options) -> corpus.Documents:
@@ -112,9 +107,7 @@ def load_model(options) -> torch.nn.Module:
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            options.model_name_or_path,
-            dtype=getattr(torch, options.dtype),
-            trust_remote_code=options.trust_remote_code,
+            options.model_name_or_path, dtype=getattr(torch, options.dtype), trust_remote_code=options.trust_remote_code
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ScriptError(

@@ -18,6 +18,7 @@ from ordnung.scripts.common.models import best_run, check_folder
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.finetuning.predicting import find_head
 from ordnung.scripts.finetuning.predicting import load as load_labeller
+from ordnung.scripts.linearizing.teacher import Mixed, watched
 
 
 def load(name: str, **fields):
@@ -79,17 +80,10 @@ def mixing_weights(model: PreTrainedModel, input_ids: torch.LongTensor) -> list[
         model: a base model of this package.
         input_ids: (1, N).
     """
-    calls = []
-    hooks = [
-        layer.mixer.register_forward_pre_hook(
-            lambda mixer, args, kwargs: calls.append((mixer, args, kwargs)), with_kwargs=True
-        )
-        for layer in model.layers
-    ]
-    model(input_ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [mixer.mixing_weights(*args, **kwargs)[0] for mixer, args, kwargs in calls]
+    calls: list[Mixed] = []
+    with watched(model, range(len(model.layers)), calls.append):
+        model(input_ids, use_cache=False)
+    return [model.layers[call.layer].mixer.mixing_weights(call.inputs, **call.kwargs)[0] for call in calls]
 
 
 def cumulative_share(weights: torch.Tensor) -> torch.Tensor:

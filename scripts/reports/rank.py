@@ -17,6 +17,7 @@ from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.linearizing.teacher import Mixed, watched
 from ordnung.scripts.reports.mixing import load, mixing_weights
 
 KERNELS = ("softmax", "shifted", "square")
@@ -75,20 +76,17 @@ def random_ranks(options) -> list[dict]:
 @torch.no_grad()
 def queries_and_keys(model: PreTrainedModel, ids: torch.LongTensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(H, n, d) each, of every softmax layer, as the scores take them."""
-    calls = []
-    hooks = [
-        layer.mixer.register_forward_pre_hook(
-            lambda mixer, args, kwargs: calls.append((mixer, args[0], kwargs.get("position_embeddings"))),
-            with_kwargs=True,
-        )
-        for layer in model.layers
-        if isinstance(layer.mixer, Attention)
-    ]
-    model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    projected = [(mixer.num_key_value_groups, *mixer.project(x, angles)[:2]) for mixer, x, angles in calls]
-    return [(query[0], key[0].repeat_interleave(groups, dim=0)) for groups, query, key in projected]
+    softmax = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, Attention)]
+    found = []
+
+    def project(call: Mixed):
+        mixer = model.layers[call.layer].mixer
+        query, key = mixer.project(call.inputs, call.kwargs.get("position_embeddings"))[:2]
+        found.append((query[0], key[0].repeat_interleave(mixer.num_key_value_groups, dim=0)))
+
+    with watched(model, softmax, project):
+        model(ids, use_cache=False)
+    return found
 
 
 def model_ranks(options, name: str, text: str) -> dict:

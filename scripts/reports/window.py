@@ -1,10 +1,9 @@
 """What an encoder loses, and the time it saves, when a token sees a window and a global token in place of the row."""
 
-from statistics import median
 from typing import Any
 
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, ranged
 from ordnung.scripts.experiments.verdicts import equal, estimate, interval, seeds_described
 
 MARGIN = 0.01  # of all rows: a difference of less is none
@@ -21,7 +20,7 @@ def markdown(window: dict[str, Any], whole: dict[str, Any], timed: dict[str, Any
     scores = [result["metrics"]["validation"]["accuracy"] for result in results]
     (beside,) = timed["recipes"].values()
     each = [1 / ratio for ratio in beside["each"]]
-    time = [f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f}, n = {len(each)})", "1"]
+    time = [ranged(each, 2, f", n = {len(each)}"), "1"]
     names = ["window and a global token", "whole row"]
     body = [[name, estimate(score, 1, 100), ratio] for name, score, ratio in zip(names, scores, time)]
     lost = interval([a - b for a, b in zip(*(score["values"] for score in scores))])
