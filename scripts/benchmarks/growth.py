@@ -16,21 +16,21 @@ from ordnung.scripts.benchmarks.variants import VARIANTS, Shape
 from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, new_figure, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, paragraphs
 
 TASKS = {"train": "training step", "prefill": "prompt", "decode": "one more token", "state": "generation state, bytes"}
 
 
 def count(name: str, shape: Shape, lengths: list[int]) -> dict[str, list[int]]:
     """FLOPs, and bytes of the state, of one sequence of each length (tokens); the weights take no memory."""
-    variant, counted = VARIANTS[name], {task: [] for task in TASKS}
+    variant = VARIANTS[name]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(variant.config(shape))
-    for length in lengths:
-        for task in TASKS:
-            state = task == "state"
-            counted[task].append(model.cache_bytes(length) if state else variant.count_flops(model, task, length))
-    return counted
+
+    def of(task: str, length: int) -> int:
+        return model.cache_bytes(length) if task == "state" else variant.count_flops(model, task, length)
+
+    return {task: [of(task, length) for length in lengths] for task in TASKS}
 
 
 def exponents(lengths: Sequence[float], values: Sequence[float]) -> dict[str, float]:
@@ -85,15 +85,13 @@ def markdown(results: dict[str, Any]) -> str:
         if name != "softmax_lm"
     ]
     header = ["family", *TASKS.values()]
-    return "\n\n".join(
-        [
-            f"Exponent of N from {lengths[-2]:,} to {lengths[-1]:,} tokens (and fitted from {lengths[0]:,} on, with "
-            "the 95 % interval of the fit: how far from a power of N it is). Counted by the models: width "
-            f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, one sequence.",
-            markdown_table(header, body),
-            "Cheaper than softmax attention from so many tokens on:",
-            markdown_table(header, crossings),
-        ]
+    return paragraphs(
+        f"Exponent of N from {lengths[-2]:,} to {lengths[-1]:,} tokens (and fitted from {lengths[0]:,} on, with "
+        "the 95 % interval of the fit: how far from a power of N it is). Counted by the models: width "
+        f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, one sequence.",
+        markdown_table(header, body),
+        "Cheaper than softmax attention from so many tokens on:",
+        markdown_table(header, crossings),
     )
 
 

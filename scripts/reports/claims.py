@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ordnung.scripts.benchmarks.variants import copies_its_cache
+from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.verdicts import MARGIN, everywhere, together
 from ordnung.scripts.reports.findings import (
     SPARSE,
@@ -221,19 +222,13 @@ def _commit(file: str | None) -> str:
     return "-" if not file else f"`{commit[:10]}`" if commit else "not recorded"
 
 
-def table(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table, not padded: its cells are long."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def markdown(claims: Sequence[Claim]) -> str:
     """A row a claim: what was claimed, on what it rested, what was measured against which lines, and the verdict."""
     body = []
     for claim in claims:
         numbers = [f"{f.against}: {f.number} → {f.verdict}" for f in claim.findings]
         body.append([claim.family, f'"{claim.quote}"', claim.source, claim.rested, "<br>".join(numbers), claim.verdict])
-    return table(["family", "claim", "source", "rested on", "measured", "verdict"], body)
+    return markdown_table(["family", "claim", "source", "rested on", "measured", "verdict"], body, padded=False)
 
 
 def evidence(claims: Sequence[Claim]) -> str:
@@ -247,7 +242,7 @@ def evidence(claims: Sequence[Claim]) -> str:
                 row = [f'"{claim.quote}"', place, f"`{machine['command']}`", _commit(finding.file)]
                 if row not in body:
                     body.append(row)
-    return table(["claim", "results", "command", "commit"], body)
+    return markdown_table(["claim", "results", "command", "commit"], body, padded=False)
 
 
 def of_family(family: str) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, paragraphs
 from ordnung.scripts.linearizing import measure
 
 
@@ -35,8 +35,8 @@ def decoders(runs: dict[str, dict[str, Any]]) -> str:
         + ", ".join(f"{100 * share:.0f} % from {start}" for start, share in run["recovered"].items() if share)
         for name, run in runs.items()
     ]
-    parts = [_made_on(runs), markdown_table(header, body), "Of what conversion lost, won back: " + "; ".join(won) + "."]
-    return "\n\n".join(parts)
+    said = "Of what conversion lost, won back: " + "; ".join(won) + "."
+    return paragraphs(_made_on(runs), markdown_table(header, body), said)
 
 
 def encoders(runs: dict[str, dict[str, Any]]) -> str:
@@ -49,7 +49,7 @@ def encoders(runs: dict[str, dict[str, Any]]) -> str:
         for cells, found in _forms(name, run):
             share = 100 * (found["similarity"] - floor) / (teacher - floor)
             body.append([*cells, f"{found['similarity']:.3f}", f"{share:.0f} %", f"{found['loss']:.3f}"])
-    return "\n\n".join([_made_on(runs), markdown_table(header, body)])
+    return paragraphs(_made_on(runs), markdown_table(header, body))
 
 
 def converted(runs: dict[str, dict[str, Any]]) -> str:
@@ -64,7 +64,7 @@ def converted(runs: dict[str, dict[str, Any]]) -> str:
         lost = found["loss"] - first["teacher"]["loss"]
         agreement = f"{100 * found['agreement']:.1f} %" if "agreement" in found else ""
         body.append([name, *_losses(found, columns), f"{lost:.3f}" if agreement else "", agreement, state])
-    return "\n\n".join([_made_on(runs), markdown_table(header, body)])
+    return paragraphs(_made_on(runs), markdown_table(header, body))
 
 
 def _made_on(runs: dict[str, dict[str, Any]]) -> str:

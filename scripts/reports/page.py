@@ -171,18 +171,13 @@ def learned() -> Iterator[dict]:
                 values = over_seeds([math.log(value) for value in results["ngrams"][order]["values"]])
                 yield point(POSITIONS.format(file), order, bucket["first"], file=file, family=COUNTED, **values)
         for name, of in variants.items():
-            family = families[name]
-            for bucket in of.get("loss_by_position", ()):
-                values = over_seeds(bucket["values"])
-                yield point(POSITIONS.format(file), name, bucket["first"], file=file, family=family, **values)
-            for pairs, cell in zip(results["settings"].get("num_pairs", ()), of.get("accuracy", ())):
-                metric = f"right answers, by key-value pairs ({file})"
-                yield point(metric, name, pairs, file=file, family=family, **over_seeds(cell["values"]))
-            for step in of.get("curve", ()):
-                if "answers" in step:
-                    metric = f"right answers, by steps ({file})"
-                    values = over_seeds(step["answers"]["values"])
-                    yield point(metric, name, step["step"], file=file, family=family, **values)
+            found = [(POSITIONS.format(file), bucket["first"], bucket) for bucket in of.get("loss_by_position", ())]
+            pairs = zip(results["settings"].get("num_pairs", ()), of.get("accuracy", ()))
+            found += [(f"right answers, by key-value pairs ({file})", *pair) for pair in pairs]
+            steps = [step for step in of.get("curve", ()) if "answers" in step]
+            found += [(f"right answers, by steps ({file})", step["step"], step["answers"]) for step in steps]
+            for metric, x, cell in found:
+                yield point(metric, name, x, file=file, family=families[name], **over_seeds(cell["values"]))
 
 
 def told_apart(points: Sequence[dict]) -> list[dict]:

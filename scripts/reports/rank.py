@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -121,15 +122,10 @@ def model_ranks(options, name: str, text: str) -> dict:
     result["lengths"] = []
     for n in lengths:
         part = passages[0][:, :n]
-        own = [
-            rank(weights[:, n // 2 :, : n // 2], options.threshold).tolist() for weights in mixing_weights(model, part)
-        ]
-        row = {"n": n, "own": own}
-        shifted = [
-            rank(block_of("shifted", *pair), options.threshold).tolist() for pair in queries_and_keys(model, part)
-        ]
-        if shifted:
-            row["shifted"] = shifted
+        blocks = [weights[:, n // 2 :, : n // 2] for weights in mixing_weights(model, part)]
+        row = {"n": n, "own": [rank(block, options.threshold).tolist() for block in blocks]}
+        if blocks := [block_of("shifted", *pair) for pair in queries_and_keys(model, part)]:
+            row["shifted"] = [rank(block, options.threshold).tolist() for block in blocks]
         if options.share is not None:
             row |= {"needed": [], "shuffled": []}
             for i, passage in enumerate(passages):
@@ -168,11 +164,6 @@ def costs(options) -> list[dict]:
     return rows
 
 
-def exponent(first: dict, second: dict) -> float:
-    """Of d, in the growth of the counted FLOPs from a row to another."""
-    return math.log(second["counted"] / first["counted"]) / math.log(second["d"] / first["d"])
-
-
 def markdown(results: dict) -> str:
     settings = results["settings"]
     parts = [
@@ -200,8 +191,8 @@ def markdown(results: dict) -> str:
     body = [
         [f"{n:,}"] + [f"{cells[d, n]['counted']:,.0f} ({cells[d, n]['softmax']:,.0f})" for d in sizes] for n in lengths
     ]
-    longest = [cells[d, lengths[-1]] for d in sizes]
-    grows = ", ".join(f"{exponent(a, b):.2f}" for a, b in zip(longest, longest[1:]))
+    longest = np.log([[cells[d, lengths[-1]]["counted"], d] for d in sizes])
+    grows = ", ".join(f"{flops / size:.2f}" for flops, size in np.diff(longest, axis=0))
     parts.append(
         "**FLOPs of a token and head, in brackets those of softmax attention**\n\n"
         + markdown_table(["n", *(f"d = {d}" for d in sizes)], body)
