@@ -18,6 +18,7 @@ from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.rows import load_rows
+from ordnung.scripts.common.tables import ranged
 from ordnung.scripts.finetuning.data import load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.model import build_model
 from ordnung.scripts.finetuning.options import FinetuneOptions, PredictOptions
@@ -157,33 +158,28 @@ def run(bench) -> int:
     }
     tokens |= {"bare": tokens["ours"], "predict": 1, "bare_predict": 1}
 
-    def ratios(name: str, other: str) -> list[float]:
-        """Time of a token by one loop over that by another, by round."""
-        scale = tokens[other] / tokens[name]
-        return [scale * a / b for a, b in zip(seconds[name], seconds[other])]
-
-    lines = [("ours", "bare", ratios("ours", "bare"))] + [(name, "ours", ratios(name, "ours")) for name in others]
-    if predicting:
-        lines.append(("predict", "bare_predict", ratios("predict", "bare_predict")))
-    timed_against = {name: each for name, _, each in lines}
-    of_bare = timed_against["ours"]
+    pairs = {"ours": "bare", **dict.fromkeys(others, "ours"), **({"predict": "bare_predict"} if predicting else {})}
+    ratios = {  # time of a token by one loop over that by another, by round
+        name: [tokens[other] / tokens[name] * a / b for a, b in zip(seconds[name], seconds[other])]
+        for name, other in pairs.items()
+    }
     results = {
         "model": bench.model_name_or_path,
         "task": task.name,
-        "ratio": median(of_bare),
-        "ratios": of_bare,
+        "ratio": median(ratios["ours"]),
+        "ratios": ratios["ours"],
         "examples_per_second": {name: examples[name] / median(times) for name, times in seconds.items()},
         "tokens": {name: count for name, count in tokens.items() if name in training},
         "steps": bench.steps,
         "rows_a_step": bench.per_device_train_batch_size,
-        "recipes": {name: {"of_ours": median(each := timed_against[name]), "each": each} for name in others},
+        "recipes": {name: {"of_ours": median(ratios[name]), "each": ratios[name]} for name in others},
         "machine": machine_info(),
     }
     if predicting:
-        each = timed_against["predict"]
+        each = ratios["predict"]
         results["predict"] = {"ratio": median(each), "ratios": each, "rows": predicted}
-    for name, other, each in lines:
-        print(f"time of {name} / {other}: {median(each):.3f} ({min(each):.3f} to {max(each):.3f})")
+    for name, other in pairs.items():
+        print(f"time of {name} / {other}: {ranged(ratios[name], 3)}")
     speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in results["examples_per_second"].items())
     print(f"examples/s: {speeds}")
     if bench.output_file:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -43,27 +44,20 @@ def prepare_process(settings: Settings) -> None:
     transformers.logging.set_verbosity_error()
 
 
-def timed(run: Callable, *arguments, device: str = "cpu") -> float:
+def timed(run: Callable, *arguments, device: str = "cpu", clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run(*arguments)
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def thread_timer(threads: int) -> Callable[[Callable], float]:
     """What times a call on the CPU: with one thread in its own seconds, which other programs hardly lengthen."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-
-    def measured(run: Callable) -> float:
-        start = clock()
-        run()
-        return clock() - start
-
-    return measured
+    return partial(timed, clock=time.thread_time if threads == 1 else time.perf_counter)
 
 
 def in_turns(

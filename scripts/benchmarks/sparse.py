@@ -117,11 +117,10 @@ def measure_attention(options, length: int, backward: bool, flex: Callable | Non
             check(FLEX, flex(*inputs), attend["local"](*inputs))
 
     def run(function):
+        with torch.set_grad_enabled(backward):
+            output = function(*inputs)
         if backward:
-            torch.autograd.grad(function(*inputs), inputs, gradient)
-        else:
-            with torch.no_grad():
-                function(*inputs)
+            torch.autograd.grad(output, inputs, gradient)
 
     runs = {name: partial(run, function) for name, function in attend.items()}
     rows = compared(runs, "SDPA", options)
@@ -187,12 +186,11 @@ def measure_encoders(options, length: int, backward: bool) -> dict:
         check("SparseAttentionLM", forward("SparseAttentionLM"), forward("Longformer"))
 
     def run(name):
+        with torch.set_grad_enabled(backward):
+            output = forward(name)
         if backward:
-            forward(name).square().mean().backward()
+            output.square().mean().backward()
             models[name].zero_grad()
-        else:
-            with torch.no_grad():
-                forward(name)
 
     rows = compared({name: partial(run, name) for name in models}, "full attention", options)
     return {"length": length, "backward": backward, "competitors": rows}
@@ -277,19 +275,20 @@ def measure_decoding(options, length: int) -> dict:
     return {"length": length, "competitors": rows}
 
 
-def growth(rows: list[dict], name: str, what: str = "seconds") -> str:
+def growth(rows: list[dict], name: str) -> str:
     """Exponent of N from the last but one to the last length."""
-    (first, a), (last, b) = [(row["length"], row["competitors"].get(name, {}).get(what)) for row in rows[-2:]]
+    if len(rows) < 2:
+        return "-"
+    (first, a), (last, b) = [(row["length"], row["competitors"].get(name, {}).get("seconds")) for row in rows[-2:]]
     return f"{math.log(b / a) / math.log(last / first):.2f}" if a and b else "-"
 
 
 def table(rows: list[dict], cell: Callable[[dict], str], exponent: bool = True) -> str:
     names = dict.fromkeys(name for row in rows for name in row["competitors"])
     header = ["", *(f"{row['length']:,}" for row in rows), *(["exponent"] if exponent else [])]
-    exponent = exponent and len(rows) > 1
     body = [
         [name, *(cell(row["competitors"][name]) if name in row["competitors"] else "-" for row in rows)]
-        + ([growth(rows, name)] if exponent else ["-"] * (len(header) - len(rows) - 1))
+        + ([growth(rows, name)] if exponent else [])
         for name in names
     ]
     return markdown_table(header, body)
@@ -311,13 +310,9 @@ def markdown(results: dict) -> str:
         return f"{microseconds:,.0f} µs, {row['faster']:.2f}×"
 
     settings = results["settings"]
-    parts = []
+    parts, heads = [], f"{settings['num_attention_heads']} heads of {HEAD_DIM}, window {settings['window']}"
     for key, what in (
-        (
-            "attention",
-            f"Attention alone, causal, {settings['num_attention_heads']} heads of {HEAD_DIM}, window "
-            f"{settings['window']}; how many times faster than SDPA",
-        ),
+        ("attention", f"Attention alone, causal, {heads}; how many times faster than SDPA"),
         ("encoders", "One encoder layer; how many times faster than full attention"),
     ):
         for backward, how in ((False, "forward"), (True, "forward and backward")):

@@ -225,11 +225,6 @@ def _lfm2(shape: Shape) -> Lfm2Config:
     )
 
 
-def _mamba(shape: Shape) -> MambaConfig:
-    # A Mamba block (expand 2) has half the parameters of a mixer with its MLP; the depth is kept the same.
-    return MambaConfig(**shape.common())
-
-
 def _mistral(shape: Shape) -> MistralConfig:
     return MistralConfig(
         **shape.common(),
@@ -322,10 +317,11 @@ VARIANTS: dict[str, Variant] = {
     "gpt2_sdpa_gelu": _gpt2(GELU, activation="gelu"),
     "gpt2_eager": _gpt2("GPT-2, eager (unfused) attention", "eager"),
     "lfm2_conv": Variant("LFM2, all layers convolutions of 3 taps", Lfm2ForCausalLM, _lfm2, lfm2_flops),
+    # A Mamba block (expand 2) has half the parameters of a mixer with its MLP; the depth is kept the same.
     "mamba": Variant(
         "Mamba without its CUDA kernels (the slow path)",
         MambaForCausalLM,
-        _mamba,
+        lambda shape: MambaConfig(**shape.common()),
         mamba_flops,
         cache_argument="cache_params",
     ),
