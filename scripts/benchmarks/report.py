@@ -138,9 +138,8 @@ def plot(results: dict, path: Path) -> None:
         return
 
     columns = min(3, len(panels))
-    figure, axes = new_figure(
-        -(-len(panels) // columns), columns, figsize=(5.2 * columns, 4 * -(-len(panels) // columns) + 0.6)
-    )
+    lines = -(-len(panels) // columns)
+    figure, axes = new_figure(lines, columns, figsize=(5.2 * columns, 4 * lines + 0.6))
     axes = [axes] if len(panels) == 1 else list(axes.flat)
     names = dict.fromkeys(row["name"] for *_, points in panels for row, _ in points)
     drawn = styles({name: family_of(name) for name in names})

@@ -10,7 +10,7 @@ from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
-from ordnung.scripts.hub.model_card import Subject, head_of, make_card
+from ordnung.scripts.hub.model_card import Subject, entries_of, head_of, make_card
 from ordnung.scripts.linearizing import measure
 
 RESULTS, PICTURE, CARD = "linearize_results.json", "linearize.png", "README.md"
@@ -94,15 +94,11 @@ def share(results: dict[str, Any], start: int = 0) -> float | None:
 
 def _eval_results(made: dict[str, Any]) -> list[dict]:
     shared = {"dataset_type": "text", "dataset_name": "held-out text", "dataset_split": "held-out text"}
+    student = made["student"]
     if made["encoder"]:
-        task, values = "feature-extraction", {"relative error of states": made["student"]["loss"]}
-    else:
-        student = made["student"]
-        task, values = "text-generation", {"loss": student["loss"], "top-token agreement": student["agreement"]}
-    return [
-        {**shared, "task_type": task, "metric_type": name.replace(" ", "_"), "metric_name": name, "metric_value": value}
-        for name, value in values.items()
-    ]
+        return entries_of({"relative_error_of_states": student["loss"]}, **shared, task_type="feature-extraction")
+    scores = {"loss": student["loss"], "top-token_agreement": student["agreement"]}
+    return entries_of(scores, **shared, task_type="text-generation")
 
 
 def text(made: dict[str, Any]) -> str:
