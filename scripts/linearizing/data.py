@@ -10,6 +10,7 @@ import torch
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.rows import load_rows
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.pretraining import data as pretraining
 from ordnung.scripts.pretraining import perplexity
@@ -136,13 +137,9 @@ def load_pairs(path: str) -> datasets.Dataset:
     """Pairs of texts: columns sentence1, sentence2 and label.
 
     Raises:
-        ScriptError: no such file, or other columns.
+        ScriptError: as `load_rows`, or other columns.
     """
-    files = corpus.find_files([path], "similarity_file")
-    kind, settings = corpus.file_reader(files, "similarity_file")
-    if kind == "text":
-        raise ScriptError(f"--similarity_file {path}: give .parquet, .jsonl, .csv or .tsv, with columns")
-    pairs = datasets.load_dataset(kind, data_files={"train": files}, **settings)["train"]
+    pairs = load_rows([path], "similarity_file")
     missing = {"sentence1", "sentence2", "label"} - set(pairs.column_names)
     if missing:
         raise ScriptError(f"--similarity_file {path} has no column {min(missing)!r}, only {pairs.column_names}")

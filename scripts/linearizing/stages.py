@@ -59,9 +59,7 @@ class Stage(Job):
         self.max_steps = getattr(options, f"{self.name}_steps")
         self.eval_steps, self.save_steps, self.save_total_limit = options.eval_steps, options.save_steps, 1
         self.evaluates_first = first_step == 0
-        self.step_blocks = (
-            options.per_device_train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-        )
+        self.step_blocks = options.step_rows(accelerator.num_processes)
         self.data = {"rows a step": self.step_blocks}
         self.about = f"{self.max_steps:,} steps of {self.step_blocks} x {options.block_size} tokens"
 

@@ -12,7 +12,6 @@ import ordnung  # noqa: F401  (its model types enter the Auto classes)
 from ordnung.scripts.common import corpus, limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
-from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.models import check_writes_text
 from ordnung.scripts.common.tables import markdown_table
@@ -126,7 +125,7 @@ def run(options) -> int:
     tokens, tokens_per_byte = encode(load_documents(options), tokenizer, options.max_tokens)
     model = load_model(options)
     limits.check_vocabulary(tokenizer, model.config)
-    block_size = options.block_size or model_length(model, tokenizer)
+    block_size = options.block_size or limits.model_length(model, tokenizer)
     limits.check_length(model, block_size, "block_size", extrapolate=True)
     start = time.perf_counter()
     scores = evaluate(model, tokens, block_size, options.stride, options.per_device_eval_batch_size)
