@@ -1,5 +1,6 @@
 """What README.md and the guides show works: Python blocks run, commands parse and start, links exist."""
 
+import importlib
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from ordnung.scripts import cli
+from ordnung.scripts.common.options import parse_key_values, parse_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "scripts/README.md", "modeling/README.md")}
@@ -63,6 +65,7 @@ def checkpoint(tmp_path, monkeypatch, tokenizer):
     rows = [f"a whale of {i} tons,{'ab'[i % 2]}" for i in range(20)]
     (tmp_path / "tickets.csv").write_text("\n".join(["text,label", *rows, ""]))
     (tmp_path / "new.csv").write_text("number,text\n007,a whale\n")
+    (tmp_path / "my_book.txt").write_text("a whale swims by and a man rows away.\n" * 40)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "out/tickets")
     tokenizer.save_pretrained(tmp_path / "out/tickets")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
@@ -101,6 +104,7 @@ def test_commands_start(command, checkpoint, monkeypatch):
     smaller = {
         "convert": "--source bert",
         "evaluate": "--max_tokens 400 --block_size 32 --stride 16 --use_cpu",
+        "linearize": "--source bert --block_size 16 --transfer_steps 2 --distill_steps 2 --max_eval_blocks 4 --use_cpu",
         "finetune": "--max_steps 2 --seeds 0 --max_length 16 --use_cpu",
         "predict": "--use_cpu",
         "plot-mixing": "--max_length 16",
@@ -110,6 +114,9 @@ def test_commands_start(command, checkpoint, monkeypatch):
         "--config_overrides hidden_size=16,num_hidden_layers=1,num_attention_heads=2,kernel_size=4 --use_cpu",
     }
     program, *options = shlex.split(command)[1:]
+    if "--config_overrides" in options:  # its own sizes, which a test's take the place of
+        own = parse_key_values(options[options.index("--config_overrides") + 1])
+        AutoConfig.for_model(options[options.index("--model_type") + 1], **own)
     if program == "finetune":
         options += ["--output_dir", "out/tuned"] if "--train_file" in options else ["--dataset_path", "data"]
     words = [program, *options, *smaller[program].split()]
@@ -122,6 +129,36 @@ def test_commands_start(command, checkpoint, monkeypatch):
     if program == "pretrain":
         model = AutoModelForCausalLM.from_pretrained("out/conv")
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def all_commands():
+    """Commands of all pages and cards, but for claims.md: what made its results files is history."""
+    pages = [ROOT / name for name in PAGES]
+    pages += [path for path in (ROOT / "model_cards").rglob("*.md") if path.name != "claims.md"]
+    found = []
+    for page in pages:
+        text = re.sub(r"<!-- table: .*?<!-- end -->", "", page.read_text(), flags=re.S).replace("\\\n", " ")
+        found += re.findall(r"^(?: {4})?(?:taskset -c \S+ )?ordnung ([a-z-]+ [^#\n`]*)", text, re.M)
+    return sorted({" ".join(line.split()) for line in found})
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_options_of_every_page_and_card_exist(command, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def parse(*args):
+        parse_options(*args)
+        raise Parsed
+
+    # a variable of the shell stands for pairs
+    program, *options = shlex.split(re.sub(r"\$\w+", "train_file=texts.jsonl", command.partition("&&")[0]))
+    if program in cli.OTHERS:
+        pytest.skip("the options are another package's")
+    module = importlib.import_module(f"ordnung.scripts.{cli.PROGRAMS[program]}")
+    monkeypatch.setattr(module, "parse_options", parse)
+    with pytest.raises(Parsed):
+        module.main(options)
 
 
 @pytest.mark.parametrize("page", PAGES)

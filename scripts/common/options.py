@@ -231,7 +231,10 @@ def parse_options(
     )
     if unknown:
         names = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
-        raise ScriptError(f"unknown option {unknown[0]!r}{closest(unknown[0].lstrip('-'), names)}; --help lists all")
+        cure = closest(unknown[0].lstrip("-"), names)
+        if "=" in unknown[0].lstrip("-") and not unknown[0].startswith("-"):
+            cure = ": several NAME=VALUE of one option are joined by commas"
+        raise ScriptError(f"unknown option {unknown[0]!r}{cure}; --help lists all")
     check_bounds(options)
     return options
 

@@ -203,7 +203,7 @@ def plot(results: dict, image: Path):
     for panel in by_position:
         panel.set_xticks(range(len(buckets)), labels, rotation=30)
         panel.set(xlabel="position in the block (tokens before)", ylabel="held-out loss (nats per token)")
-    for order, line in zip(NAMES.values(), (":", "--")):
+    for order, line in zip(NAMES.values(), (":", "--", "-.")):
         if order in results.get("ngrams", {}):
             loss = math.log(results["ngrams"][order]["mean"])
             by_position[0].axhline(loss, color="red", linestyle=line, label=f"{order}, counted")

@@ -20,7 +20,7 @@ from ordnung.scripts.experiments.compare_data import check_pretrain, prepare_dat
 from ordnung.scripts.pretraining.data import held_out_blocks, training_blocks
 from ordnung.scripts.pretraining.options import PretrainOptions
 
-NAMES = {2: "bigram", 3: "trigram"}
+NAMES = {2: "bigram", 3: "trigram", 5: "5-gram"}  # by how many tokens one has
 
 
 class _Order:
@@ -96,21 +96,23 @@ def ngram_lines(shared: PretrainOptions, data: dict[str, str], seeds: list[int])
     Args:
         data: the options that `prepare_data` gives.
     Returns:
-        by name of the n-gram, the perplexity with each seed's blocks, summed up; `training_tokens`, those counted.
+        by name of the n-gram, the perplexity with each seed's blocks, summed up; `training_tokens`, those counted. No
+        n-grams so long that a vocabulary has more of them than a 64-bit number tells.
     """
     tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])
     train, held_out = (
         corpus.load_files([data[name]], name, "text", streaming=False) for name in ("train_file", "validation_file")
     )
     blocks = held_out_blocks(shared, held_out, tokenizer).blocks
-    values, tokens = {name: [] for name in NAMES.values()}, []
+    names = {order: name for order, name in NAMES.items() if len(tokenizer) ** order < 2**63}
+    values, tokens = {name: [] for name in names.values()}, []
     for seed in seeds:
         source = training_blocks(replace(shared, seed=seed), train, tokenizer)
         steps = shared.max_steps or int(np.ceil(shared.num_train_epochs * len(source)))
         wanted = steps * shared.step_rows(processes=1)
         seen = np.unique(source.take(min(wanted, len(source)))[0], axis=0)
         tokens.append(seen.size)
-        for order, name in NAMES.items():
+        for order, name in names.items():
             losses = KneserNey(seen, len(tokenizer), order).losses(blocks)
             values[name].append(float(np.exp(losses.mean())))
     return {"training_tokens": tokens, **{name: summarise(numbers) for name, numbers in values.items()}}
@@ -126,5 +128,5 @@ def run(options) -> int:
         lines = ngram_lines(shared, data, options.seeds or results["seeds"])
     value = {"machine": machine_info(), "settings": {"results": Path(options.results).name, "pretrain": pretrain}}
     write_json(options.output_file, {**value, "seeds": options.seeds or results["seeds"], "ngrams": lines})
-    print(", ".join(f"{name} {lines[name]['mean']:.1f}" for name in NAMES.values()))
+    print(", ".join(f"{name} {lines[name]['mean']:.1f}" for name in NAMES.values() if name in lines))
     return 0

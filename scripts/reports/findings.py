@@ -93,7 +93,7 @@ def perplexity(file: str, name: str, other: str, bound: float, against: str) -> 
         trigram = results["ngrams"]["trigram"]["mean"]
         means = [sum(values) / len(values) for values in (own, reference)]
         verdict = beyond_counting(at_most(found, bound), means, trigram)
-        number += f"; perplexity {means[0]:.0f} and {means[1]:.0f}, trigram {trigram:.0f}"
+        number += f"; perplexity {means[0]:.3g} and {means[1]:.3g}, trigram {trigram:.3g}"
     return Finding(against, number, verdict, file, f"variants, {name} and {other}, eval_perplexity")
 
 

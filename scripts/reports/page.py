@@ -166,8 +166,9 @@ def learned() -> Iterator[dict]:
         if not isinstance(variants, dict) or not isinstance(results.get("settings", {}).get("variants"), dict):
             continue
         families = of_variants(results["settings"])
-        for order in NAMES.values():  # the same at every position: a line to hold the others against
-            for bucket in next(iter(variants.values())).get("loss_by_position", ()) if "ngrams" in results else ():
+        counted = [name for name in NAMES.values() if name in results.get("ngrams", ())]
+        for order in counted:  # the same at every position: a line to hold the others against
+            for bucket in next(iter(variants.values())).get("loss_by_position", ()):
                 values = over_seeds([math.log(value) for value in results["ngrams"][order]["values"]])
                 yield point(POSITIONS.format(file), order, bucket["first"], file=file, family=COUNTED, **values)
         for name, of in variants.items():

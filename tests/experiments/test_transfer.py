@@ -114,6 +114,7 @@ def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
     [
         (["--finetune", "seeds=3"], "--finetune seeds: it is set for each run"),
         (["--pretrain", "seed=3"], "--pretrain seed"),
+        (["--finetune", "a=1", "b=2"], "unknown option 'b=2': several NAME=VALUE of one option are joined by commas"),
         (["--finetune", "learning_rat=3"], "unknown option '--learning_rat'; did you mean 'learning_rate'"),
         (["--task_name", "sst"], "unknown --task_name 'sst'; did you mean 'sst2'"),
         (["--finetune_by_task", "sst={}"], "unknown --task_name 'sst'"),

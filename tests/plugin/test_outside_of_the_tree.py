@@ -67,6 +67,10 @@ def check_as_stranger(model, folder):
     assert report == {"equal": [True, True], "head": "RetentionLMForTokenClassification", "known": []}
 
 
+def test_a_family_costs_no_more_than_200_lines():
+    assert sum(len(path.read_text().splitlines()) for path in (HERE / "retention").glob("*.py")) <= 200
+
+
 def test_its_classes_are_names_of_ordnung_too():
     assert ordnung.RetentionLMForCausalLM is RetentionLMForCausalLM
     assert "retention_lm" in REGISTERED and "retention_lm" not in FAMILIES

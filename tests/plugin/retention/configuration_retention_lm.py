@@ -13,8 +13,6 @@ class RetentionLMConfig(BackboneConfig):
 
     Args:
         chunk_size: tokens that are mixed at a time, by the weights of all their pairs; what is computed is the same.
-
-    `layer_types` takes "retention" and "full_attention".
     """
 
     model_type = "retention_lm"

@@ -68,8 +68,7 @@ class GatedRetention(Projections, Mixer):
             before = getattr(layer, "state", None) or (log_decay.new_zeros(R, H, d, d),)
             mixed, after = retention(query, key, value, log_decay, *before, lengths, self.config.chunk_size)
             if layer is not None:
-                real = None if rows is None else rows.real
-                layer.update_state(before, (after,), advance, (key, value, log_decay), real)
+                layer.update_state(before, (after,), advance, (key, value, log_decay), getattr(rows, "real", None))
             return mixed
 
         return self.out_proj(over_rows(rows, mix, *self.project(hidden_states, position_embeddings)).flatten(2)), None

@@ -27,12 +27,11 @@ def retention(query, key, value, log_decay, state, lengths=None, chunk_size=64):
     query, key and value (R, N, H, d); log_decay (R, N, H) and state (R, H, d, d), float32 at least; lengths (R,) real
     tokens of each row, which come first, or None if all are. Gives (R, N, H, d) and the state after the real tokens.
     """
-    dtype = state.dtype
-    key = key.to(dtype) * -torch.expm1(log_decay)[..., None]
+    key = key.to(state.dtype) * -torch.expm1(log_decay)[..., None]
     if lengths is not None:  # padding adds nothing and forgets nothing
         real = (torch.arange(key.shape[1], device=key.device) < lengths[:, None])[..., None]
         key, log_decay = key * real[..., None], log_decay * real
-    inputs = [x.to(dtype).transpose(1, 2) for x in (query, key, value, log_decay[..., None])]  # (R, H, N, .)
+    inputs = [x.to(state.dtype).transpose(1, 2) for x in (query, key, value, log_decay[..., None])]  # (R, H, N, .)
     outputs = []
     for q, k, v, decay in [inputs] if is_graph() else zip(*(x.split(chunk_size, dim=2) for x in inputs)):
         total = decay.cumsum(2)  # (R, H, C, 1)
