@@ -10,7 +10,7 @@ whether it chose the faster.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options
+from ordnung.scripts.common.options import option, program
 
 
 @dataclass(kw_only=True)
@@ -24,13 +24,7 @@ class ConvBenchOptions:
     output_file: str | None = option(None, "JSON file for the results.", section="output")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(ConvBenchOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.conv import run
-
-    return run(options)
-
+main = program(ConvBenchOptions, "benchmarks.conv", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -16,7 +16,7 @@ them batch by batch.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.common.options import option, program, required
 from ordnung.scripts.finetuning.tasks import TASKS
 
 
@@ -38,13 +38,7 @@ class FinetuneBenchOptions:
     output_file: str | None = option(None, "JSON file for the results.", section="output")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(FinetuneBenchOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.finetune import run
-
-    return run(options)
-
+main = program(FinetuneBenchOptions, "benchmarks.finetune", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -10,7 +10,7 @@ round, so that all see the same machine. Documents have the lengths of real ones
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.common.options import option, program, required
 
 
 @dataclass(kw_only=True)
@@ -28,13 +28,7 @@ class PackingBenchOptions:
     output_file: str | None = option(None, "JSON file for the results.", section="output")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(PackingBenchOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.packing import run
-
-    return run(options)
-
+main = program(PackingBenchOptions, "benchmarks.packing", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -15,7 +15,7 @@ in turns. Results go to a JSON file.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options
+from ordnung.scripts.common.options import option, program
 
 
 @dataclass(kw_only=True)
@@ -34,13 +34,7 @@ class PrefixBenchOptions:
     output: str = option("out/bench_prefix.json", "JSON file for the results.", section="output")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(PrefixBenchOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.prefix import run
-
-    return run(options)
-
+main = program(PrefixBenchOptions, "benchmarks.prefix", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

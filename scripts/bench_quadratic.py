@@ -14,7 +14,7 @@ other programs on the machine do not lengthen much.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options
+from ordnung.scripts.common.options import option, program
 
 
 @dataclass(kw_only=True)
@@ -36,13 +36,7 @@ class QuadraticBenchOptions:
         self.lengths = sorted(set(self.lengths))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(QuadraticBenchOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.quadratic import run
-
-    return run(options)
-
+main = program(QuadraticBenchOptions, "benchmarks.quadratic", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

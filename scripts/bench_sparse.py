@@ -14,7 +14,7 @@ the machine do not lengthen much. Results go to a JSON file.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options
+from ordnung.scripts.common.options import option, program
 
 
 @dataclass(kw_only=True)
@@ -33,13 +33,7 @@ class SparseBenchOptions:
     output: str = option("out/bench_sparse.json", "JSON file for the results.", section="output")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(SparseBenchOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.sparse import run
-
-    return run(options)
-
+main = program(SparseBenchOptions, "benchmarks.sparse", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

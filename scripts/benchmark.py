@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options
+from ordnung.scripts.common.options import check_bounds, option, program
 
 
 @dataclass(kw_only=True)
@@ -59,13 +59,7 @@ class BenchmarkOptions:
             )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(BenchmarkOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.run import run
-
-    return run(options)
-
+main = program(BenchmarkOptions, "benchmarks.run", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

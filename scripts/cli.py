@@ -11,37 +11,15 @@ from pathlib import Path
 import ordnung
 from ordnung.scripts.common.errors import ScriptError, closest, run_script
 
-# By heading: commands, and the programs that they are.
+# By heading: commands, named as the files of their programs, but for those of `FILES`.
 GROUPS = {
-    "train": {"pretrain": "pretrain", "finetune": "finetune", "convert": "convert", "linearize": "linearize"},
-    "use": {
-        "predict": "predict",
-        "generate": "generate",
-        "evaluate": "evaluate_lm",
-        "plot-loss": "plot_loss",
-        "plot-mixing": "plot_mixing",
-        "plot-rank": "plot_rank",
-        "share": "push_to_hub",
-    },
-    "compare": {
-        "compare": "compare",
-        "transfer": "transfer",
-        "baselines": "baselines",
-        "ngrams": "ngrams",
-        "recall": "recall",
-        "prefix-tasks": "prefix_tasks",
-        "benchmark": "benchmark",
-        "growth": "growth",
-        "bench-prefix": "bench_prefix",
-        "bench-quadratic": "bench_quadratic",
-        "bench-finetune": "bench_finetune",
-        "bench-packing": "bench_packing",
-        "bench-conv": "bench_conv",
-        "peers": "peers",
-        "bench-sparse": "bench_sparse",
-    },
+    "train": "pretrain finetune convert linearize",
+    "use": "predict generate evaluate plot-loss plot-mixing plot-rank share",
+    "compare": "compare transfer baselines ngrams recall prefix-tasks benchmark growth bench-prefix bench-quadratic "
+    "bench-finetune bench-packing bench-conv peers bench-sparse",
 }
-PROGRAMS = {command: program for group in GROUPS.values() for command, program in group.items()}
+FILES = {"evaluate": "evaluate_lm", "share": "push_to_hub"}
+PROGRAMS = {name: FILES.get(name, name.replace("-", "_")) for group in GROUPS.values() for name in group.split()}
 # Commands of others, run with the families known.
 OTHERS = {
     "lm-eval": "Run lm-evaluation-harness: `ordnung lm-eval --model hf --model_args pretrained=out/demo ...`.",
@@ -58,7 +36,7 @@ def summary(program: str) -> str:
 
 def overview() -> str:
     """All commands, with a line each."""
-    groups = {title: {command: summary(name) for command, name in group.items()} for title, group in GROUPS.items()}
+    groups = {title: {name: summary(PROGRAMS[name]) for name in group.split()} for title, group in GROUPS.items()}
     groups["hand over, with ordnung's families known"] = OTHERS
     width = max(len(command) for group in groups.values() for command in group)
     lines = ["usage: ordnung COMMAND [options]", "", "`ordnung COMMAND --help` lists the options of one."]

@@ -9,17 +9,10 @@ resumed: the same command goes on where it was stopped, and a variant or seed ca
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.experiments.options import CompareOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(CompareOptions, argv, __doc__)
-    from ordnung.scripts.experiments.compare import run
-
-    return run(options)
-
+main = program(CompareOptions, "experiments.compare", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

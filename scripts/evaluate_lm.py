@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.common.options import option, program, required
 
 
 @dataclass(kw_only=True)
@@ -46,13 +46,7 @@ class EvaluateOptions:
             raise ScriptError(f"--output_file {self.output_file}: its folder does not exist")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(EvaluateOptions, argv, __doc__)
-    from ordnung.scripts.pretraining.perplexity import run
-
-    return run(options)
-
+main = program(EvaluateOptions, "pretraining.perplexity", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

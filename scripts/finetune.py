@@ -11,17 +11,10 @@ compare checkpoints on; test splits are only scored. `ordnung predict` labels ne
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.finetuning.options import FinetuneOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(FinetuneOptions, argv, __doc__)
-    from ordnung.scripts.finetuning.run import run
-
-    return run(options)
-
+main = program(FinetuneOptions, "finetuning.run", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

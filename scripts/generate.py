@@ -9,7 +9,7 @@ generation config says, which is greedy if it says nothing.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import check_bounds, option, parse_options, required
+from ordnung.scripts.common.options import check_bounds, option, program, required
 
 
 @dataclass(kw_only=True)
@@ -34,13 +34,7 @@ class GenerateOptions:
             raise ScriptError("give --prompt or --prompt_file, not both")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(GenerateOptions, argv, __doc__)
-    from ordnung.scripts.common.generation import run
-
-    return run(options)
-
+main = program(GenerateOptions, "common.generation", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

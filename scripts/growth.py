@@ -8,7 +8,7 @@ The models count: nothing is computed and nothing timed. Lengths double from --s
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.common.options import option, program, required
 
 
 @dataclass(kw_only=True)
@@ -22,13 +22,7 @@ class GrowthOptions:
             raise ScriptError(f"--longest ({self.longest}) must be at least twice --shortest ({self.shortest})")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(GrowthOptions, argv, __doc__)
-    from ordnung.scripts.benchmarks.growth import run
-
-    return run(options)
-
+main = program(GrowthOptions, "benchmarks.growth", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

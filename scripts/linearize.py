@@ -10,17 +10,10 @@ run.yaml (all options, usable with --config) and the checkpoints. It runs on one
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.linearizing.options import LinearizeOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(LinearizeOptions, argv, __doc__)
-    from ordnung.scripts.linearizing.run import run
-
-    return run(options)
-
+main = program(LinearizeOptions, "linearizing.run", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -7,17 +7,10 @@ compare.py does this itself; results of transfer.py, and those of before, take i
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.experiments.options import NgramOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(NgramOptions, argv, __doc__)
-    from ordnung.scripts.experiments.ngrams import run
-
-    return run(options)
-
+main = program(NgramOptions, "experiments.ngrams", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

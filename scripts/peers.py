@@ -9,7 +9,7 @@ what was compared in float64 and how far the two lay apart at most.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import option, parse_options
+from ordnung.scripts.common.options import option, program
 
 
 @dataclass(kw_only=True)
@@ -21,13 +21,7 @@ class PeersOptions:
     output_file: str | None = option(None, "JSON file for the results.", section="output")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(PeersOptions, argv, __doc__)
-    from ordnung.scripts.experiments.peers import run
-
-    return run(options)
-
+main = program(PeersOptions, "experiments.peers", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -13,7 +13,7 @@ are drawn as the attention that they are.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.common.options import option, program, required
 
 
 @dataclass(kw_only=True)
@@ -31,13 +31,7 @@ class MixingOptions:
             raise ScriptError("give one of --text and --text_file")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(MixingOptions, argv, __doc__)
-    from ordnung.scripts.reports.mixing import run
-
-    return run(options)
-
+main = program(MixingOptions, "reports.mixing", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

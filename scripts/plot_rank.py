@@ -15,7 +15,7 @@ QuadraticKernelLM against n and d: constant in n, growing as d^3 and not as d^2.
 from dataclasses import dataclass
 
 from ordnung.scripts.common.errors import ScriptError, run_script
-from ordnung.scripts.common.options import option, parse_options, required
+from ordnung.scripts.common.options import option, program, required
 
 
 @dataclass(kw_only=True)
@@ -45,13 +45,7 @@ class RankOptions:
             raise ScriptError(f"--lengths {odd[0]} must be even: its halves are looked at")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(RankOptions, argv, __doc__)
-    from ordnung.scripts.reports.rank import run
-
-    return run(options)
-
+main = program(RankOptions, "reports.rank", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -10,17 +10,10 @@ Files larger than memory are read piece by piece; the same command goes on where
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.finetuning.options import PredictOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(PredictOptions, argv, __doc__)
-    from ordnung.scripts.finetuning.predicting import run
-
-    return run(options)
-
+main = program(PredictOptions, "finetuning.predicting", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -14,17 +14,10 @@ later.
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.experiments.options import TaskOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(TaskOptions, argv, __doc__)
-    from ordnung.scripts.experiments.prefix_tasks import run
-
-    return run(options)
-
+main = program(TaskOptions, "experiments.prefix_tasks", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -9,17 +9,10 @@ checkpoints.
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.pretraining.options import PretrainOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(PretrainOptions, argv, __doc__)
-    from ordnung.scripts.pretraining.run import run
-
-    return run(options)
-
+main = program(PretrainOptions, "pretraining.run", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

@@ -40,15 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ordnung").setLevel(logging.INFO)
-    target = sharing.Target(
-        repo_id=options.hub_model_id,
-        private=options.private,
-        revision=options.revision,
-        commit_message=options.commit_message,
-        license=options.license,
-        language=options.language,
-        token=options.token,
-    )
+    names = ("private", "revision", "commit_message", "license", "language", "token")
+    target = sharing.Target(options.hub_model_id, **{name: getattr(options, name) for name in names})
     checkpoint = Path(best_run(options.model_name_or_path))
     if options.dry_run:
         target = sharing.with_namespace(target, "your-name")

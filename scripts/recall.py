@@ -10,17 +10,10 @@ where it was stopped, and a variant or seed can be added later.
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.experiments.options import RecallOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(RecallOptions, argv, __doc__)
-    from ordnung.scripts.experiments.recall import run
-
-    return run(options)
-
+main = program(RecallOptions, "experiments.recall", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

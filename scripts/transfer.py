@@ -11,17 +11,10 @@ later.
 """
 
 from ordnung.scripts.common.errors import run_script
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import program
 from ordnung.scripts.experiments.options import TransferOptions
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
-    options = parse_options(TransferOptions, argv, __doc__)
-    from ordnung.scripts.experiments.transfer import run
-
-    return run(options)
-
+main = program(TransferOptions, "experiments.transfer", __doc__)
 
 if __name__ == "__main__":
     run_script(main)

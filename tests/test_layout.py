@@ -1,6 +1,7 @@
 """Who may import whom: folders stand in one order and import from those below, and no file imports a program."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def test_imports_point_one_way():
     wrong = [fault for name, path in known.items() for fault in faults(name, path.read_text(), {*known, "ordnung"})]
     assert wrong == []
     assert imported(root.read_text(), known) == {"ordnung.modeling.registration"}
+
+
+def test_what_programs_hand_over_to_is_there():
+    named = [re.findall(r'program\(\w+, "([\w.]+)", __doc__\)', path.read_text()) for path in modules().values()]
+    assert len(names := [name for some in named for name in some]) > 20
+    for name in names:
+        assert "\ndef run(" in modules()[f"ordnung.scripts.{name}"].read_text(), name
 
 
 def test_files_are_read_and_written_as_utf8():

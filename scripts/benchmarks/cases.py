@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
-from ordnung.scripts.benchmarks.variants import Shape, Variant, split_form, state_bytes
+from ordnung.scripts.benchmarks.variants import Shape, Variant, state_bytes
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,3 @@ MODEL_TASKS: dict[str, type[ModelSample]] = {
     "prefill": PrefillSample,
     "decode": DecodeSample,
 }
-
-
-def make_model_sample(case: Case, settings: Settings) -> ModelSample:
-    variant, static = split_form(case.name)
-    return MODEL_TASKS[case.task](variant, case.task, case.length, settings, static)

@@ -23,6 +23,12 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.nan_to_num(difference / expected.double().abs().max(), nan=torch.inf))
 
 
+def random_inputs(settings: Settings, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Normal numbers, the same whatever the device."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    return [torch.randn(shape, generator=generator).to(settings.device, settings.torch_dtype) for shape in shapes]
+
+
 def convolution_deviation(implementation: str, settings: Settings) -> float:
     """Of an implementation of the convolution, output and gradients, against the formula computed in float64."""
     heads, taps = settings.shape.num_attention_heads, settings.shape.kernel_size
@@ -47,9 +53,7 @@ def convolution_deviation(implementation: str, settings: Settings) -> float:
 @torch.no_grad()
 def projection_deviation(settings: Settings) -> float:
     """Of the bidirectional projection against its definition in float64."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 50, 1, 16), (1, 64, 8)))
-    x, weight = (tensor.to(settings.device, settings.torch_dtype) for tensor in (x, weight))
+    x, weight = random_inputs(settings, (2, 50, 1, 16), (1, 64, 8))
     expected = torch.stack([project_naive(row[:, 0].double(), "linear", weight[0].double(), 8, 64)[0] for row in x])
     return deviation(project_rows(x, "linear", weight, 8, 64)[:, :, 0], expected)
 
@@ -57,10 +61,7 @@ def projection_deviation(settings: Settings) -> float:
 @torch.no_grad()
 def causal_linformer_deviation(settings: Settings) -> float:
     """Of the causal operator against its formula, query by query, in float64."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    inputs = [torch.randn(2, 90, 2, 16, generator=generator) for _ in range(3)]
-    inputs = [tensor.to(settings.device, settings.torch_dtype) for tensor in inputs]
-    weight = torch.randn(1, 1, 96, 8, generator=generator).to(settings.device, settings.torch_dtype)
+    *inputs, weight = random_inputs(settings, *3 * [(2, 90, 2, 16)], (1, 1, 96, 8))
     actual = CausalLinformer("linear", weight, 8, 96, 16, 1).forward(*inputs)[0]
     table = weight[0].double().softmax(-1).expand(2, 2, -1, -1)
     rows = zip(*(tensor.double() for tensor in inputs))

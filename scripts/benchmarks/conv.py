@@ -2,12 +2,11 @@
 
 from functools import partial
 from itertools import product
-from time import process_time
 
 import torch
 
 from ordnung.modeling.ops.causal_conv import causal_conv, faster
-from ordnung.scripts.benchmarks.measure import in_turns
+from ordnung.scripts.benchmarks.measure import in_turns, thread_timer
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
@@ -28,20 +27,13 @@ def shape_of(rows: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+@torch.no_grad()
 def forward(v, kernel, implementation: str) -> None:
-    with torch.no_grad():
-        causal_conv(v, kernel, implementation=implementation)
+    causal_conv(v, kernel, implementation=implementation)
 
 
 def training(v, kernel, implementation: str) -> None:
     torch.autograd.grad(causal_conv(v, kernel, implementation=implementation).sum(), (v, kernel))
-
-
-def cpu_seconds(step, *arguments) -> float:
-    """Seconds that the processor, one core of it, gives to a call; those that other programs take are not in it."""
-    start = process_time()
-    step(*arguments)
-    return process_time() - start
 
 
 def measure(options, sharing: str, taps: int, rows: str, task: str) -> dict:
@@ -52,8 +44,8 @@ def measure(options, sharing: str, taps: int, rows: str, task: str) -> dict:
     v = torch.randn(B, N, options.hidden_size, requires_grad=True)
     kernel = torch.randn(kernels, min(taps, N), requires_grad=True)  # the mixer leaves out taps that reach no token
     step = {"forward": forward, "forward and backward": training}[task]
-    timers = {name: partial(cpu_seconds, step, v, kernel, name) for name in IMPLEMENTATIONS}
-    seconds = in_turns(timers, options.rounds)
+    runs = {name: partial(step, v, kernel, name) for name in IMPLEMENTATIONS}
+    seconds = in_turns(runs, options.rounds, thread_timer(1))
     fastest = {name: min(values) for name, values in seconds.items()}  # what else ran slows the others
     with torch.set_grad_enabled(task != "forward"):
         chosen = faster(v, kernel)

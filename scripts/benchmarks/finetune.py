@@ -18,6 +18,7 @@ from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.rows import load_rows
+from ordnung.scripts.common.tables import ranged
 from ordnung.scripts.finetuning.data import load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.model import build_model
 from ordnung.scripts.finetuning.options import FinetuneOptions, PredictOptions
@@ -29,9 +30,9 @@ from ordnung.scripts.training.accelerator import make_accelerator
 
 def bare_loop(accelerator, options: FinetuneOptions, data, tokenizer, batches: list[np.ndarray]):
     """A function that takes the steps of `batches`, lists of rows."""
-    train, names = data.train, ("input_ids", "labels")
+    train = data.train
     rows = [
-        dict(zip(names, (train.ids[start:end].tolist(), int(label))))
+        {"input_ids": train.ids[start:end].tolist(), "labels": int(label)}
         for start, end, label in zip(train.starts, train.starts[1:], train.labels)
     ]
     loader = DataLoader(
@@ -145,8 +146,7 @@ def run(bench) -> int:
         training = {**recipes, "bare": bare}
         predicting = predicting_loops(plain, task, bench.predict_rows, Path(folder)) if bench.predict_rows else {}
         device = plain.accelerator.device.type
-        loops = {name: partial(timed, loop, device=device) for name, loop in {**training, **predicting}.items()}
-        seconds = in_turns(loops, bench.rounds)
+        seconds = in_turns({**training, **predicting}, bench.rounds, partial(timed, device=device))
         predicted = min(bench.predict_rows, len(plain.data.train))
     examples = {name: sum(map(len, recipe.rows)) for name, recipe in recipes.items()}
     examples |= {"bare": examples["ours"], "predict": predicted, "bare_predict": predicted}
@@ -158,31 +158,28 @@ def run(bench) -> int:
     }
     tokens |= {"bare": tokens["ours"], "predict": 1, "bare_predict": 1}
 
-    def ratios(name: str, other: str) -> list[float]:
-        """Time of a token by one loop over that by another, by round."""
-        scale = tokens[other] / tokens[name]
-        return [scale * a / b for a, b in zip(seconds[name], seconds[other])]
-
-    of_bare = ratios("ours", "bare")
+    pairs = {"ours": "bare", **dict.fromkeys(others, "ours"), **({"predict": "bare_predict"} if predicting else {})}
+    ratios = {  # time of a token by one loop over that by another, by round
+        name: [tokens[other] / tokens[name] * a / b for a, b in zip(seconds[name], seconds[other])]
+        for name, other in pairs.items()
+    }
     results = {
         "model": bench.model_name_or_path,
         "task": task.name,
-        "ratio": median(of_bare),
-        "ratios": of_bare,
+        "ratio": median(ratios["ours"]),
+        "ratios": ratios["ours"],
         "examples_per_second": {name: examples[name] / median(times) for name, times in seconds.items()},
         "tokens": {name: count for name, count in tokens.items() if name in training},
         "steps": bench.steps,
         "rows_a_step": bench.per_device_train_batch_size,
-        "recipes": {name: {"of_ours": median(each := ratios(name, "ours")), "each": each} for name in others},
+        "recipes": {name: {"of_ours": median(ratios[name]), "each": ratios[name]} for name in others},
         "machine": machine_info(),
     }
-    lines = [("ours", "bare", of_bare)] + [(name, "ours", ratios(name, "ours")) for name in others]
     if predicting:
-        results["predict"] = {"ratio": median(each := ratios("predict", "bare_predict")), "ratios": each}
-        results["predict"]["rows"] = predicted
-        lines.append(("predict", "bare_predict", each))
-    for name, other, each in lines:
-        print(f"time of {name} / {other}: {median(each):.3f} ({min(each):.3f} to {max(each):.3f})")
+        each = ratios["predict"]
+        results["predict"] = {"ratio": median(each), "ratios": each, "rows": predicted}
+    for name, other in pairs.items():
+        print(f"time of {name} / {other}: {ranged(ratios[name], 3)}")
     speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in results["examples_per_second"].items())
     print(f"examples/s: {speeds}")
     if bench.output_file:

@@ -9,38 +9,28 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 from scipy.stats import linregress
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts.benchmarks.variants import VARIANTS, Shape, Variant
+from ordnung.scripts.benchmarks.variants import VARIANTS, Shape
 from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, new_figure, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, paragraphs
 
 TASKS = {"train": "training step", "prefill": "prompt", "decode": "one more token", "state": "generation state, bytes"}
 
 
-def variant_of(name: str) -> Variant:
-    """A family as benchmark.py has it, or with its defaults."""
-
-    def config(shape: Shape) -> PreTrainedConfig:
-        heads = {"num_attention_heads": shape.num_attention_heads, "max_position_embeddings": shape.max_length}
-        return AutoConfig.for_model(name, **shape.common(), **heads)
-
-    return VARIANTS.get(name) or Variant(f"{name}, default configuration", AutoModelForCausalLM, config)
-
-
 def count(name: str, shape: Shape, lengths: list[int]) -> dict[str, list[int]]:
     """FLOPs, and bytes of the state, of one sequence of each length (tokens); the weights take no memory."""
-    variant, counted = variant_of(name), {task: [] for task in TASKS}
+    variant = VARIANTS[name]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(variant.config(shape))
-    for length in lengths:
-        for task in TASKS:
-            state = task == "state"
-            counted[task].append(model.cache_bytes(length) if state else variant.count_flops(model, task, length))
-    return counted
+
+    def of(task: str, length: int) -> int:
+        return model.cache_bytes(length) if task == "state" else variant.count_flops(model, task, length)
+
+    return {task: [of(task, length) for length in lengths] for task in TASKS}
 
 
 def exponents(lengths: Sequence[float], values: Sequence[float]) -> dict[str, float]:
@@ -95,15 +85,13 @@ def markdown(results: dict[str, Any]) -> str:
         if name != "softmax_lm"
     ]
     header = ["family", *TASKS.values()]
-    return "\n\n".join(
-        [
-            f"Exponent of N from {lengths[-2]:,} to {lengths[-1]:,} tokens (and fitted from {lengths[0]:,} on, with "
-            "the 95 % interval of the fit: how far from a power of N it is). Counted by the models: width "
-            f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, one sequence.",
-            markdown_table(header, body),
-            "Cheaper than softmax attention from so many tokens on:",
-            markdown_table(header, crossings),
-        ]
+    return paragraphs(
+        f"Exponent of N from {lengths[-2]:,} to {lengths[-1]:,} tokens (and fitted from {lengths[0]:,} on, with "
+        "the 95 % interval of the fit: how far from a power of N it is). Counted by the models: width "
+        f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, one sequence.",
+        markdown_table(header, body),
+        "Cheaper than softmax attention from so many tokens on:",
+        markdown_table(header, crossings),
     )
 
 

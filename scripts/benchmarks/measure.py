@@ -12,14 +12,16 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 import transformers
 
-from ordnung.scripts.benchmarks.cases import MODEL_TASKS, Case, Sample, Settings, make_model_sample
+from ordnung.scripts.benchmarks.cases import MODEL_TASKS, Case, Sample, Settings
 from ordnung.scripts.benchmarks.mixer import PARTS
+from ordnung.scripts.benchmarks.variants import split_form
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 WARM_UP_LENGTH = 16  # tokens, of the tiny sample that a probe starts with
@@ -30,7 +32,8 @@ MEMORY_ERRORS = (MemoryError, RuntimeError)  # where `out_of_memory` has to be a
 def make_sample(case: Case, settings: Settings) -> Sample:
     """Build the competitor of `case`: one of `VARIANTS`, in the mixer task one of `PARTS`."""
     if case.task in MODEL_TASKS:
-        return make_model_sample(case, settings)
+        variant, static = split_form(case.name)
+        return MODEL_TASKS[case.task](variant, case.task, case.length, settings, static)
     return PARTS[case.name].make_sample(case.length, settings)
 
 
@@ -41,35 +44,30 @@ def prepare_process(settings: Settings) -> None:
     transformers.logging.set_verbosity_error()
 
 
-def timed(run: Callable, *arguments, device: str = "cpu") -> float:
+def timed(run: Callable, *arguments, device: str = "cpu", clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run(*arguments)
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def thread_timer(threads: int) -> Callable[[Callable], float]:
     """What times a call on the CPU: with one thread in its own seconds, which other programs hardly lengthen."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-
-    def measured(run: Callable) -> float:
-        start = clock()
-        run()
-        return clock() - start
-
-    return measured
+    return partial(timed, clock=time.thread_time if threads == 1 else time.perf_counter)
 
 
-def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each of `timers` returns when all are called in turns, A B B A A B; a first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
+def in_turns(
+    runs: Mapping[str, Callable], rounds: int, timer: Callable[[Callable], float] = timed
+) -> dict[str, list[float]]:
+    """Seconds of each of `runs`, called in turns, A B B A A B; a first round only warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
-        for name in list(timers)[:: 1 if turn % 2 else -1]:
-            seconds[name].append(timers[name]())
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(timer(runs[name]))
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -141,10 +139,7 @@ def _run_probe(case: Case, settings: Settings) -> dict:
         if not out_of_memory(error):
             raise
         cause = str(error).splitlines()[0]
-        return {
-            "status": "skipped",
-            "reason": f"needs more than the {free / GIB:.1f} GiB that are free: {cause}",
-        }
+        return {"status": "skipped", "reason": f"needs more than the {free / GIB:.1f} GiB that are free: {cause}"}
     peak = memory.read() if sample.measures_memory else None
     return {"status": "ok", "probe_seconds": seconds, "peak_bytes": peak, **sample.facts()}
 

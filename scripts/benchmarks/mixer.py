@@ -5,7 +5,6 @@ how much faster its mixer and its whole model are than the same ones with unfuse
 there, that attention has no position information.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -43,26 +42,13 @@ class PartSample(Sample):
         del base.layers[1:]
         tokens = random_tokens(self.settings, base.config.vocab_size, self.length)
         layer = base.layers[0]
-        calls = []
-
-        def record(module, args, kwargs):
-            calls.append((module, args, kwargs))
-
-        if self.part == "convolution":
-            convolve = modeling_conv_lm.causal_conv
-
-            def recording(*args, **kwargs):
-                calls.append((convolve, args, kwargs))
-                return convolve(*args, **kwargs)
-
-            with mock.patch.object(modeling_conv_lm, "causal_conv", recording):
-                base(tokens, use_cache=False)
-        else:
-            module = layer if self.part == "block" else layer.mixer
-            handle = module.register_forward_pre_hook(record, with_kwargs=True)
+        module = layer if self.part == "block" else layer.mixer
+        owner, name = (modeling_conv_lm, "causal_conv") if self.part == "convolution" else (module, "forward")
+        self.function = getattr(owner, name) if self.part == "convolution" else module
+        with mock.patch.object(owner, name, wraps=getattr(owner, name)) as called:
             base(tokens, use_cache=False)
-            handle.remove()
-        [(self.function, self.args, self.kwargs)] = calls
+        called.assert_called_once()
+        self.args, self.kwargs = called.call_args
 
     @torch.no_grad()
     def run(self, argument):
@@ -76,12 +62,8 @@ def _source_attention(implementation: str) -> Variant:
         same += ("hidden_act", "norm_position", "position_embedding_type", "tie_word_embeddings", "lm_head_bias")
         return SoftmaxLMConfig(**{name: getattr(source, name) for name in same}, bos_token_id=None, eos_token_id=None)
 
-    return Variant(
-        f"the source configuration with {implementation} attention",
-        SoftmaxLMForCausalLM,
-        config,
-        attn_implementation=implementation,
-    )
+    description = f"the source configuration with {implementation} attention"
+    return Variant(description, SoftmaxLMForCausalLM, config, attn_implementation=implementation)
 
 
 SOURCE_VARIANTS = {
@@ -93,34 +75,24 @@ SOURCE_VARIANTS = {
 
 @dataclass(frozen=True)
 class Part:
+    """A part of a variant's model: "block", "mixer", "convolution", or all of the "model"."""
+
     description: str
-    make_sample: Callable[[int, Settings], Sample]
+    variant: Variant
+    kind: str
     compared_with: tuple[str, ...] = ()
 
-
-def _parts() -> dict[str, Part]:
-    conv_lm = VARIANTS["conv_lm"]
-    parts = {
-        "block": Part("one ConvLM block", lambda n, s: PartSample(conv_lm, "block", n, s)),
-        "convolution": Part(
-            "the convolution alone, inside that block",
-            lambda n, s: PartSample(conv_lm, "convolution", n, s),
-            ("block",),
-        ),
-    }
-    for kind, variant in SOURCE_VARIANTS.items():
-        others = tuple(other for other in SOURCE_VARIANTS if other != kind) if kind == "conv" else ()
-        parts[f"source_mixer_{kind}"] = Part(
-            f"mixer alone: {variant.description}",
-            lambda n, s, variant=variant: PartSample(variant, "mixer", n, s),
-            tuple(f"source_mixer_{other}" for other in others),
-        )
-        parts[f"source_model_{kind}"] = Part(
-            f"whole model, forward: {variant.description}",
-            lambda n, s, variant=variant: ForwardSample(variant, "forward", n, s),
-            tuple(f"source_model_{other}" for other in others),
-        )
-    return parts
+    def make_sample(self, length: int, settings: Settings) -> Sample:
+        if self.kind == "model":
+            return ForwardSample(self.variant, "forward", length, settings)
+        return PartSample(self.variant, self.kind, length, settings)
 
 
-PARTS = _parts()
+PARTS = {
+    "block": Part("one ConvLM block", VARIANTS["conv_lm"], "block"),
+    "convolution": Part("the convolution alone, inside that block", VARIANTS["conv_lm"], "convolution", ("block",)),
+}
+for kind, variant in SOURCE_VARIANTS.items():
+    for part, what in (("mixer", "mixer alone"), ("model", "whole model, forward")):
+        others = (f"source_{part}_sdpa", f"source_{part}_eager") if kind == "conv" else ()
+        PARTS[f"source_{part}_{kind}"] = Part(f"{what}: {variant.description}", variant, part, others)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ordnung.modeling.registration import FAMILIES
-from ordnung.scripts.benchmarks.measure import in_turns, timed
+from ordnung.scripts.benchmarks.measure import in_turns
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
@@ -97,8 +97,8 @@ def run(options) -> int:
                 **SETTINGS.get(family, {}),
             )
             model = AutoModelForCausalLM.from_config(config).train()
-            timers = {name: partial(timed, training_step, model, batch) for name, batch in inputs.items()}
-            seconds = in_turns(timers, options.rounds)
+            steps = {name: partial(training_step, model, batch) for name, batch in inputs.items()}
+            seconds = in_turns(steps, options.rounds)
             per_token = {name: [second / counts[name] for second in seconds[name]] for name in inputs}
             case = {
                 "text": column,
@@ -109,18 +109,14 @@ def run(options) -> int:
                 "tokens": counts,
                 "seconds": seconds,
             }
-            for other in ("full", "padded"):
-                ratios = [a / b for a, b in zip(per_token["packed"], per_token[other])]
-                case[f"packed_per_token_of_{other}"] = {"median": median(ratios), "each": ratios}
+            ratios = {
+                other: [a / b for a, b in zip(per_token["packed"], per_token[other])] for other in ("full", "padded")
+            }
+            for other, each in ratios.items():
+                case[f"packed_per_token_of_{other}"] = {"median": median(each), "each": each}
             results["cases"].append(case)
-            print(
-                f"{column} {family}: a packed token takes "
-                + " and ".join(
-                    f"{case[f'packed_per_token_of_{other}']['median']:.2f} of a {other} row's"
-                    for other in ("full", "padded")
-                ),
-                flush=True,
-            )
+            shares = (f"{median(ratios[other]):.2f} of a {other} row's" for other in ratios)
+            print(f"{column} {family}: a packed token takes {' and '.join(shares)}", flush=True)
             if options.output_file:
                 write_json(options.output_file, results)
     return 0

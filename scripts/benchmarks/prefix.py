@@ -1,6 +1,7 @@
 """What predicting from every prefix costs."""
 
 import math
+import operator
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -105,7 +106,7 @@ def measure_training(options, layers: int, length: int) -> dict:
     if not error < 1e-4:
         raise ScriptError(f"cubic differs from naive by {error:.1e} with {layers} layers and {length} tokens")
     steps = {name: partial(step, model, compute, tokens) for name, (model, compute) in competitors.items()}
-    seconds = in_turns(steps, options.repeats)
+    seconds = in_turns(steps, options.repeats, operator.call)  # they time themselves
     rows = {}
     for name, (model, compute) in competitors.items():
         flops, attention = counted_flops(model, compute, tokens)
@@ -142,7 +143,7 @@ def measure_decoding(options, length: int) -> dict:
 
     timers = {"encoded anew": lambda: timed(encode_anew)}
     timers |= {name: partial(after_prompt, model) for name, model in models.items()}
-    seconds = in_turns(timers, options.repeats)
+    seconds = in_turns(timers, options.repeats, operator.call)
     prefill = {}
     for n in (length // 2, length):
         prompt = tokens[:, :n]
@@ -181,20 +182,13 @@ def markdown(results: dict) -> str:
     body = []
     for row in results["training"]:
         c = row["competitors"]
-        rate = {name: c[name]["flops"] / c[name]["seconds"] for name in c}
-        body.append(
-            [
-                str(row["layers"]),
-                str(row["length"]),
-                f"{c['naive']['seconds']:.3f}",
-                f"{c['cubic']['seconds']:.3f}",
-                f"{c['naive']['seconds'] / c['cubic']['seconds']:.2f}×",
-                f"{c['naive']['flops'] / c['cubic']['flops']:.2f}",
-                *(f"{c[name]['seconds']:.3f}" for name in ("recomputed", "stride", "causal")),
-                f"{rate['cubic'] / rate['encoder']:.0%}",
-                *(f"{c[name]['saved_bytes'] / 1e6:.1f}" for name in ("naive", "cubic", "recomputed")),
-            ]
-        )
+        seconds = {name: f"{of['seconds']:.3f}" for name, of in c.items()}
+        faster, fewer = (c["naive"][what] / c["cubic"][what] for what in ("seconds", "flops"))
+        rate = {name: of["flops"] / of["seconds"] for name, of in c.items()}
+        body.append([str(row["layers"]), str(row["length"]), seconds["naive"], seconds["cubic"]])
+        body[-1] += [f"{faster:.2f}×", f"{fewer:.2f}", *(seconds[name] for name in ("recomputed", "stride", "causal"))]
+        saved = (c[name]["saved_bytes"] / 1e6 for name in ("naive", "cubic", "recomputed"))
+        body[-1] += [f"{rate['cubic'] / rate['encoder']:.0%}", *(f"{size:.1f}" for size in saved)]
     exponents = []
     for layers, counts in results["counted"].items():
         row = [{n: value[what] for n, value in counts.items()} for what in ("attention_flops", "flops")]

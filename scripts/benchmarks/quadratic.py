@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -66,18 +67,17 @@ def measure_length(options, d: int, length: int) -> dict:
     competitors = {"squared": partial(squared, options, *inputs, gate), "softmax": partial(softmax, *inputs)}
     seed = torch.randn(1, length, options.heads, d)
 
-    timed = thread_timer(options.threads)
-
+    @torch.no_grad()
     def forward(compute):
-        with torch.no_grad():
-            return timed(compute)
+        compute()
 
     def gradients(compute):
-        return timed(lambda: torch.autograd.grad(compute(), inputs, seed))
+        torch.autograd.grad(compute(), inputs, seed)
 
     row = {"head_size": d, "length": length}
     for task, run in (("forward", forward), ("gradients", gradients)):
-        seconds = in_turns({name: partial(run, compute) for name, compute in competitors.items()}, options.repeats)
+        runs = {name: partial(run, compute) for name, compute in competitors.items()}
+        seconds = in_turns(runs, options.repeats, thread_timer(options.threads))
         row[task] = {name: summarise(values) for name, values in seconds.items()}
     return row
 
@@ -113,8 +113,7 @@ def measure_decoding(options, d: int, length: int) -> dict:
 
 def steps_in_turns(options, runs: dict[str, Callable]) -> dict[str, dict]:
     """Seconds of one of the `decode_steps` that each of `runs` takes."""
-    timed = thread_timer(options.threads)
-    seconds = in_turns({name: partial(timed, run) for name, run in runs.items()}, options.repeats)
+    seconds = in_turns(runs, options.repeats, thread_timer(options.threads))
     return {name: summarise([x / options.decode_steps for x in values]) for name, values in seconds.items()}
 
 
@@ -161,11 +160,15 @@ def measure_model(options, length: int) -> dict:
     return {"length": length, **times, "bytes": held}
 
 
+def faster(row: dict, task: str) -> float:
+    """How many times faster the squared kernel is than fused softmax attention."""
+    return row[task]["softmax"]["median"] / row[task]["squared"]["median"]
+
+
 def crossover(rows: list[dict], d: int, task: str) -> float | None:
     """Tokens from which on the squared kernel is the faster one, as `growth.crossover` tells."""
     rows = sorted((row for row in rows if row["head_size"] == d), key=lambda row: row["length"])
-    ratios = [row[task]["softmax"]["median"] / row[task]["squared"]["median"] for row in rows]
-    return growth.crossover([row["length"] for row in rows], ratios)
+    return growth.crossover([row["length"] for row in rows], [faster(row, task) for row in rows])
 
 
 def state_tokens(d: int) -> float:
@@ -182,28 +185,23 @@ def markdown(results: dict) -> str:
     ]
     sizes, lengths = settings["head_sizes"], settings["lengths"]
     for task, title in TASKS.items():
-        ratio = {
-            (row["head_size"], row["length"]): row[task]["softmax"]["median"] / row[task]["squared"]["median"]
-            for row in rows
-        }
+        ratio = {(row["head_size"], row["length"]): faster(row, task) for row in rows}
         header = ["tokens", *(f"d = {d}" for d in sizes)]
         body = [[f"{n:,}", *(f"{ratio[d, n]:.2f}×" for d in sizes)] for n in lengths]
         found = [crossover(rows, d, task) for d in sizes]
         body.append(["faster from", *("not reached" if n is None else f"{n:,.0f} tokens" for n in found)])
         parts.append(f"**{title}**\n\n{markdown_table(header, body)}")
-    header = ["d", "tokens before", "state, µs", "growing cache, µs", "static cache, µs"]
-    body = [
-        [str(row["head_size"]), f"{row['length']:,}", *(f"{1e6 * row[name]['median']:,.0f}" for name in CACHES)]
-        for row in results["decoding"]
-    ]
-    parts.append(f"**One decoded token**\n\n{markdown_table(header, body)}")
+
+    def times(row: dict) -> list[str]:
+        return [f"{row['length']:,}", *(f"{1e6 * row[name]['median']:,.0f}" for name in CACHES)]
+
+    header = ["tokens before", "state, µs", "growing cache, µs", "static cache, µs"]
+    body = [[str(row["head_size"]), *times(row)] for row in results["decoding"]]
+    parts.append(f"**One decoded token**\n\n{markdown_table(['d', *header], body)}")
     if results.get("models"):
-        header = ["tokens before", "state, µs", "growing cache, µs", "static cache, µs", "state, MiB", "cache, MiB"]
-        body = [
-            [f"{row['length']:,}", *(f"{1e6 * row[name]['median']:,.0f}" for name in CACHES)]
-            + [f"{row['bytes'][name] / 2**20:.2f}" for name in ("state", "dynamic")]
-            for row in results["models"]
-        ]
+        header += ["state, MiB", "cache, MiB"]
+        held = [[f"{row['bytes'][name] / 2**20:.2f}" for name in ("state", "dynamic")] for row in results["models"]]
+        body = [times(row) + sizes for row, sizes in zip(results["models"], held)]
         what = (
             f"One generated token of whole models of 2 layers and {settings['heads']} heads of 64 channels: "
             "QuadraticKernelLM with its defaults, and SoftmaxLM"
@@ -218,8 +216,8 @@ def claims(results: dict) -> str:
     """What was aimed at beside what was measured."""
     body = []
     for (d, length), least in AIMS.items():
-        rows = [row["forward"] for row in results["lengths"] if (row["head_size"], row["length"]) == (d, length)]
-        got = rows[0]["softmax"]["median"] / rows[0]["squared"]["median"] if rows else None
+        rows = [row for row in results["lengths"] if (row["head_size"], row["length"]) == (d, length)]
+        got = faster(rows[0], "forward") if rows else None
         verdict = "not run" if got is None else "yes" if got >= least else "no"
         body.append([f"d = {d}, {length:,} tokens", f"{least:g}×", f"{got:.2f}×" if rows else "-", verdict])
     for name, what in (("state", "QuadraticKernelLM"), ("dynamic", "SoftmaxLM, growing cache")):
@@ -239,10 +237,8 @@ def plot(results: dict, image: Path) -> None:
     for panel, (task, title) in zip(panels, TASKS.items()):
         for i, d in enumerate(sizes):
             rows = [row for row in results["lengths"] if row["head_size"] == d]
-            ratios = [row[task]["softmax"]["median"] / row[task]["squared"]["median"] for row in rows]
-            panel.plot(
-                [row["length"] for row in rows], ratios, marker="o", markersize=3, color=f"C{i}", label=f"d = {d}"
-            )
+            line = [row["length"] for row in rows], [faster(row, task) for row in rows]
+            panel.plot(*line, marker="o", markersize=3, color=f"C{i}", label=f"d = {d}")
         panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
         panel.set(title=f"{title}: speed / softmax's", xlabel="tokens", xscale="log", yscale="log")
     for i, d in enumerate(sizes):
@@ -277,19 +273,13 @@ def run(options) -> int:
     }
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    for key, lengths, measure in (
-        ("lengths", options.lengths, measure_length),
-        ("decoding", options.decode_lengths, measure_decoding),
-    ):
-        for d in options.head_sizes:
-            for length in lengths:
-                results[key].append(measure(options, d, length))
-                write_json(output, results)
-                print(f"{key}: head size {d}, {length} tokens", flush=True)
-    for length in sorted(options.model_lengths):
-        results["models"].append(measure_model(options, length))
+    cases = [("lengths", measure_length, case) for case in product(options.head_sizes, options.lengths)]
+    cases += [("decoding", measure_decoding, case) for case in product(options.head_sizes, options.decode_lengths)]
+    cases += [("models", measure_model, [length]) for length in sorted(options.model_lengths)]
+    for key, measure, (*head_size, length) in cases:
+        results[key].append(measure(options, *head_size, length))
         write_json(output, results)
-        print(f"models: {length} tokens", flush=True)
+        print(f"{key}: {''.join(f'head size {d}, ' for d in head_size)}{length} tokens", flush=True)
     plot(results, output.with_suffix(".png"))
     print(markdown(results))
     return 0

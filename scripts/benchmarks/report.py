@@ -125,12 +125,9 @@ def plot(results: dict, path: Path) -> None:
     rows = [row for row in results["results"] if row["status"] == "ok"]
     panels = []
     for task, title in TITLES.items():
-        timed = [
-            (row, row["seconds"]["median"] * 1e6 / row["tokens"])
-            for row in rows
-            if row["task"] == task and "seconds" in row
-        ]
-        panels.append((title, "µs per token", timed))
+        timed = [row for row in rows if row["task"] == task and "seconds" in row]
+        times = [(row, row["seconds"]["median"] * 1e6 / row["tokens"]) for row in timed]
+        panels.append((title, "µs per token", times))
     for task in ("forward", "train"):
         peaks = [(row, row["peak_bytes"] / 2**20) for row in rows if row["task"] == task and row["peak_bytes"]]
         panels.append((f"{TITLES[task]}: memory", "peak MiB above the weights", peaks))
@@ -141,11 +138,8 @@ def plot(results: dict, path: Path) -> None:
         return
 
     columns = min(3, len(panels))
-    figure, axes = new_figure(
-        -(-len(panels) // columns),
-        columns,
-        figsize=(5.2 * columns, 4 * -(-len(panels) // columns) + 0.6),
-    )
+    lines = -(-len(panels) // columns)
+    figure, axes = new_figure(lines, columns, figsize=(5.2 * columns, 4 * lines + 0.6))
     axes = [axes] if len(panels) == 1 else list(axes.flat)
     names = dict.fromkeys(row["name"] for *_, points in panels for row, _ in points)
     drawn = styles({name: family_of(name) for name in names})

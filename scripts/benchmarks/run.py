@@ -19,11 +19,10 @@ from ordnung.scripts.common.machine import machine_info
 TASKS = (*MODEL_TASKS, "memory", "mixer")
 
 
-def make_settings(options) -> Settings:
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "kernel_size")
-    shared = ("batch_size", "device", "dtype", "threads", "seed", "decode_steps")
-    shape = Shape(**{name: getattr(options, name) for name in sizes})
-    return Settings(shape=shape, **{name: getattr(options, name) for name in shared})
+def filled(kind: type, options, **given):
+    """A dataclass with the fields that the options have too."""
+    names = [field.name for field in dataclasses.fields(kind) if hasattr(options, field.name)]
+    return kind(**{name: getattr(options, name) for name in names}, **given)
 
 
 def hopeless(earlier: dict | None, length: int, limit_seconds: float) -> str | None:
@@ -38,13 +37,6 @@ def hopeless(earlier: dict | None, length: int, limit_seconds: float) -> str | N
         seen = f"{earlier['probe_seconds']:.0f} s at N={earlier['length']}"
         return f"one sample would take at least {least:.0f} s, judged from {seen}"
     return None
-
-
-def probe_case(case: Case, earlier: dict | None, settings: Settings, limit_seconds: float) -> dict:
-    """The row of `case` without its time; `earlier` is that of the same competitor at the next shorter length."""
-    reason = hopeless(earlier, case.length, limit_seconds)
-    outcome = {"status": "skipped", "reason": reason} if reason else probe(case, settings, limit_seconds)
-    return {**dataclasses.asdict(case), **outcome}
 
 
 def add_times(rows: list[dict], settings: Settings, budget: float) -> None:
@@ -66,9 +58,11 @@ def measure(task: str, names: list[str], lengths: list[int], settings: Settings,
     rows = []
     for length in lengths:
         for name in names:
-            case = Case(task, name, length)
-            latest[name] = probe_case(case, latest.get(name), settings, options.max_sample_seconds)
-            rows.append(latest[name])
+            case, limit = Case(task, name, length), options.max_sample_seconds
+            reason = hopeless(latest.get(name), length, limit)
+            outcome = {"status": "skipped", "reason": reason} if reason else probe(case, settings, limit)
+            rows.append({**dataclasses.asdict(case), **outcome})
+            latest[name] = rows[-1]
     if task in options.tasks:
         add_times(rows, settings, options.seconds * len(lengths))
     for row in rows:
@@ -114,7 +108,7 @@ def run(options) -> int:
     complete(options)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings = make_settings(options)
+    settings = filled(Settings, options, shape=filled(Shape, options))
     prepare_process(settings)
     checks = run_checks(options.variants, settings)
     wrong = {name for check in checks.values() if not check["passed"] for name in check["variants"]}

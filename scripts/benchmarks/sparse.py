@@ -73,8 +73,7 @@ def compiled_flex(window: int) -> Callable:
 
 def compared(runs: dict[str, Callable], baseline: str, options) -> dict[str, dict]:
     """Median seconds of each, and the median of how many times faster it is than `baseline` in the same turn."""
-    measured = thread_timer(options.threads)
-    seconds = in_turns({name: partial(measured, run) for name, run in runs.items()}, options.rounds)
+    seconds = in_turns(runs, options.rounds, thread_timer(options.threads))
     return {
         name: {
             "seconds": statistics.median(own),
@@ -118,11 +117,10 @@ def measure_attention(options, length: int, backward: bool, flex: Callable | Non
             check(FLEX, flex(*inputs), attend["local"](*inputs))
 
     def run(function):
+        with torch.set_grad_enabled(backward):
+            output = function(*inputs)
         if backward:
-            torch.autograd.grad(function(*inputs), inputs, gradient)
-        else:
-            with torch.no_grad():
-                function(*inputs)
+            torch.autograd.grad(output, inputs, gradient)
 
     runs = {name: partial(run, function) for name, function in attend.items()}
     rows = compared(runs, "SDPA", options)
@@ -143,21 +141,24 @@ def flex_reason(flex: Callable | None, inputs, backward: bool) -> str | None:
     return None
 
 
-def encoders(options, length: int) -> dict[str, torch.nn.Module]:
-    """One layer each, embeddings included. Ours has Longformer's weights, and full attention ours."""
-    torch.manual_seed(options.seed)
+def sizes_of(options, length: int) -> dict[str, int]:
+    """Config fields of one layer for so many tokens."""
     width = options.num_attention_heads * HEAD_DIM
-    sizes = {
+    return {
         "vocab_size": VOCAB,
         "hidden_size": width,
         "num_hidden_layers": 1,
         "num_attention_heads": options.num_attention_heads,
         "intermediate_size": 4 * width,
-        "max_position_embeddings": length + 2,
-        "pad_token_id": 0,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": length,
     }
+
+
+def encoders(options, length: int) -> dict[str, torch.nn.Module]:
+    """One layer each, embeddings included. Ours has Longformer's weights, and full attention ours."""
+    torch.manual_seed(options.seed)
+    sizes = {**sizes_of(options, length + 2), "pad_token_id": 0}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     longformer = LongformerModel(LongformerConfig(**sizes, attention_window=options.window), add_pooling_layer=False)
     bert = {"position_embedding_type": "learned", "norm_position": "post", "is_decoder": False}
     ours = convert(longformer, "sparse_attention_lm", output_report=True)[0]
@@ -185,12 +186,11 @@ def measure_encoders(options, length: int, backward: bool) -> dict:
         check("SparseAttentionLM", forward("SparseAttentionLM"), forward("Longformer"))
 
     def run(name):
+        with torch.set_grad_enabled(backward):
+            output = forward(name)
         if backward:
-            forward(name).square().mean().backward()
+            output.square().mean().backward()
             models[name].zero_grad()
-        else:
-            with torch.no_grad():
-                forward(name)
 
     rows = compared({name: partial(run, name) for name in models}, "full attention", options)
     return {"length": length, "backward": backward, "competitors": rows}
@@ -199,17 +199,8 @@ def measure_encoders(options, length: int, backward: bool) -> dict:
 def decoders(options, room: int) -> dict[str, torch.nn.Module]:
     """Causal models of one layer with the weights of a Mistral, by what they look at."""
     torch.manual_seed(options.seed)
-    width = options.num_attention_heads * HEAD_DIM
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=options.num_attention_heads,
-        num_key_value_heads=options.num_attention_heads,
-        intermediate_size=4 * width,
-        max_position_embeddings=room,
-        sliding_window=options.window,
-    )
+    heads = {"num_key_value_heads": options.num_attention_heads}
+    config = MistralConfig(**sizes_of(options, room), **heads, sliding_window=options.window)
     mistral = MistralForCausalLM(config).eval()
     ours = partial(convert, mistral, "sparse_attention_lm", output_report=True)
     besides = {"num_global_tokens": 16, "random_block_size": min(RANDOM_BLOCK, options.window)}
@@ -284,19 +275,20 @@ def measure_decoding(options, length: int) -> dict:
     return {"length": length, "competitors": rows}
 
 
-def growth(rows: list[dict], name: str, what: str = "seconds") -> str:
+def growth(rows: list[dict], name: str) -> str:
     """Exponent of N from the last but one to the last length."""
-    (first, a), (last, b) = [(row["length"], row["competitors"].get(name, {}).get(what)) for row in rows[-2:]]
+    if len(rows) < 2:
+        return "-"
+    (first, a), (last, b) = [(row["length"], row["competitors"].get(name, {}).get("seconds")) for row in rows[-2:]]
     return f"{math.log(b / a) / math.log(last / first):.2f}" if a and b else "-"
 
 
 def table(rows: list[dict], cell: Callable[[dict], str], exponent: bool = True) -> str:
     names = dict.fromkeys(name for row in rows for name in row["competitors"])
     header = ["", *(f"{row['length']:,}" for row in rows), *(["exponent"] if exponent else [])]
-    exponent = exponent and len(rows) > 1
     body = [
         [name, *(cell(row["competitors"][name]) if name in row["competitors"] else "-" for row in rows)]
-        + ([growth(rows, name)] if exponent else ["-"] * (len(header) - len(rows) - 1))
+        + ([growth(rows, name)] if exponent else [])
         for name in names
     ]
     return markdown_table(header, body)
@@ -318,13 +310,9 @@ def markdown(results: dict) -> str:
         return f"{microseconds:,.0f} µs, {row['faster']:.2f}×"
 
     settings = results["settings"]
-    parts = []
+    parts, heads = [], f"{settings['num_attention_heads']} heads of {HEAD_DIM}, window {settings['window']}"
     for key, what in (
-        (
-            "attention",
-            f"Attention alone, causal, {settings['num_attention_heads']} heads of {HEAD_DIM}, window "
-            f"{settings['window']}; how many times faster than SDPA",
-        ),
+        ("attention", f"Attention alone, causal, {heads}; how many times faster than SDPA"),
         ("encoders", "One encoder layer; how many times faster than full attention"),
     ):
         for backward, how in ((False, "forward"), (True, "forward and backward")):

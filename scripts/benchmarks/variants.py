@@ -28,23 +28,6 @@ from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import ordnung
-from ordnung import (
-    ConvLMConfig,
-    ConvLMForCausalLM,
-    CubicPrefixLMConfig,
-    CubicPrefixLMForCausalLM,
-    LinformerLMConfig,
-    LinformerLMForCausalLM,
-    LinformerLMModel,
-    QuadraticKernelLMConfig,
-    QuadraticKernelLMForCausalLM,
-    SoftmaxLMConfig,
-    SoftmaxLMForCausalLM,
-    SoftmaxLMModel,
-    SparseAttentionLMConfig,
-    SparseAttentionLMForCausalLM,
-    SparseAttentionLMModel,
-)
 from ordnung.modeling.registration import REGISTERED
 
 SLIDING_WINDOW = 256  # tokens that a token of a sparse model sees, itself included; half of it to each side in encoders
@@ -136,10 +119,10 @@ def mistral_flops(config: MistralConfig, new: int, past: int, logits: int) -> in
     return config.num_hidden_layers * per_layer + 2 * logits * width * config.vocab_size
 
 
-def cubic_flops(config: CubicPrefixLMConfig, new: int, past: int, logits: int) -> int:
+def cubic_flops(config: PreTrainedConfig, new: int, past: int, logits: int) -> int:
     """Passes over the prefixes of the last `logits` tokens; a single new one starts from the state, with stride 1."""
     with torch.device("meta"):
-        model = CubicPrefixLMForCausalLM(config)
+        model = ordnung.CubicPrefixLMForCausalLM(config)
     tokens, width = past + new, config.hidden_size
     read = torch.arange(tokens)[None] >= tokens - logits
     flops = model.model.prefix_flops(tokens, read) + 2 * logits * width * config.vocab_size
@@ -148,10 +131,10 @@ def cubic_flops(config: CubicPrefixLMConfig, new: int, past: int, logits: int) -
     return flops
 
 
-def quadratic_flops(config: QuadraticKernelLMConfig, new: int, past: int, logits: int) -> int:
+def quadratic_flops(config: PreTrainedConfig, new: int, past: int, logits: int) -> int:
     """The model's own; a single token after others reads the state and adds to it, at whatever place of a chunk."""
     with torch.device("meta"):
-        flops = QuadraticKernelLMForCausalLM(config).flops(new)
+        flops = ordnung.QuadraticKernelLMForCausalLM(config).flops(new)
     if past:
         flops += 4 * config.num_hidden_layers * config.state_size(config.head_dim)
     return flops - 2 * (new - logits) * config.hidden_size * config.vocab_size
@@ -214,7 +197,7 @@ class Variant:
         return model(input_ids, use_cache=cache is not None, **kwargs)
 
 
-def _gpt2(activation: str) -> Callable[[Shape], GPT2Config]:
+def _gpt2(description: str, attn_implementation: str = "sdpa", activation: str = "gelu_new") -> Variant:
     def config(shape: Shape) -> GPT2Config:
         return GPT2Config(
             **shape.common(),
@@ -226,7 +209,7 @@ def _gpt2(activation: str) -> Callable[[Shape], GPT2Config]:
             attn_pdrop=0.0,
         )
 
-    return config
+    return Variant(description, GPT2LMHeadModel, config, gpt2_flops, attn_implementation, static_form=True)
 
 
 def _lfm2(shape: Shape) -> Lfm2Config:
@@ -242,11 +225,6 @@ def _lfm2(shape: Shape) -> Lfm2Config:
     )
 
 
-def _mamba(shape: Shape) -> MambaConfig:
-    # A Mamba block (expand 2) has half the parameters of a mixer with its MLP; the depth is kept the same.
-    return MambaConfig(**shape.common())
-
-
 def _mistral(shape: Shape) -> MistralConfig:
     return MistralConfig(
         **shape.common(),
@@ -258,15 +236,24 @@ def _mistral(shape: Shape) -> MistralConfig:
     )
 
 
-def _ours(config_class: type[PreTrainedConfig], **own) -> Callable[[Shape], PreTrainedConfig]:
+def _ours(model_type: str, description: str, head: str = "ForCausalLM", flops=None, **own) -> Variant:
+    """A family of ours.
+
+    Args:
+        own: fields of the variant, and config fields beyond those that all have.
+    """
+    prefix = REGISTERED[model_type].prefix
+    of_variant = {"attn_implementation": "sdpa", "encoder": head == "Model"}
+    of_variant |= {field: own.pop(field) for field in Variant.__dataclass_fields__ if field in own}
+
     def config(shape: Shape) -> PreTrainedConfig:
         positions, sizes = shape.max_length, {}
-        if config_class is ConvLMConfig:
+        if model_type == "conv_lm":
             sizes = {"kernel_size": shape.kernel_size}
-        elif config_class is LinformerLMConfig:
+        elif model_type == "linformer_lm":
             sizes = {"projected_size": PROJECTED_SIZE}
             positions = -(-positions // PROJECTED_SIZE) * PROJECTED_SIZE  # whole blocks
-        return config_class(
+        return getattr(ordnung, f"{prefix}Config")(
             **shape.common(),
             num_attention_heads=shape.num_attention_heads,
             hidden_dropout=0.0,
@@ -275,65 +262,49 @@ def _ours(config_class: type[PreTrainedConfig], **own) -> Callable[[Shape], PreT
             **own,
         )
 
-    return config
+    return Variant(description, getattr(ordnung, prefix + head), config, flops, **of_variant)
 
 
-def _default(model_type: str) -> Variant:
-    """A family as it comes: run where it is named."""
-    prefix = REGISTERED[model_type].prefix
-    config, model = (getattr(ordnung, prefix + part) for part in ("Config", "ForCausalLM"))
-    return Variant(f"{prefix}, default configuration", model, _ours(config, is_decoder=True), by_default=False)
+def _sparse(besides: str, **own) -> Variant:
+    description = f"SparseAttentionLM, causal: a window of {SLIDING_WINDOW}{besides}"
+    return _ours("sparse_attention_lm", description, sliding_window=SLIDING_WINDOW, by_default=False, **own)
 
 
+def _encoder(model_type: str, description: str, **own) -> Variant:
+    return _ours(model_type, f"encoder with {description}", "Model", position_embedding_type="none", **own)
+
+
+SOFTMAX = "SoftmaxLM with learned positions, SDPA: ConvLM's backbone with attention"
+GELU = "GPT-2, SDPA, with the activation of our families (torch's own GELU) instead of its composed `gelu_new`"
+SIDES = f"sparse attention, {SLIDING_WINDOW // 2} tokens to each side and 16 global ones"
+LINFORMER = f"Linformer attention, k={PROJECTED_SIZE}"
 VARIANTS: dict[str, Variant] = {
-    "conv_lm": Variant("ConvLM, default configuration", ConvLMForCausalLM, _ours(ConvLMConfig)),
-    "softmax_lm": Variant(
-        "SoftmaxLM with learned positions, SDPA: ConvLM's backbone with attention",
-        SoftmaxLMForCausalLM,
-        _ours(SoftmaxLMConfig, position_embedding_type="learned", attention_dropout=0.0),
-        attn_implementation="sdpa",
-        static_form=True,
+    "conv_lm": _ours("conv_lm", "ConvLM, default configuration", attn_implementation=None),
+    "softmax_lm": _ours(
+        "softmax_lm", SOFTMAX, static_form=True, position_embedding_type="learned", attention_dropout=0.0
     ),
-    "linformer_lm": Variant(
-        f"LinformerLM, causal: blocks of 64 and k={PROJECTED_SIZE} slots",
-        LinformerLMForCausalLM,
-        _ours(LinformerLMConfig, is_decoder=True),
-        attn_implementation="sdpa",
+    "linformer_lm": _ours(
+        "linformer_lm", f"LinformerLM, causal: blocks of 64 and k={PROJECTED_SIZE} slots", is_decoder=True
     ),
-    "cubic_prefix_lm": Variant(
+    "cubic_prefix_lm": _ours(
+        "cubic_prefix_lm",
         "CubicPrefixLM, default configuration: for short lengths",
-        CubicPrefixLMForCausalLM,
-        _ours(CubicPrefixLMConfig, prefix_group_tokens=1 << 16),
-        cubic_flops,
-        attn_implementation="sdpa",
+        flops=cubic_flops,
         by_default=False,
+        prefix_group_tokens=1 << 16,
     ),
-    "quadratic_kernel_lm": Variant(
-        "QuadraticKernelLM, default configuration: queries and keys of 16",
-        QuadraticKernelLMForCausalLM,
-        _ours(QuadraticKernelLMConfig),
-        quadratic_flops,
-        attn_implementation="sdpa",
+    "quadratic_kernel_lm": _ours(
+        "quadratic_kernel_lm", "QuadraticKernelLM, default configuration: queries and keys of 16", flops=quadratic_flops
     ),
-    **{
-        f"sparse_{name}": Variant(
-            f"SparseAttentionLM, causal: a window of {SLIDING_WINDOW}{besides}",
-            SparseAttentionLMForCausalLM,
-            _ours(SparseAttentionLMConfig, sliding_window=SLIDING_WINDOW, **own),
-            attn_implementation="sdpa",
-            by_default=False,
-        )
-        for name, besides, own in (
-            ("local", "", {"num_global_tokens": 0}),
-            ("global", " and 16 global tokens", {"num_global_tokens": 16}),
-            ("strided", " and every 64th token", {"num_global_tokens": 0, "global_stride": 64}),
-            (
-                "all",
-                ", 16 global tokens, every 64th token and 4 random blocks",
-                {"num_global_tokens": 16, "global_stride": 64, "num_random_blocks": 4},
-            ),
-        )
-    },
+    "sparse_local": _sparse("", num_global_tokens=0),
+    "sparse_global": _sparse(" and 16 global tokens", num_global_tokens=16),
+    "sparse_strided": _sparse(" and every 64th token", num_global_tokens=0, global_stride=64),
+    "sparse_all": _sparse(
+        ", 16 global tokens, every 64th token and 4 random blocks",
+        num_global_tokens=16,
+        global_stride=64,
+        num_random_blocks=4,
+    ),
     "mistral_window": Variant(
         f"Mistral with a sliding window of {SLIDING_WINDOW}, SDPA",
         MistralForCausalLM,
@@ -342,69 +313,38 @@ VARIANTS: dict[str, Variant] = {
         "sdpa",
         by_default=False,
     ),
-    "gpt2_sdpa": Variant("GPT-2, SDPA", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "sdpa", static_form=True),
-    "gpt2_sdpa_gelu": Variant(
-        "GPT-2, SDPA, with the activation of our families (torch's own GELU) instead of its composed `gelu_new`",
-        GPT2LMHeadModel,
-        _gpt2("gelu"),
-        gpt2_flops,
-        "sdpa",
-        static_form=True,
-    ),
-    "gpt2_eager": Variant(
-        "GPT-2, eager (unfused) attention", GPT2LMHeadModel, _gpt2("gelu_new"), gpt2_flops, "eager", static_form=True
-    ),
+    "gpt2_sdpa": _gpt2("GPT-2, SDPA"),
+    "gpt2_sdpa_gelu": _gpt2(GELU, activation="gelu"),
+    "gpt2_eager": _gpt2("GPT-2, eager (unfused) attention", "eager"),
     "lfm2_conv": Variant("LFM2, all layers convolutions of 3 taps", Lfm2ForCausalLM, _lfm2, lfm2_flops),
+    # A Mamba block (expand 2) has half the parameters of a mixer with its MLP; the depth is kept the same.
     "mamba": Variant(
         "Mamba without its CUDA kernels (the slow path)",
         MambaForCausalLM,
-        _mamba,
+        lambda shape: MambaConfig(**shape.common()),
         mamba_flops,
         cache_argument="cache_params",
     ),
     **{
-        f"softmax_encoder_{kind}": Variant(
-            f"encoder with softmax attention, {kind.replace('_', ' ')}",
-            SoftmaxLMModel,
-            _ours(SoftmaxLMConfig, is_decoder=False, position_embedding_type="none"),
-            attn_implementation=kind,
-            encoder=True,
+        f"softmax_encoder_{kind}": _encoder(
+            "softmax_lm", f"softmax attention, {kind.replace('_', ' ')}", attn_implementation=kind, is_decoder=False
         )
         for kind in ("sdpa", "eager", "eager_by_head")
     },
-    "sparse_encoder": Variant(
-        f"encoder with sparse attention, {SLIDING_WINDOW // 2} tokens to each side and 16 global ones",
-        SparseAttentionLMModel,
-        _ours(
-            SparseAttentionLMConfig,
-            is_decoder=False,
-            position_embedding_type="none",
-            sliding_window=SLIDING_WINDOW // 2,
-            num_global_tokens=16,
-        ),
-        attn_implementation="sdpa",
-        encoder=True,
+    "sparse_encoder": _encoder(
+        "sparse_attention_lm", SIDES, is_decoder=False, sliding_window=SLIDING_WINDOW // 2, num_global_tokens=16
     ),
-    **{
-        f"linformer_encoder{name}": Variant(
-            f"encoder with Linformer attention, k={PROJECTED_SIZE}{description}",
-            LinformerLMModel,
-            _ours(LinformerLMConfig, position_embedding_type="none", **own),
-            attn_implementation="sdpa",
-            encoder=True,
-        )
-        for name, description, own in (
-            ("", "", {}),
-            (
-                "_chunked",
-                f", feed-forward in chunks of {FEED_FORWARD_CHUNK} tokens",
-                {"chunk_size_feed_forward": FEED_FORWARD_CHUNK},
-            ),
-        )
-    },
+    "linformer_encoder": _encoder("linformer_lm", LINFORMER),
+    "linformer_encoder_chunked": _encoder(
+        "linformer_lm",
+        f"{LINFORMER}, feed-forward in chunks of {FEED_FORWARD_CHUNK} tokens",
+        chunk_size_feed_forward=FEED_FORWARD_CHUNK,
+    ),
 }
-for model_type in [name for name in REGISTERED if name not in VARIANTS]:  # of which nothing is said here
-    VARIANTS[model_type] = _default(model_type)
+for model_type, family in REGISTERED.items():  # of which nothing is said here: as they come, run where they are named
+    if model_type not in VARIANTS:
+        about = f"{family.prefix}, default configuration"
+        VARIANTS[model_type] = _ours(model_type, about, by_default=False, attn_implementation=None, is_decoder=True)
 CAUSAL = [name for name, variant in VARIANTS.items() if not variant.encoder]
 STATIC = "_static"  # ends the names of what decodes in a static cache
 

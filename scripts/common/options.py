@@ -3,10 +3,12 @@
 import argparse
 import copy
 import dataclasses
+import importlib
 import json
 import operator
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -237,6 +239,22 @@ def parse_options(
     return options
 
 
+def program(options_type: type, module: str, description: str) -> Callable[[list[str] | None], int]:
+    """The `main` of a program: it parses the options, and only then imports what does the work.
+
+    Args:
+        options_type, description: as `parse_options` takes them.
+        module: in `ordnung.scripts`; its `run` takes the options and returns the exit status.
+    """
+
+    def main(argv: list[str] | None = None) -> int:
+        """Run the program with these arguments (`sys.argv[1:]` if None); returns the exit status."""
+        options = parse_options(options_type, argv, description)
+        return importlib.import_module(f"ordnung.scripts.{module}").run(options)
+
+    return main
+
+
 def _installed_configs() -> dict[str, dict]:
     """The configs that come with the package, by name; accelerate's are none of a program."""
     files = sorted(path for path in CONFIGS.glob("*.yaml") if not path.name.startswith("accelerate_"))
@@ -255,6 +273,16 @@ def find_config(name: str) -> Path:
     return installed
 
 
+def arguments(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that give a program's options these values; an option with None is left out."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{name}", *map(str, items)]
+    return words
+
+
 def _yaml_arguments(path: str, known: set[str]) -> list[str]:
     """The file's entries as command-line arguments, so that one parser checks and converts both."""
     try:
@@ -266,12 +294,7 @@ def _yaml_arguments(path: str, known: set[str]) -> list[str]:
         raise ScriptError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ScriptError(f"--config {path} must hold `option: value` lines, not a {type(values).__name__}")
-    arguments = []
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             raise ScriptError(f"unknown option {name!r} in {path}{closest(str(name), known)}; --help lists all")
-        if value is None:
-            continue
-        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        arguments += [f"--{name}", *map(str, items)]
-    return arguments
+    return arguments(values)

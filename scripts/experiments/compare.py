@@ -13,10 +13,10 @@ from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.files import read_json, read_json_lines
 from ordnung.scripts.common.machine import described, machine_info
-from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, summarise, write_results
+from ordnung.scripts.common.options import arguments, parse_options
+from ordnung.scripts.common.tables import markdown_table, paragraphs, summarise, write_results
 from ordnung.scripts.experiments import sweep
-from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, arguments, check_pretrain, prepare_data
+from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, check_pretrain, prepare_data
 from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions, VariantOptions
 from ordnung.scripts.experiments.variants import variant_configs
@@ -163,16 +163,14 @@ def markdown(results: dict) -> str:
     positions = [
         [name, *(estimate(bucket, 3) for bucket in result["loss_by_position"])] for name, result in variants.items()
     ]
-    return "\n\n".join(
-        [
-            f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, {seeds_described(results['seeds'])}; "
-            f"relative figures are paired by seed. {described(results['machine'])}",
-            markdown_table(header, body + ngram_rows(results, header)),
-            *beside_counting(results),
-            *([sweep.described(results)] if "sweep" in results else []),
-            "Loss (nats per token) by position in the block:",
-            markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
-        ]
+    return paragraphs(
+        f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, {seeds_described(results['seeds'])}; "
+        f"relative figures are paired by seed. {described(results['machine'])}",
+        markdown_table(header, body + ngram_rows(results, header)),
+        *beside_counting(results),
+        *([sweep.described(results)] if "sweep" in results else []),
+        "Loss (nats per token) by position in the block:",
+        markdown_table(["variant", *(f"{b['first']}-{b['last']}" for b in buckets)], positions),
     )
 
 
@@ -253,7 +251,8 @@ def run(options: CompareOptions) -> int:
     variant_configs(options.variants, options.config_overrides)  # a wrong table is told before anything is written
     settings = {"pretrain": options.pretrain, "config_overrides": options.config_overrides}
     if options.sweep:
-        sweep.check(options.sweep, options.pretrain)
+        for choice in sweep.grid(options.sweep):
+            check_pretrain({**options.pretrain, **choice})
         settings["sweep"] = options.sweep
     claim_output_dir(output_dir, settings, options.variants)
     data = prepare_data(output_dir, shared)

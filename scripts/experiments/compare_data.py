@@ -1,13 +1,12 @@
 """The options and the text that all runs of a comparison share."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.options import parse_options
+from ordnung.scripts.common.options import arguments, parse_options
 from ordnung.scripts.pretraining.data import load_documents
 from ordnung.scripts.pretraining.options import PretrainOptions
 
@@ -18,16 +17,6 @@ OWN_OPTIONS += ("overwrite_output_dir", "resume_from_checkpoint")
 DATA_OPTIONS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
 DATA_OPTIONS += ("train_weights", "join_rows", "exclude_file")
 DATA_OPTIONS += ("tokenizer_name", "train_tokenizer_vocab_size")
-
-
-def arguments(options: dict[str, Any]) -> list[str]:
-    """The command line of a program with these options."""
-    words = []
-    for name, value in options.items():
-        if value is not None:
-            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            words += [f"--{name}", *map(str, items)]
-    return words
 
 
 def check_pretrain(options: dict[str, Any]) -> PretrainOptions:

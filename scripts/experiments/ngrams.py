@@ -109,7 +109,7 @@ def ngram_lines(shared: PretrainOptions, data: dict[str, str], seeds: list[int])
     for seed in seeds:
         source = training_blocks(replace(shared, seed=seed), train, tokenizer)
         steps = shared.max_steps or int(np.ceil(shared.num_train_epochs * len(source)))
-        wanted = steps * shared.per_device_train_batch_size * shared.gradient_accumulation_steps
+        wanted = steps * shared.step_rows(processes=1)
         seen = np.unique(source.take(min(wanted, len(source)))[0], axis=0)
         tokens.append(seen.size)
         for order, name in names.items():

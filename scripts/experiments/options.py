@@ -92,9 +92,7 @@ class RecallOptions(TrainingOptions):
 class TaskOptions(TrainingOptions):
     task: str = required("What to train on.", choices=["pointer", "function", "triplets"], section="data")
     symbols: int = option(
-        16,
-        "pointer, function: numbers that are mapped. triplets: given tokens, which the others follow from.",
-        least=2,
+        16, "pointer, function: numbers that are mapped. triplets: given tokens, which the others follow from.", least=2
     )
     hops: int = option(
         7, "pointer: most times to apply the permutation; a query asks for any number. function: times.", least=1

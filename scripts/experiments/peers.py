@@ -4,6 +4,7 @@ transformers computes RMSNorm in float32 whatever the model is in; here its norm
 """
 
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ ENCODERS = {
 }
 # Texts whose embeddings are compared.
 TEXTS = ["Call me Ishmael.", "Some years ago, never mind how long precisely, I thought I would sail about a little."]
+LOGITS = attrgetter("logits")
 PADDINGS = {"padded on the left": slice(0, 4), "padded on the right": slice(-4, None), "padded inside": slice(3, 6)}
 
 
@@ -76,13 +78,9 @@ def padded(source, model, reads) -> dict[str, float]:
     return differences
 
 
-def logits_of(outputs) -> torch.Tensor:
-    return outputs.logits
-
-
 def compare_decoder(source, model) -> dict[str, float | bool]:
     """What a causal model and its conversion give."""
-    found = {f"logits, {name}": value for name, value in padded(source, model, logits_of).items()}
+    found = {f"logits, {name}": value for name, value in padded(source, model, LOGITS).items()}
     ids = tokens_of(source, 1)
     if source.config.model_type != "gpt2":  # which does not tell documents by their positions
         packed = {"position_ids": torch.tensor([[*range(7), *range(12)]]), "use_cache": False}
@@ -136,9 +134,9 @@ def compare_random(architecture: str) -> dict[str, float | bool]:
     """What an architecture of random weights and its conversion give."""
     if architecture in ENCODERS:
         source = random_model(architecture, AutoModelForMaskedLM, ENCODERS[architecture])
-        found = {f"masked-LM logits, {k}": v for k, v in padded(source, converted(source), logits_of).items()}
+        found = {f"masked-LM logits, {k}": v for k, v in padded(source, converted(source), LOGITS).items()}
         base = random_model(architecture, AutoModel, ENCODERS[architecture])
-        states = padded(base, converted(base), lambda outputs: outputs.last_hidden_state)
+        states = padded(base, converted(base), attrgetter("last_hidden_state"))
         return {**found, **{f"states, {name}": value for name, value in states.items()}}
     source = random_model(architecture, AutoModelForCausalLM, DECODERS[architecture])
     found = compare_decoder(source, converted(source))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, summarise, write_results
+from ordnung.scripts.common.tables import markdown_table, paragraphs, summarise, write_results
 from ordnung.scripts.experiments.options import TaskOptions
 from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
@@ -21,11 +21,10 @@ EVALUATION_SEED = 2**32
 
 def draw(options: TaskOptions, count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and labels (count, tokens) of new sequences of the task."""
-    if options.task == "pointer":
-        return draw_pointers(count, options.symbols, options.hops, options.queries, random)
-    if options.task == "function":
-        return draw_functions(count, options.symbols, options.hops, options.queries, random)
-    return draw_triplets(count, options.symbols, options.sequence_length, random)
+    if options.task == "triplets":
+        return draw_triplets(count, options.symbols, options.sequence_length, random)
+    kind = {"pointer": draw_pointers, "function": draw_functions}[options.task]
+    return kind(count, options.symbols, options.hops, options.queries, random)
 
 
 def draw_pointers(
@@ -218,13 +217,11 @@ def markdown(results: dict) -> str:
     sizes = ("symbols", "sequence_length") if settings["task"] == "triplets" else ("symbols", "hops", "queries")
     longer = "the FLOPs of the dearest" if settings["equal_compute"] else "its own number of steps"
     task = ", ".join(f"{name} {settings[name]}" for name in sizes)
-    return "\n\n".join(
-        [
-            f"{settings['task']}, {task}: {seeds_described(results['seeds'])}, at equal steps and, where a variant "
-            f"appears twice, at {longer}. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-            f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
-            markdown_table(header, body),
-        ]
+    return paragraphs(
+        f"{settings['task']}, {task}: {seeds_described(results['seeds'])}, at equal steps and, where a variant "
+        f"appears twice, at {longer}. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
+        markdown_table(header, body),
     )
 
 

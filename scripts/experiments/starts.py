@@ -14,8 +14,7 @@ from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.models import check_overrides
-from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.experiments.compare_data import arguments
+from ordnung.scripts.common.options import arguments, parse_options
 from ordnung.scripts.linearizing import report
 from ordnung.scripts.linearizing import run as linearizing
 from ordnung.scripts.linearizing.options import LinearizeOptions
@@ -81,15 +80,6 @@ def convert(name: str, variant: dict[str, Any], folder: Path):
 def read(folder: Path) -> dict[str, Any]:
     """What is known of a variant that was started."""
     found = read_json(folder / report.RESULTS)
-    names = (
-        "source",
-        "model_type",
-        "parameters",
-        "tokens",
-        "seconds",
-        "layer_types",
-        "teacher",
-        "student",
-        "converted",
-    )
+    names = ("source", "model_type", "parameters", "tokens", "seconds")
+    names += ("layer_types", "teacher", "student", "converted")
     return {name: found[name] for name in names if found.get(name) is not None}

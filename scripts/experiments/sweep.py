@@ -7,7 +7,7 @@ from typing import Any
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json
-from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, check_pretrain
+from ordnung.scripts.experiments.compare_data import DATA_OPTIONS
 from ordnung.scripts.training.loop import NotFiniteError
 
 
@@ -24,16 +24,6 @@ def grid(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     lists = {name: [number(each) for each in values] for name, values in sweep.items() if isinstance(values, list)}
     fixed = {name: value for name, value in sweep.items() if name not in lists}
     return [{**fixed, **dict(zip(lists, chosen))} for chosen in product(*lists.values())]
-
-
-def check(sweep: dict[str, Any], pretrain: dict[str, Any]) -> None:
-    """Parse every choice.
-
-    Raises:
-        ScriptError: as `check_pretrain`.
-    """
-    for choice in grid(sweep):
-        check_pretrain({**pretrain, **choice})
 
 
 def options_of(choice: dict[str, Any], pretrain: dict[str, Any], data: dict[str, str], seed: int) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described, machine_info
-from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import markdown_table, write_results
+from ordnung.scripts.common.options import arguments, parse_options
+from ordnung.scripts.common.tables import markdown_table, paragraphs, write_results
 from ordnung.scripts.experiments import baselines, compare, compare_data, starts
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
@@ -20,7 +20,7 @@ def finetune_options(options: TransferOptions, task: str, model: Path, output_di
     """The options of a variant's runs on a task."""
     own = {"model_name_or_path": str(model), "output_dir": str(output_dir), "seeds": options.seeds}
     own |= {"task_name": [task], "dataset_path": options.data_path(task)}
-    words = compare_data.arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
+    words = arguments({**options.finetune, **options.finetune_by_task.get(task, {}), **own})
     return parse_options(FinetuneOptions, words)
 
 
@@ -31,7 +31,7 @@ def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str,
         own = {"task_name": [task], "dataset_path": options.data_path(task), "output_dir": str(output_dir)}
         shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
         own |= {name: shared[name] for name in ("dataset_name", "max_train_samples") if name in shared}
-        baselines.run(parse_options(BaselineOptions, compare_data.arguments(own)))
+        baselines.run(parse_options(BaselineOptions, arguments(own)))
     return read_json(path)["tasks"][task]
 
 
@@ -52,12 +52,8 @@ def markdown(results: dict[str, Any]) -> str:
         if "pretraining" in result:
             costs.append([*row, f"{trained['evaluation']['eval_bits_per_byte']:.4f}", f"{seconds:,.0f}"])
         else:
-            measured = [
-                (trained.get("student"), "similarity"),
-                (trained.get("teacher"), "similarity"),
-                (trained.get("converted", {}).get("floor"), "similarity"),
-            ]
-            shown = [f"{found[key]:.3f}" if found and key in found else "" for found, key in measured]
+            measured = [trained.get("student"), trained.get("teacher"), trained.get("converted", {}).get("floor")]
+            shown = [f"{found['similarity']:.3f}" if found and "similarity" in found else "" for found in measured]
             begun.append([variant, trained["source"], *row[1:], *shown, f"{seconds:,.0f}"])
         for name, cells in below.items():
             cells += [
@@ -74,15 +70,13 @@ def markdown(results: dict[str, Any]) -> str:
         header += ["similarity without training", "its teacher's", "without mixing", "fine-tuning s, all runs"]
         tables.append(markdown_table(header, begun))
     remarks = [f"Not above {names[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]
-    return "\n\n".join(
-        [
-            f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
-            "fine-tuning one pretrained model each. "
-            f"{described(results['machine'])}",
-            markdown_table(["model", *tasks], scores),
-            " ".join(remarks),
-            *tables,
-        ]
+    return paragraphs(
+        f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
+        "fine-tuning one pretrained model each. "
+        f"{described(results['machine'])}",
+        markdown_table(["model", *tasks], scores),
+        " ".join(remarks),
+        *tables,
     )
 
 

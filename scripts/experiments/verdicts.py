@@ -6,40 +6,12 @@ both sides of what is claimed, there is but one run, or the measurement cannot t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import Any
 
-from scipy.special import stdtrit
+from ordnung.scripts.common.tables import Interval, interval
 
 HOLDS, PART, FAILS, OPEN = "holds", "holds in part", "does not hold", "not decided"
 MARGIN = 0.02  # relative: closer than that counts as equal
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean of `n` values and its 95 % t-interval; of a single value, everything."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def text(self, decimals: int, scale: float = 1.0, unit: str = "") -> str:
-        """The mean, the interval and n."""
-        if self.n == 1:
-            return f"{self.mean * scale:,.{decimals}f}{unit} (n = 1)"
-        low, high = (f"{value * scale:,.{decimals}f}" for value in (self.low, self.high))
-        return f"{self.mean * scale:,.{decimals}f}{unit} ({low} to {high}, n = {self.n})"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % t-interval of one value a seed."""
-    n, mean = len(values), fmean(values)
-    if n == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
-    half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
 
 
 def estimate(summary: dict[str, Any], decimals: int, scale: float = 1.0) -> str:

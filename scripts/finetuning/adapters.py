@@ -7,7 +7,6 @@ loads from there) and, in place of weights, an index that points to the files of
 """
 
 import copy
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
-from ordnung.scripts.common.files import write_json
+from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.hub.sharing import BASE, BASE_NOTE
 
@@ -51,22 +51,18 @@ def write_base(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     config.save_pretrained(base)
     tokenizer.save_pretrained(base)
     write_json(base / BASE_NOTE, {"base_model_name_or_path": name})
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json", {**adapter, "base_model_name_or_path": str(base)})
 
 
 def weight_files(name: str) -> list[str]:
     """Absolute paths of the safetensors files of a checkpoint, a folder or what was loaded from the Hub; [] if none."""
-    found = {
-        file: cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    whole, index = (
+        cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    }
-    if found[SAFE_WEIGHTS_NAME]:
-        return [os.path.abspath(found[SAFE_WEIGHTS_NAME])]
-    if not found[SAFE_WEIGHTS_INDEX_NAME]:
-        return []
-    index = json.loads(Path(found[SAFE_WEIGHTS_INDEX_NAME]).read_text(encoding="utf-8"))
-    return [os.path.abspath(cached_file(name, file)) for file in sorted(set(index["weight_map"].values()))]
+    )
+    files = [whole] if whole else get_checkpoint_shard_files(name, index)[0] if index else []
+    return [os.path.abspath(file) for file in files]
 
 
 def tensor_names(path: str) -> list[str]:

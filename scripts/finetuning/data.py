@@ -14,7 +14,6 @@ from tokenizers import Encoding, processors
 from transformers import PreTrainedTokenizerBase
 
 from ordnung.scripts.common import corpus
-from ordnung.scripts.common.corpus import READERS
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
@@ -75,11 +74,11 @@ def _load_folder(folder: Path, task: Task) -> tuple[str, dict[str, datasets.Data
         raise ScriptError(f"--dataset_path {folder}: there is no such folder")
     found = {}
     for split in ("train", *task.evaluation, *task.tests):
-        files = [folder / f"{split}{ending}" for ending in READERS if (folder / f"{split}{ending}").exists()]
+        files = [folder / f"{split}{ending}" for ending in corpus.READERS if (folder / f"{split}{ending}").exists()]
         if len(files) > 1:
             raise ScriptError(f"{files[0]} and {files[1].name}: which of the two? Leave one")
         for path in files:
-            reader, settings = READERS[path.suffix]
+            reader, settings = corpus.READERS[path.suffix]
             try:
                 # by a name of its own: files of a folder need not have the same columns, as unlabelled tests have not
                 found[split] = datasets.load_dataset(reader, data_files={split: str(path)}, split=split, **settings)

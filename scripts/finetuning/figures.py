@@ -24,12 +24,8 @@ def write_details(folder: Path, data, logits: dict[str, np.ndarray], title: str)
     for split, examples in data.scored.items():
         details[split] = describe(data.task, logits[split], examples, data.train)
         if "confusion" in details[split]:
-            draw_confusion(
-                details[split]["confusion"],
-                data.task.labels,
-                folder / f"confusion_{split}.png",
-                f"{title}, {split}",
-            )
+            image = folder / f"confusion_{split}.png"
+            draw_confusion(details[split]["confusion"], data.task.labels, image, f"{title}, {split}")
     return details
 
 

@@ -1,4 +1,4 @@
-"""GLUE's metrics as an `evaluate` module that needs no network, no scikit-learn and no SciPy.
+"""GLUE's metrics as an `evaluate` module that needs no network.
 
     Glue("mrpc").compute(predictions=[1, 0], references=[1, 1])
     evaluate.load("scripts/finetuning/glue_metric.py", "mrpc")     # the same, as evaluate loads modules
@@ -19,37 +19,31 @@ def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
 
 def f1(predictions: np.ndarray, references: np.ndarray) -> float:
     """Harmonic mean of precision and recall of label 1; 0 where label 1 neither occurs nor is predicted."""
-    found = int(((predictions == 1) & (references == 1)).sum())
-    named = int((predictions == 1).sum() + (references == 1).sum())
-    return 2 * found / named if named else 0.0
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references == 1, predictions == 1, zero_division=0.0))
 
 
 def matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> float:
     """Matthews' correlation for any number of labels (Gorodkin 2004); 0 for a constant prediction."""
-    labels = np.union1d(predictions, references)
-    return pearson((predictions[:, None] == labels).ravel(), (references[:, None] == labels).ravel(), len(labels))
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(references, predictions))
 
 
-def pearson(predictions: np.ndarray, references: np.ndarray, columns: int = 1) -> float:
-    """Pearson's correlation; 0 where a side is constant, which leaves it undefined.
-
-    Args:
-        columns: the values are rows of this many columns, each centred by itself.
-    """
-    a, b = (np.asarray(values, dtype=np.float64).reshape(-1, columns) for values in (predictions, references))
-    a, b = a - a.mean(0), b - b.mean(0)
+def pearson(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Pearson's correlation; 0 where a side is constant, which leaves it undefined."""
+    a, b = (np.asarray(values, dtype=np.float64) for values in (predictions, references))
+    a, b = a - a.mean(), b - b.mean()
     norm = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / norm) if norm > 0 else 0.0
 
 
 def spearmanr(predictions: np.ndarray, references: np.ndarray) -> float:
     """Spearman's correlation: Pearson's of the ranks, where equal values share their mean rank."""
-    return pearson(_ranks(predictions), _ranks(references))
+    from scipy.stats import rankdata
 
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return pearson(rankdata(predictions), rankdata(references))
 
 
 # by task; IMDB is scored as SST-2

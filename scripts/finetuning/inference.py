@@ -51,17 +51,14 @@ def predict(
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         outputs = run(batch)
         scores = scores_of(outputs, batch["attention_mask"])
-        if "start_logits" not in outputs and outputs.logits.ndim == 2:
-            parts.append(accelerator.gather(scores)[: len(rows)])
-            continue
-        tokens = examples.lengths[shares].sum(1)
-        gathered = accelerator.gather(accelerator.pad_across_processes(scores, dim=0)).view(
-            processes, -1, scores.shape[1]
-        )
-        real = [some[:count] for some, count in zip(gathered, tokens)]
-        parts.append(torch.cat(real)[: examples.lengths[rows].sum()])
+        by_token = "start_logits" in outputs or outputs.logits.ndim > 2
+        counts = examples.lengths if by_token else np.ones_like(examples.lengths)
+        gathered = accelerator.gather(accelerator.pad_across_processes(scores, dim=0))
+        gathered = gathered.view(processes, -1, scores.shape[1])
+        real = [some[:count] for some, count in zip(gathered, counts[shares].sum(1))]
+        parts.append(torch.cat(real)[: counts[rows].sum()])
     scores = torch.cat(parts).float().cpu().numpy()
-    if len(scores) != len(order):
+    if by_token:
         order = np.concatenate([np.arange(examples.starts[row], examples.starts[row + 1]) for row in order])
     logits = np.empty_like(scores)
     logits[order] = scores

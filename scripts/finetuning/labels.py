@@ -154,7 +154,8 @@ def find_labels(
         if found:
             separator, kind, why = found, "multi_label_classification", f"texts of labels with {found!r} between"
         else:
-            kind, why = "single_label_classification", "truth values" if _truths(kinds) else "texts"
+            truths = {kind.lower() for kind in kinds} <= {"true", "false"}
+            kind, why = "single_label_classification", "truth values" if truths else "texts"
     if problem_type is not None:
         kind, why = problem_type, "--problem_type"
     if kind == "regression":
@@ -197,7 +198,3 @@ def _flags(present: Sequence[Any]) -> int | None:
     ((length, count),) = Counter(map(len, present)).most_common(1)
     twice = any(len(set(flags)) < len(flags) for flags in found if flags)
     return length if twice and None not in found and count > len(present) / 2 else None
-
-
-def _truths(kinds: set[str]) -> bool:
-    return {kind.lower() for kind in kinds} <= {"true", "false"}

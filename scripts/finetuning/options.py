@@ -8,7 +8,7 @@ from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option,
 from ordnung.scripts.finetuning.labels import as_number
 from ordnung.scripts.finetuning.tasks import TASKS
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
-from ordnung.scripts.training.options import LoopOptions, Schedule
+from ordnung.scripts.training.options import COURSE, LoopOptions, Schedule
 from ordnung.scripts.training.runs import check_seeds
 
 # Of a model of BERT's width.
@@ -127,7 +127,7 @@ class FinetuneOptions(LoopOptions, HubOptions):
     logging_steps: int = other_default(LoopOptions, "logging_steps", 20)
     eval_steps: int | None = option(None, "Steps between evaluations and checkpoints; default: each epoch.", least=1)
     load_best_model_at_end: bool = option(
-        False, "Keep the best evaluated model in place of the last one.", section="logging, evaluation, checkpoints"
+        False, "Keep the best evaluated model in place of the last one.", section=COURSE
     )
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a better one; keeps the best model.", least=1

@@ -166,12 +166,7 @@ class Predictor:
     """Columns of predictions for rows."""
 
     def __init__(
-        self,
-        options,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        head: str,
-        columns: tuple[str, ...],
+        self, options, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, head: str, columns: tuple[str, ...]
     ):
         self.options, self.columns, self.head, self.config = options, columns, head, model.config
         limit = tokenizer.model_max_length

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ordnung.scripts.common.files import read_json, write_json, write_text
+from ordnung.scripts.common.files import read_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table, spread, summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
@@ -92,16 +92,9 @@ def markdown(results: dict[str, Any]) -> str:
     for task, result in results["tasks"].items():
         for split, scores in result["metrics"].items():
             cut = result["truncated"][split]
-            body.append(
-                [
-                    task,
-                    split,
-                    ", ".join(f"{name} {spread(score, 1, 100)}" for name, score in scores.items() if name != "loss"),
-                    f"{result['training_rows']:,}",
-                    f"{cut['cut']:,} of {cut['rows']:,}",
-                    spread(result["seconds"], 0),
-                ]
-            )
+            shown = ", ".join(f"{name} {spread(score, 1, 100)}" for name, score in scores.items() if name != "loss")
+            rows = [f"{result['training_rows']:,}", f"{cut['cut']:,} of {cut['rows']:,}"]
+            body.append([task, split, shown, *rows, spread(result["seconds"], 0)])
     average = results.get("glue_average")
     lines = [
         f"{results['model']}, mean ± sample standard deviation over seeds {', '.join(map(str, results['seeds']))}. "
@@ -132,10 +125,7 @@ def own_markdown(results: dict[str, Any], name: str) -> str:
         if "threshold" in details:
             how = ", which scores best on held-out rows" if results["settings"].get("threshold") == "best" else ""
             said += f"; labels from a probability of {details['threshold']:g} on{how}"
-        parts += [
-            said,
-            markdown_table(["score", "model", "95 %", baseline["what"]], body),
-        ]
+        parts += [said, markdown_table(["score", "model", "95 %", baseline["what"]], body)]
         guess = mean_score({name: value for name, value in baseline.items() if name != "what"})
         if mean_score({name: values["mean"] for name, values in scores.items()}) <= guess < 1:
             parts.append(
@@ -151,10 +141,3 @@ def own_markdown(results: dict[str, Any], name: str) -> str:
             which = f" (seed {seeds[0]})" if len(seeds) > 1 else ""
             parts.append(markdown_table([f"label{which}", *names], rows))
     return "\n\n".join(parts)
-
-
-def publish(results: dict[str, Any], output_dir: Path):
-    """Write results.json and results.md, and print the table."""
-    write_json(output_dir / "results.json", results)
-    write_text(output_dir / "results.md", markdown(results) + "\n")
-    print(f"{markdown(results)}\n\nWritten: results.json and results.md in {output_dir}")

@@ -23,8 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
-from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.tables import write_results
 from ordnung.scripts.finetuning.adapters import write_base
 from ordnung.scripts.finetuning.data import Batches, Examples, encode, load_splits, prepare_tokenizer
 from ordnung.scripts.finetuning.figures import plot_curves, write_details
@@ -32,7 +32,7 @@ from ordnung.scripts.finetuning.inference import predict
 from ordnung.scripts.finetuning.model import bare, build_config, build_model, empty_model, source
 from ordnung.scripts.finetuning.options import LEARNING_RATE, WIDTH, FinetuneOptions
 from ordnung.scripts.finetuning.own import read_task
-from ordnung.scripts.finetuning.report import collect, is_finished, publish, write_submission
+from ordnung.scripts.finetuning.report import collect, is_finished, markdown, write_submission
 from ordnung.scripts.finetuning.scores import (
     answer_loss,
     best_threshold,
@@ -82,7 +82,7 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     splits = load_splits(task, options)
     config = build_config(task, options, tokenizer)
     model = empty_model(options, config, task.head)
-    max_length = options.max_length or model_length(model, tokenizer)
+    max_length = options.max_length or limits.model_length(model, tokenizer)
     limits.check_length(model, max_length, "max_length")
     encoder = encoder_of(task.head)(tokenizer, task.columns, max_length, options.truncation)
     marks = {"gold": task.head != "ForSequenceClassification", "windows": task.head == "ForQuestionAnswering"}
@@ -129,17 +129,10 @@ class Finetuning(Job):
         seed: int,
         folder: Path,
     ):
-        self.accelerator, self.options, self.task_data, self.seed, self.folder = (
-            accelerator,
-            options,
-            data,
-            seed,
-            folder,
-        )
-        self.name, self.tokenizer = f"{data.task.name}/seed-{seed}", tokenizer
-        self.step_rows = (
-            options.per_device_train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-        )
+        self.accelerator, self.options, self.task_data = accelerator, options, data
+        self.seed, self.folder, self.name = seed, folder, f"{data.task.name}/seed-{seed}"
+        self.tokenizer = tokenizer
+        self.step_rows = options.step_rows(accelerator.num_processes)
         self.steps_per_epoch = math.ceil(len(data.train) / self.step_rows)
         self.max_steps = options.max_steps or math.ceil(options.num_train_epochs * self.steps_per_epoch)
         self.save_steps = options.eval_steps or self.steps_per_epoch
@@ -199,16 +192,12 @@ class Finetuning(Job):
         rows, train, size = self.rows(step), self.task_data.train, self.options.per_device_train_batch_size
         starts = range(self.accelerator.process_index * size, self.step_rows, size * self.accelerator.num_processes)
         count = math.ceil(len(rows) / (size * self.accelerator.num_processes))
-        # a process without rows of its own still takes part, with no weight
-        own = [rows[start : start + size] for start in starts[:count]]
-        counts = self.label_counts
-        batches = [
-            (
-                self.make_batch(train, some if len(some) else rows[:1], self.packing),
-                float(counts[some].sum() / counts[rows].sum()),
-            )
-            for some in own
-        ]
+        counts, batches = self.label_counts, []
+        for start in starts[:count]:
+            own = rows[start : start + size]
+            # a process without rows of its own still takes part, with no weight
+            batch = self.make_batch(train, own if len(own) else rows[:1], self.packing)
+            batches.append((batch, float(counts[own].sum() / counts[rows].sum())))
         return Step(batches, tokens=int(train.lengths[rows].sum()))
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -351,46 +340,30 @@ def run(options: FinetuneOptions) -> int:
         made_of |= {f"sha256 of the data of {data.task.name}": data.digest() for data in prepared}
         claim_output_dir(output_dir, options.record() | made_of, {})
     accelerator.wait_for_everyone()
-    try:
-        status = _run_all(accelerator, options, prepared, tokenizer)
-    except ScriptError:
-        if accelerator.is_main_process:
-            # what is finished can be read, though not of all seeds
-            complete = [
-                seed
-                for seed in options.seeds
-                if all(is_finished(output_dir / task.folder / f"seed-{seed}") for task in tasks)
-            ]
-            results = collect(output_dir, complete or options.seeds[:1], options)
-            if results["tasks"]:
-                publish(results, output_dir)
-        raise
-    finished = all(is_finished(output_dir / task.folder / f"seed-{seed}") for task in tasks for seed in options.seeds)
-    if accelerator.is_main_process and finished:
-        results = collect(output_dir, options.seeds, options)
-        publish(results, output_dir)
-        push_best(results, options, targets)
-    accelerator.end_training()
-    return status
-
-
-def _run_all(
-    accelerator: Accelerator,
-    options: FinetuneOptions,
-    prepared: list[TaskData],
-    tokenizer: PreTrainedTokenizerBase,
-) -> int:
-    """Each task with each seed, but for the finished ones; returns the exit status."""
-    output_dir = Path(options.output_dir)
     # seeds outside: after the first round every task has a score
-    for seed in options.seeds:
-        for data in prepared:
-            folder = output_dir / data.task.folder / f"seed-{seed}"
+    runs = [(data, seed, output_dir / data.task.folder / f"seed-{seed}") for seed in options.seeds for data in prepared]
+    status = 0
+    try:
+        for data, seed, folder in runs:
             if is_finished(folder):
                 logger.info(f"{folder}: finished, kept")
                 continue
             status = Finetuning(accelerator, options, data, tokenizer, seed, folder).train()
             if status:
-                return status
+                break
             accelerator.free_memory()
-    return 0
+    except ScriptError:
+        if accelerator.is_main_process:
+            # what is finished can be read, though not of all seeds
+            unfinished = {seed for _, seed, folder in runs if not is_finished(folder)}
+            complete = [seed for seed in options.seeds if seed not in unfinished]
+            results = collect(output_dir, complete or options.seeds[:1], options)
+            if results["tasks"]:
+                write_results(output_dir, results, markdown)
+        raise
+    if accelerator.is_main_process and all(is_finished(folder) for *_, folder in runs):
+        results = collect(output_dir, options.seeds, options)
+        write_results(output_dir, results, markdown)
+        push_best(results, options, targets)
+    accelerator.end_training()
+    return status

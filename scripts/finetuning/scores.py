@@ -11,6 +11,7 @@ import torch
 from scipy.special import logit
 from torch.nn import functional as F
 
+from ordnung.scripts.common.tables import interval
 from ordnung.scripts.finetuning.data import Examples
 from ordnung.scripts.finetuning.glue_metric import Glue, pearson, spearmanr
 from ordnung.scripts.finetuning.structured import answer_scores, best_answers, count_entities, tags_of
@@ -110,31 +111,19 @@ def measure(problem_type: str, predicted: np.ndarray, labels: np.ndarray | None 
     from sklearn import metrics
 
     if problem_type in OF_SUMS:
-        return {
-            name: float(value[0])
-            for name, value in resampled(problem_type, [predicted], np.ones((1, len(predicted)))).items()
-        }
-    if problem_type == "regression":
-        error = metrics.mean_absolute_error(labels, predicted)
-        return {
-            "pearson": pearson(predicted, labels),
-            "spearmanr": spearmanr(predicted, labels),
-            "mean_absolute_error": float(error),
-        }
-    if problem_type == "multi_label_classification":
-        scores = {
-            f"{kind}_f1": metrics.f1_score(labels, predicted, average=kind, zero_division=0)
-            for kind in ("macro", "micro")
-        }
-        return {
-            name: float(value)
-            for name, value in {**scores, "accuracy": metrics.accuracy_score(labels, predicted)}.items()
-        }
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        labels, predicted, average="macro", zero_division=0
-    )
-    scores = {"accuracy": metrics.accuracy_score(labels, predicted), "macro_f1": f1}
-    scores |= {"macro_precision": precision, "macro_recall": recall}
+        sums = resampled(problem_type, [predicted], np.ones((1, len(predicted))))
+        scores = {name: values[0] for name, values in sums.items()}
+    elif problem_type == "regression":
+        scores = {"pearson": pearson(predicted, labels), "spearmanr": spearmanr(predicted, labels)}
+        scores["mean_absolute_error"] = metrics.mean_absolute_error(labels, predicted)
+    elif problem_type == "multi_label_classification":
+        kinds = ("macro", "micro")
+        f1s = (metrics.f1_score(labels, predicted, average=kind, zero_division=0) for kind in kinds)
+        scores = dict(zip(("macro_f1", "micro_f1"), f1s)) | {"accuracy": metrics.accuracy_score(labels, predicted)}
+    else:
+        averaged = metrics.precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+        scores = {"accuracy": metrics.accuracy_score(labels, predicted), "macro_f1": averaged[2]}
+        scores |= {"macro_precision": averaged[0], "macro_recall": averaged[1]}
     return {name: float(value) for name, value in scores.items()}
 
 
@@ -196,10 +185,10 @@ def _describe_answers(arrays: tuple, examples: Examples) -> dict[str, Any]:
     return {"baseline": {"what": "never an answer", **measure("question_answering", nothing)}}
 
 
-def bootstrap(problem_type: str, arrays: Sequence[np.ndarray], resamples: int = RESAMPLES) -> dict[str, list[float]]:
+def bootstrap(problem_type: str, arrays: Sequence[np.ndarray]) -> dict[str, list[float]]:
     """95 % interval of each score: the examples drawn again and again, as many as there are, with replacement."""
     random, count = np.random.default_rng(0), len(arrays[0])
-    resamples = min(resamples, max(100, resamples * 2000 // count))  # of many examples the interval is narrow
+    resamples = min(RESAMPLES, max(100, RESAMPLES * 2000 // count))  # of many examples the interval is narrow
     times = random.multinomial(count, np.full(count, 1 / count), size=resamples)
     scores = resampled(problem_type, arrays, times)
     return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in scores.items()}
@@ -250,10 +239,8 @@ def resampled(problem_type: str, arrays: Sequence[np.ndarray], times: np.ndarray
 
 def seed_interval(values: Sequence[float]) -> list[float]:
     """95 % interval of the mean over seeds, by Student's t."""
-    from scipy import stats
-
-    mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
-    return [float(mean - (reach := stats.t.ppf(0.975, len(values) - 1) * error)), float(mean + reach)]
+    found = interval(values)
+    return [found.low, found.high]
 
 
 def class_weights(task: Task, train: Examples) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from ordnung.scripts.common.tables import summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.tasks import Task
 from ordnung.scripts.hub import sharing
-from ordnung.scripts.hub.model_card import PIPELINE_TAGS
+from ordnung.scripts.hub.model_card import PIPELINE_TAGS, entries_of
 
 
 def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -32,17 +32,10 @@ def describe_run(task: Task, options: FinetuneOptions, scores: dict[str, dict[st
         "datasets": named,
         "base_model": None if Path(options.model_name_or_path).exists() else options.model_name_or_path,
         "eval_results": [
-            {
-                "task_type": PIPELINE_TAGS[task.head],
-                **dataset,
-                "dataset_split": split,
-                "metric_type": metric,
-                "metric_name": metric.replace("_", " "),
-                "metric_value": value,
-            }
+            {"task_type": PIPELINE_TAGS[task.head], **entry}
             for split, values in scores.items()
-            for metric, value in values.items()
-            if metric != "loss"
+            for entry in entries_of(values, **dataset, dataset_split=split)
+            if entry["metric_type"] != "loss"
         ],
     }
 
@@ -61,12 +54,9 @@ def find_targets(options: FinetuneOptions, tasks: list[Task]) -> dict[str, shari
                 f"--push_to_hub: an adapter for {options.model_name_or_path}, a local folder, is of no use to others: "
                 "add --merge_adapter to share the merged model, or push that model first and give its Hub name"
             )
-    targets = {}
-    for task in tasks:
-        target = sharing.find_target(options, options.output_dir, f"-{task.name}" if len(tasks) > 1 else "")
-        if target is not None:
-            targets[task.name] = target
-    return targets
+    endings = {task.name: f"-{task.name}" if len(tasks) > 1 else "" for task in tasks}
+    found = {name: sharing.find_target(options, options.output_dir, ending) for name, ending in endings.items()}
+    return {name: target for name, target in found.items() if target is not None}
 
 
 def push_best(results: dict[str, Any], options: FinetuneOptions, targets: dict[str, sharing.Target]) -> None:

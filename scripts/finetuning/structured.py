@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.finetuning.data import Encoder, Examples
@@ -142,7 +141,7 @@ def gold_answers(value: Any, context: str) -> list[tuple[str, int]]:
 
 
 @dataclass
-class QuestionEncoder:
+class QuestionEncoder(Encoder):
     """Tokenizes questions with windows of their contexts. Rows of what it returns are windows:
 
     - idx: the number of the question in its batch's "idx";
@@ -150,9 +149,6 @@ class QuestionEncoder:
     - label: first and last token of the answer, 0 and 0 where the window has none.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    columns: tuple[str, ...]
-    max_length: int
     truncation: str = "head"
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:

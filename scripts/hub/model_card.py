@@ -93,6 +93,14 @@ def head_of(class_name: str) -> str:
     raise ScriptError(f"{class_name} has none of the heads that can be shared: {', '.join(PIPELINE_TAGS)}")
 
 
+def entries_of(scores: dict[str, float], **shared) -> list[dict[str, Any]]:
+    """Keyword arguments of `EvalResult`, for the results file: one for each score, by the type of its metric."""
+    return [
+        {**shared, "metric_type": kind, "metric_name": kind.replace("_", " "), "metric_value": value}
+        for kind, value in scores.items()
+    ]
+
+
 def eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """The entries of `results["eval_results"]`.
 

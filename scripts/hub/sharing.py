@@ -214,12 +214,10 @@ def show(folder: Path, target: Target):
 def retry_command(checkpoint: str | Path, target: Target, results: str | Path | None) -> str:
     """The command that does the same push again; the token is left out."""
     options = ["--model_name_or_path", str(checkpoint), "--hub_model_id", target.repo_id]
-    for name, value in (
-        ("results", results), ("revision", target.revision), ("commit_message", target.commit_message),
-        ("license", target.license),
-    ):  # fmt: skip
-        if value is not None and value != getattr(Target, name, None):
-            options += [f"--{name}", str(value)]
+    options += ["--results", str(results)] if results is not None else []
+    for name in ("revision", "commit_message", "license"):
+        if getattr(target, name) != getattr(Target, name):
+            options += [f"--{name}", getattr(target, name)]
     options += ["--language", *target.language] if target.language else []
     options += ["--private"] if target.private else []
     return shlex.join(["ordnung", "share", *options])
@@ -288,14 +286,9 @@ def write_folder(checkpoint: str | Path, target: Target, results: str | Path | N
     config_file, adapter_file = checkpoint / "config.json", checkpoint / "adapter_config.json"
     if not (config_file.is_file() or adapter_file.is_file()):
         raise ScriptError(f"{checkpoint} holds no config.json: give the folder that a training script wrote")
-    subject = Subject(
-        target.repo_id,
-        revision=target.revision,
-        results=_read_results(checkpoint, results),
-        license=target.license,
-        language=target.language,
-        has_run_file=(checkpoint / "run.yaml").is_file(),
-    )
+    shared = {name: getattr(target, name) for name in ("repo_id", "revision", "license", "language")}
+    has_run_file = (checkpoint / "run.yaml").is_file()
+    subject = Subject(**shared, results=_read_results(checkpoint, results), has_run_file=has_run_file)
     staging, folder = checkpoint / f".tmp-{FOLDER}", checkpoint / FOLDER
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()

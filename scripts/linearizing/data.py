@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -9,25 +10,14 @@ import torch
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.rows import load_rows
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.pretraining import data as pretraining
 from ordnung.scripts.pretraining import perplexity
-from ordnung.scripts.pretraining.blocks import IGNORED, BatchMaker, PlacedBlocks, ShuffledBlocks
+from ordnung.scripts.pretraining.blocks import BatchMaker, PlacedBlocks, ShuffledBlocks
 
 # Documents of an encoder are tokenized in groups of so many.
 GROUP = 1000
-
-
-class Batches(BatchMaker):
-    """Turns blocks into what teacher and student take: `BatchMaker` with the texts of encoders left whole, or masked.
-
-    Batches have labels; for a causal model those are its tokens.
-    """
-
-    def __init__(self, options: LinearizeOptions, tokenizer, encoder: bool, separate: bool):
-        masked = encoder and options.mlm_probability > 0
-        share = options.mlm_probability if masked else 0
-        super().__init__("masked" if masked else "causal", tokenizer, separate, share, options.seed)
 
 
 def real_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -62,22 +52,10 @@ def encoder_blocks(documents, tokenizer, block_size: int, several: bool) -> Plac
     Raises:
         ScriptError: no text.
     """
-    rows, texts = [], []
-
-    def encode():
-        rows.extend(
-            np.array(ids, dtype=np.int32)
-            for ids in tokenizer(texts, truncation=True, max_length=block_size, verbose=False)["input_ids"]
-        )
-        texts.clear()
-
-    for text in corpus.texts(documents):
-        texts.append(text)
-        if len(texts) == GROUP:
-            encode()
-    if texts:
-        encode()
-    rows = [row for row in rows if len(row) > 1]
+    rows, texts = [], corpus.texts(documents)
+    while group := list(islice(texts, GROUP)):
+        encoded = tokenizer(group, truncation=True, max_length=block_size, verbose=False)["input_ids"]
+        rows += [np.array(ids, dtype=np.int32) for ids in encoded if len(ids) > 1]
     if not rows:
         raise ScriptError("the text holds no document of two tokens or more; give more text")
     return PlacedBlocks(rows, np.array([len(row) for row in rows]), block_size, True, several)
@@ -119,7 +97,10 @@ class Text:
     def __init__(self, options: LinearizeOptions, tokenizer, encoder: bool, several: bool, device: torch.device):
         self.tokenizer, self.device, self.options = tokenizer, device, options
         self.separate = options.respect_document_boundaries or encoder
-        self.make_batch = Batches(options, tokenizer, encoder, self.separate)
+        # the texts of encoders stay whole, or are masked; labels of a causal model are its tokens
+        share = options.mlm_probability if encoder else 0
+        objective = "masked" if share else "causal"
+        self.make_batch = BatchMaker(objective, tokenizer, self.separate, share, options.seed)
         self.blocks, rows, lengths = load_blocks(options, tokenizer, encoder, several and self.separate)
         size = options.per_device_eval_batch_size
         self.held_out = [self.batch(rows[i : i + size], lengths[i : i + size], i) for i in range(0, len(rows), size)]
@@ -156,27 +137,10 @@ def load_pairs(path: str) -> datasets.Dataset:
     """Pairs of texts: columns sentence1, sentence2 and label.
 
     Raises:
-        ScriptError: no such file, or other columns.
+        ScriptError: as `load_rows`, or other columns.
     """
-    files = corpus.find_files([path], "similarity_file")
-    kind, settings = corpus.file_reader(files, "similarity_file")
-    if kind == "text":
-        raise ScriptError(f"--similarity_file {path}: give .parquet, .jsonl, .csv or .tsv, with columns")
-    pairs = datasets.load_dataset(kind, data_files={"train": files}, **settings)["train"]
+    pairs = load_rows([path], "similarity_file")
     missing = {"sentence1", "sentence2", "label"} - set(pairs.column_names)
     if missing:
         raise ScriptError(f"--similarity_file {path} has no column {min(missing)!r}, only {pairs.column_names}")
     return pairs
-
-
-__all__ = [
-    "IGNORED",
-    "Batches",
-    "Text",
-    "documents_of",
-    "load_blocks",
-    "load_long_text",
-    "load_pairs",
-    "mean_states",
-    "real_tokens",
-]

@@ -12,15 +12,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, StaticCache
 
 from ordnung.scripts.finetuning.glue_metric import spearmanr
-from ordnung.scripts.linearizing.data import IGNORED, documents_of, mean_states, real_tokens
-from ordnung.scripts.linearizing.teacher import (
-    Mixed,
-    Pair,
-    base_of,
-    model_inputs,
-    student_mixes,
-    watched,
-)
+from ordnung.scripts.linearizing.data import documents_of, mean_states, real_tokens
+from ordnung.scripts.linearizing.teacher import Mixed, Pair, base_of, model_inputs, student_mixes, watched
+from ordnung.scripts.pretraining.blocks import IGNORED
 from ordnung.scripts.pretraining.losses import position_buckets
 
 Batch = dict[str, torch.Tensor]

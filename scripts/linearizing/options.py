@@ -8,7 +8,7 @@ from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.options import MergeKeyValues, option, other_default, required
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
-from ordnung.scripts.training.options import LoopOptions, TextOptions
+from ordnung.scripts.training.options import COURSE, LoopOptions, TextOptions
 
 # What the loop knows and this program has no use for.
 UNUSED = {
@@ -78,12 +78,7 @@ class LinearizeOptions(LoopOptions, TextOptions, HubOptions):
     seed: int = option(0, "Seed of new weights, data order and masking.", least=0, section="optimisation")
 
     eval_steps: int | None = other_default(LoopOptions, "eval_steps", 50)
-    save_steps: int = option(
-        100,
-        "Steps between checkpoints; one more follows each stage.",
-        least=1,
-        section="logging, evaluation, checkpoints",
-    )
+    save_steps: int = option(100, "Steps between checkpoints; one more follows each stage.", least=1, section=COURSE)
     similarity_file: str | None = option(
         None, "Pairs of texts to measure an encoder on: columns sentence1, sentence2 and label, how similar they are."
     )

@@ -10,7 +10,7 @@ from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
-from ordnung.scripts.hub.model_card import Subject, head_of, make_card
+from ordnung.scripts.hub.model_card import Subject, entries_of, head_of, make_card
 from ordnung.scripts.linearizing import measure
 
 RESULTS, PICTURE, CARD = "linearize_results.json", "linearize.png", "README.md"
@@ -87,28 +87,18 @@ def share(results: dict[str, Any], start: int = 0) -> float | None:
             return None
         floor, teacher = results["converted"]["floor"]["similarity"], results["teacher"]["similarity"]
         return (results["student"]["similarity"] - floor) / (teacher - floor)
-    lost, left = (
-        _difference(found, results["teacher"], start) for found in (results["converted"]["student"], results["student"])
-    )
-    return None if not lost else 1 - left / lost
-
-
-def _difference(ours: dict, theirs: dict, start: int) -> float | None:
-    ours, theirs = measure.loss_from(ours, start), measure.loss_from(theirs, start)
-    return None if ours is None else ours - theirs
+    forms = (results["converted"]["student"], results["student"], results["teacher"])
+    converted, student, teacher = (measure.loss_from(found, start) for found in forms)
+    return None if converted in (None, teacher) else 1 - (student - teacher) / (converted - teacher)
 
 
 def _eval_results(made: dict[str, Any]) -> list[dict]:
     shared = {"dataset_type": "text", "dataset_name": "held-out text", "dataset_split": "held-out text"}
+    student = made["student"]
     if made["encoder"]:
-        task, values = "feature-extraction", {"relative error of states": made["student"]["loss"]}
-    else:
-        student = made["student"]
-        task, values = "text-generation", {"loss": student["loss"], "top-token agreement": student["agreement"]}
-    return [
-        {**shared, "task_type": task, "metric_type": name.replace(" ", "_"), "metric_name": name, "metric_value": value}
-        for name, value in values.items()
-    ]
+        return entries_of({"relative_error_of_states": student["loss"]}, **shared, task_type="feature-extraction")
+    scores = {"loss": student["loss"], "top-token_agreement": student["agreement"]}
+    return entries_of(scores, **shared, task_type="text-generation")
 
 
 def text(made: dict[str, Any]) -> str:
@@ -127,11 +117,7 @@ def text(made: dict[str, Any]) -> str:
         "converted, no mixing in replaced layers (floor)": made["converted"]["floor"],
         "student, no mixing in replaced layers": made["floor"],
     }
-    if made["encoder"]:
-        table = _encoder_table(rows)
-    else:
-        table = _decoder_table(rows)
-    parts = [head, table]
+    parts = [head, (_encoder_table if made["encoder"] else _decoder_table)(rows)]
     ratio = share(made)
     if ratio is not None and made["encoder"]:
         parts.append(f"Of the way from no mixing to the teacher the student has come {100 * ratio:.0f} %.")

@@ -65,28 +65,15 @@ class Linearization:
             self.text = Text(options, self.tokenizer, pair.encoder, several, accelerator.device)
             self.long_text = load_long_text(options, self.tokenizer) if options.long_file and not pair.encoder else None
             self.similar = load_pairs(options.similarity_file) if options.similarity_file else None
-        self.outputs = TeacherOutputs(
-            pair.teacher,
-            pair.encoder,
-            options.teacher_outputs,
-            {"teacher": pair.fingerprint, "mixed_precision": accelerator.mixed_precision},
-        )
+        made_with = {"teacher": pair.fingerprint, "mixed_precision": accelerator.mixed_precision}
+        self.outputs = TeacherOutputs(pair.teacher, pair.encoder, options.teacher_outputs, made_with)
         if self.is_main:  # only now is it certain that the run can start
-            claim_output_dir(self.output_dir, self._made_with(), {})
-            write_text(self.output_dir / "run.yaml", yaml.safe_dump(self._record(), sort_keys=False))
+            record = options.record()
+            texts = {"training blocks": len(self.text.blocks), "held-out tokens": len(self.text.held_out_tokens)}
+            claim_output_dir(self.output_dir, {"teacher": pair.fingerprint, **record, **texts}, {})
+            record["output_dir"] = options.output_dir
+            write_text(self.output_dir / "run.yaml", yaml.safe_dump(record, sort_keys=False))
         accelerator.wait_for_everyone()
-
-    def _record(self) -> dict[str, Any]:
-        return self.options.record() | {"output_dir": self.options.output_dir}
-
-    def _made_with(self) -> dict[str, Any]:
-        """What must stay the same for a run to go on."""
-        return {
-            "teacher": self.pair.fingerprint,
-            **self.options.record(),
-            "training blocks": len(self.text.blocks),
-            "held-out tokens": len(self.text.held_out_tokens),
-        }
 
     def _load_models(self):
         options = self.options

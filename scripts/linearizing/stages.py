@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ordnung.modeling.registration import LORA_TARGETS
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.linearizing import measure
-from ordnung.scripts.linearizing.data import IGNORED, Text, documents_of, mean_states, real_tokens
+from ordnung.scripts.linearizing.data import Text, documents_of, mean_states, real_tokens
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.linearizing.teacher import (
     Mixed,
@@ -33,6 +33,7 @@ from ordnung.scripts.linearizing.teacher import (
     student_mixes,
     watched,
 )
+from ordnung.scripts.pretraining.blocks import IGNORED
 from ordnung.scripts.training.accelerator import summed
 from ordnung.scripts.training.loop import Job, Step
 from ordnung.scripts.training.optimization import make_optimizer, recompute_activations
@@ -58,9 +59,7 @@ class Stage(Job):
         self.max_steps = getattr(options, f"{self.name}_steps")
         self.eval_steps, self.save_steps, self.save_total_limit = options.eval_steps, options.save_steps, 1
         self.evaluates_first = first_step == 0
-        self.step_blocks = (
-            options.per_device_train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-        )
+        self.step_blocks = options.step_rows(accelerator.num_processes)
         self.data = {"rows a step": self.step_blocks}
         self.about = f"{self.max_steps:,} steps of {self.step_blocks} x {options.block_size} tokens"
 

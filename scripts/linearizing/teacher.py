@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +155,7 @@ class Mixed:
 
 
 @contextmanager
-def watched(model: PreTrainedModel, layers: list[int], see: Callable[[Mixed], torch.Tensor | None]) -> Iterator[None]:
+def watched(model: PreTrainedModel, layers: Sequence[int], see: Callable[[Mixed], Any]) -> Iterator[None]:
     """Context in which `see` is called with each call of these layers' mixers, as soon as it is made.
 
     Where it returns states, they take the place of what the mixer gave.

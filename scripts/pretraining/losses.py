@@ -22,10 +22,7 @@ def token_losses(model: torch.nn.Module, blocks: np.ndarray, batch_size: int) ->
 
 def position_losses(model: torch.nn.Module, blocks: np.ndarray, batch_size: int) -> np.ndarray:
     """Mean loss at each position of blocks (n, N) of tokens: (N - 1,) nats per token, see `token_losses`."""
-    total = np.zeros(blocks.shape[1] - 1)
-    for losses in token_losses(model, blocks, batch_size):
-        total += losses.sum(0, dtype=np.float64)
-    return total / len(blocks)
+    return np.concatenate([*token_losses(model, blocks, batch_size)]).mean(0, dtype=np.float64)
 
 
 def position_buckets(block_size: int) -> list[tuple[int, int]]:

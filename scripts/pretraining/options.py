@@ -6,7 +6,7 @@ from typing import Literal
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, option, required
 from ordnung.scripts.hub.options import NOT_RECORDED, HubOptions
-from ordnung.scripts.training.options import LoopOptions, TextOptions
+from ordnung.scripts.training.options import COURSE, LoopOptions, TextOptions
 
 
 @dataclass(kw_only=True)
@@ -33,12 +33,7 @@ class PretrainOptions(LoopOptions, TextOptions, HubOptions):
     max_steps: int | None = option(None, "Optimizer steps; needed with streaming.", least=1)
     seed: int = option(0, "Seed of initial weights, data order, masking and dropout.", least=0, section="optimisation")
 
-    save_steps: int = option(
-        500,
-        "Steps between checkpoints; one more follows the last step.",
-        least=1,
-        section="logging, evaluation, checkpoints",
-    )
+    save_steps: int = option(500, "Steps between checkpoints; one more follows the last step.", least=1, section=COURSE)
     save_total_limit: int | None = option(2, "Checkpoints to keep beside the best; the oldest go first.", least=1)
     resume_from_checkpoint: str | None = option(None, "Checkpoint folder, or auto: the newest in output_dir.")
 

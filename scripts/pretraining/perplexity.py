@@ -12,7 +12,6 @@ import ordnung  # noqa: F401  (its model types enter the Auto classes)
 from ordnung.scripts.common import corpus, limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
-from ordnung.scripts.common.limits import model_length
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.models import check_writes_text
 from ordnung.scripts.common.tables import markdown_table
@@ -80,14 +79,9 @@ def evaluate(model: torch.nn.Module, tokens: np.ndarray, block_size: int, stride
 
 def encode(documents: corpus.Documents, tokenizer, max_tokens: int | None) -> tuple[np.ndarray, float]:
     """The documents' tokens one after the other, at most `max_tokens`, and the tokens per UTF-8 byte of their text."""
-    parts, sizes = [np.zeros(0, dtype=np.int32)], [0.0]
-    for ids, size in corpus.tokenize(
-        corpus.texts(documents), tokenizer, math.inf if max_tokens is None else max_tokens
-    ):
-        parts.append(ids)
-        sizes.append(size)
-    tokens = np.concatenate(parts)
-    return tokens, len(tokens) / max(sum(sizes), 1)
+    found = list(corpus.tokenize(corpus.texts(documents), tokenizer, math.inf if max_tokens is None else max_tokens))
+    tokens = np.concatenate([np.zeros(0, dtype=np.int32), *(ids for ids, _ in found)])
+    return tokens, len(tokens) / max(sum(size for _, size in found), 1)
 
 
 def load_documents(options) -> corpus.Documents:
@@ -112,9 +106,7 @@ def load_model(options) -> torch.nn.Module:
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            options.model_name_or_path,
-            dtype=getattr(torch, options.dtype),
-            trust_remote_code=options.trust_remote_code,
+            options.model_name_or_path, dtype=getattr(torch, options.dtype), trust_remote_code=options.trust_remote_code
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ScriptError(
@@ -133,7 +125,7 @@ def run(options) -> int:
     tokens, tokens_per_byte = encode(load_documents(options), tokenizer, options.max_tokens)
     model = load_model(options)
     limits.check_vocabulary(tokenizer, model.config)
-    block_size = options.block_size or model_length(model, tokenizer)
+    block_size = options.block_size or limits.model_length(model, tokenizer)
     limits.check_length(model, block_size, "block_size", extrapolate=True)
     start = time.perf_counter()
     scores = evaluate(model, tokens, block_size, options.stride, options.per_device_eval_batch_size)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import read_json_lines
-from ordnung.scripts.hub.model_card import HELD_OUT
+from ordnung.scripts.hub.model_card import HELD_OUT, entries_of
 from ordnung.scripts.pretraining.options import PretrainOptions
 
 
@@ -27,12 +27,8 @@ def describe_evaluation(options: PretrainOptions, evaluation: dict[str, float] |
         "dataset_config": options.dataset_config_name,
         "dataset_split": HELD_OUT,
     }
-    names = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_bits_per_byte": "bits_per_byte"}
-    return [
-        {**shared, "metric_type": kind, "metric_name": kind.replace("_", " "), "metric_value": evaluation[name]}
-        for name, kind in names.items()
-        if name in (evaluation or {})
-    ]
+    kinds = [kind for kind in ("loss", "perplexity", "bits_per_byte") if f"eval_{kind}" in (evaluation or {})]
+    return entries_of({kind: evaluation[f"eval_{kind}"] for kind in kinds}, **shared)
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict], list[dict]]:

@@ -39,9 +39,8 @@ class Pretraining(Job):
         self.options, self.output_dir = options, Path(options.output_dir)
         self.accelerator = make_accelerator(options)
         build_run_config(options)  # a wrong option is told before anything is read or written
-        self.hub_target = None
-        if self.accelerator.is_main_process:
-            self.hub_target = sharing.find_target(options, self.output_dir)
+        is_main = self.accelerator.is_main_process
+        self.hub_target = sharing.find_target(options, self.output_dir) if is_main else None
         checkpoint = checkpointing.find_checkpoint(
             self.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir
         )
@@ -64,15 +63,9 @@ class Pretraining(Job):
         several = separate and getattr(build_run_config(options, self.tokenizer), "packs_documents", False)
         with self.accelerator.main_process_first():
             self.blocks = training_blocks(options, train, self.tokenizer, several)
-        self.held_out = None
-        if held_out is not None:
-            self.held_out = held_out_blocks(options, held_out, self.tokenizer, several)
-        self.step_blocks = (
-            options.per_device_train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
-        )
-        self.max_steps = options.max_steps
-        if self.max_steps is None:
-            self.max_steps = math.ceil(options.num_train_epochs * len(self.blocks) / self.step_blocks)
+        self.held_out = None if held_out is None else held_out_blocks(options, held_out, self.tokenizer, several)
+        self.step_blocks = options.step_rows(self.accelerator.num_processes)
+        self.max_steps = options.max_steps or math.ceil(options.num_train_epochs * len(self.blocks) / self.step_blocks)
         self.about = f"vocabulary of {len(self.tokenizer):,}, {self.max_steps:,} steps of {self.step_blocks} x "
         self.about += f"{options.block_size} tokens"
         names = ("objective", "block_size", "respect_document_boundaries", "seed", "streaming")

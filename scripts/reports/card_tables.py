@@ -1,7 +1,6 @@
 """The tables and figures of README.md and the model cards by name, each made from files of model_cards/results."""
 
 from functools import partial
-from statistics import median
 
 from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks import prefix as bench_prefix
@@ -9,9 +8,10 @@ from ordnung.scripts.benchmarks import quadratic as bench_quadratic
 from ordnung.scripts.benchmarks import report as bench_report
 from ordnung.scripts.benchmarks import sparse as bench_sparse
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, ranged
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.experiments.verdicts import changes, estimate
+from ordnung.scripts.linearizing.report import layer_table
 from ordnung.scripts.reports import claims, growing, ladder, linearized, lowrank, patterns, pooling, rank, window
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports.findings import LOW_RANK
@@ -202,8 +202,7 @@ def throughput_table() -> str:
     """Fine-tuning against a bare accelerate loop."""
     results = load("finetune_throughput")
     speeds = results["examples_per_second"]
-    ratios = f"{results['ratio']:.3f} ({min(results['ratios']):.3f} to {max(results['ratios']):.3f})"
-    body = [[results["task"], f"{speeds['ours']:,.0f}", f"{speeds['bare']:,.0f}", ratios]]
+    body = [[results["task"], f"{speeds['ours']:,.0f}", f"{speeds['bare']:,.0f}", ranged(results["ratios"], 3)]]
     header = ["task", "examples/s", "of the bare loop", f"time, median ratio of {len(results['ratios'])} rounds"]
     return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
 
@@ -217,8 +216,7 @@ def recipes_table() -> str:
     timed["predict"] = (results["predict"]["ratios"], "a bare batched loop")
     for name, (ratios, other) in timed.items():
         speed = speeds["ours" if name == "the plain loop" else name]
-        ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        body.append([name, f"{speed:,.0f}", other, ratio])
+        body.append([name, f"{speed:,.0f}", other, ranged(ratios, 2)])
     header = ["", "examples/s", "beside", f"time, median ratio of {len(results['ratios'])} rounds"]
     return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
 
@@ -236,13 +234,10 @@ def packing_table(name: str) -> str:
     header = ["family", "documents", "mean tokens", "rows filled", "packed / full", "packed / padded"]
     body = []
     for case in results["cases"]:
-        tokens = case["tokens"]
-        ratios = [case[f"packed_per_token_of_{other}"] for other in ("full", "padded")]
-        body.append(
-            [case["model_type"], str(case["documents"]), f"{case['mean_length']:.0f}"]
-            + [f"{tokens['packed'] / tokens['full']:.0%}"]
-            + [f"{r['median']:.2f} ({min(r['each']):.2f} to {max(r['each']):.2f})" for r in ratios]
-        )
+        filled = case["tokens"]["packed"] / case["tokens"]["full"]
+        ratios = [ranged(case[f"packed_per_token_of_{other}"]["each"], 2) for other in ("full", "padded")]
+        sizes = [case["model_type"], str(case["documents"]), f"{case['mean_length']:.0f}", f"{filled:.0%}"]
+        body.append(sizes + ratios)
     return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
 
 
@@ -303,7 +298,7 @@ TABLES = {
             "the same and the first 4": load("linearized_sinks_linformer_4"),
         }
     ),
-    "linearized_encoder_layers": lambda: linearized.layers(load("linearized_minilm_conv")),
+    "linearized_encoder_layers": lambda: layer_table(load("linearized_minilm_conv")),
     "growth": lambda: growth.markdown(load("growth")),
     "growth_measured": growing.markdown,
     "ladder": ladder.markdown,

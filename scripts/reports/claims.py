@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ordnung.scripts.benchmarks.variants import copies_its_cache
+from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.verdicts import MARGIN, everywhere, together
 from ordnung.scripts.reports.findings import (
     SPARSE,
@@ -28,14 +29,7 @@ from ordnung.scripts.reports.findings import (
     steady,
     steady_decode,
 )
-from ordnung.scripts.reports.results import (
-    CONV_BENCHMARKS,
-    ENCODER_BENCHMARKS,
-    FUNCTION,
-    Timings,
-    has_results,
-    load,
-)
+from ordnung.scripts.reports.results import CONV_BENCHMARKS, ENCODER_BENCHMARKS, FUNCTION, Timings, has_results, load
 
 ARTICLE = "MikeyBeez, DifferentialLR, [zenodo 18498944](https://zenodo.org/records/18498944)"
 LINFORMER = "Wang et al. 2020, [arXiv 2006.04768](https://arxiv.org/abs/2006.04768)"
@@ -62,6 +56,11 @@ class Claim:
         return self.judge([finding.verdict for finding in self.findings])
 
 
+def ours(family: str, quote: str, findings: Sequence[Finding], judge=together) -> Claim:
+    """A claim of this project, which rests on nothing else."""
+    return Claim(family, quote, "ours", "-", findings, judge)
+
+
 def decode_claims(name: str, file: str, longest: int) -> list[Claim]:
     """Ours, of generation: a token's time does not grow, and is below attention's after `longest` tokens."""
     against = "attention, the faster of its caches"
@@ -69,8 +68,8 @@ def decode_claims(name: str, file: str, longest: int) -> list[Claim]:
     if copies_its_cache(which for task, which, _ in Timings(file).rows if task == "decode"):
         faster = no_experiment("attention with a static cache")
     return [
-        Claim(name, "a token takes no longer after a longer context", "ours", "-", [steady_decode([file], name)]),
-        Claim(name, f"a token is faster than attention's after {longest:,} tokens", "ours", "-", faster),
+        ours(name, "a token takes no longer after a longer context", [steady_decode([file], name)]),
+        ours(name, f"a token is faster than attention's after {longest:,} tokens", faster),
     ]
 
 
@@ -95,18 +94,12 @@ def conv_claims() -> list[Claim]:
         for name, which in (("no_positions", "without positions"), ("learned", "learned"), ("rope", "with rope"))
     ]
     name, reading = "conv_lm", "our reading of the article"
-    without = ladder(("position", "convolution"))
+    without = [recall("conv_lm_recall", "conv", "softmax_rope", pairs) for pairs in (2, 16)]
+    without += lower[-1:] + ladder(("position", "convolution"))
     return [
         Claim(name, "5.5× faster at 2,048 tokens", ARTICLE, "one run, attention that stores N×N scores", faster),
         Claim(name, "3.2 % lower perplexity", ARTICLE, "one unseeded run, attention without positions", lower),
-        Claim(
-            name,
-            "content-dependent scores are unnecessary",
-            ARTICLE,
-            "that perplexity",
-            [recall("conv_lm_recall", "conv", "softmax_rope", pairs) for pairs in (2, 16)] + lower[-1:] + without,
-            everywhere,
-        ),
+        Claim(name, "content-dependent scores are unnecessary", ARTICLE, "that perplexity", without, everywhere),
         Claim(name, "the dot product is not special", ARTICLE, reading, ladder(CONTENT_SCORES)),
         Claim(name, "the FFN does the mixing", ARTICLE, reading, no_experiment("attention × feed-forward")),
         *decode_claims(name, "conv_lm_benchmark_decode", 32768),
@@ -128,35 +121,20 @@ def linformer_claims() -> list[Claim]:
         for length, bound in ((4096, 14), (65536, 60))
     ]
     table = "Table 3, k = 128, one V100, stored scores"
+    scores = [
+        finding
+        for variant in ("layerwise_64", "layerwise_128")
+        for finding in on_par("linformer_lm_table2", variant, "softmax", ("sst2", "qnli", "imdb"))
+    ]
+    ranks = [low_rank(exponent=True), low_rank(exponent=False)]
+    text = [perplexity("linformer_lm_compare", "linformer", "softmax_rope", 0.0, "attention with rope")]
     return [
         Claim(name, "1.5×, 3.4×, 8.6× and 20× faster", LINFORMER, table, faster),
         Claim(name, "14× less memory at 4,096 tokens, 60× at 65,536", LINFORMER, table, less),
-        Claim(
-            name,
-            "performs on par with standard Transformer models",
-            LINFORMER,
-            "Table 2, single runs",
-            [
-                finding
-                for name in ("layerwise_64", "layerwise_128")
-                for finding in on_par("linformer_lm_table2", name, "softmax", ("sst2", "qnli", "imdb"))
-            ],
-        ),
-        Claim(
-            name,
-            "can be approximated by a low-rank matrix",
-            LINFORMER,
-            "figure 1, no null",
-            [low_rank(exponent=True), low_rank(exponent=False)],
-        ),
+        Claim(name, "performs on par with standard Transformer models", LINFORMER, "Table 2, single runs", scores),
+        Claim(name, "can be approximated by a low-rank matrix", LINFORMER, "figure 1, no null", ranks),
         *decode_claims(name, "linformer_lm_causal", 65536),
-        Claim(
-            name,
-            "the causal form is no worse than attention",
-            "ours",
-            "-",
-            [perplexity("linformer_lm_compare", "linformer", "softmax_rope", 0.0, "attention with rope")],
-        ),
+        ours(name, "the causal form is no worse than attention", text),
     ]
 
 
@@ -197,9 +175,9 @@ def quadratic_claims() -> list[Claim]:
     return [
         Claim(name, "attention is an O(d²) problem", PULLBACK, scores, cost),
         Claim(name, "a squared score retrieves as softmax does", PULLBACK, "our reading", looked_up),
-        Claim(name, "a token takes no longer after a longer context", "ours", "-", [squared_steady(d) for d in sizes]),
-        Claim(name, "faster from d² tokens on", "ours", "-", [squared_faster(d, 16384) for d in sizes]),
-        Claim(name, "no worse than attention on text", "ours", "-", text),
+        ours(name, "a token takes no longer after a longer context", [squared_steady(d) for d in sizes]),
+        ours(name, "faster from d² tokens on", [squared_faster(d, 16384) for d in sizes]),
+        ours(name, "no worse than attention on text", text),
     ]
 
 
@@ -207,7 +185,10 @@ def sparse_claims() -> list[Claim]:
     name, kinds = "sparse_attention_lm", ("local", "local + global", "local + strided", "local + random", "all")
     counted = grows("train", name, "conv_lm", "local + global, FLOPs of training, against a convolution's, linear")
     both, control = "local + global", "softmax_rope"
-    decoding = [("decoding", which, "full attention, static", 32768, 1.0) for which in ("local", both, "all")]
+    faster = [sparse_faster("attention", kind, "SDPA", 4096, 1.0) for kind in kinds]
+    constant = [steady(competitors("decoding", both), SPARSE, f"decoding, {both}")]
+    cached = "full attention, static"
+    decoding = [sparse_faster("decoding", which, cached, 32768, 1.0) for which in ("local", both, "all")]
     linear = "an attention mechanism that scales linearly with sequence length"
     looked_up = [
         recall("sparse_attention_lm_recall", which, control, 16, f"{which} against full attention: ")
@@ -216,28 +197,10 @@ def sparse_claims() -> list[Claim]:
     return [
         Claim(name, linear, LONGFORMER, "measured by its authors", [counted, sparse_growth(both)]),
         Claim(name, "reduces this quadratic dependency to linear", BIGBIRD, "a proof", [sparse_growth(kinds[3])]),
-        Claim(
-            name,
-            "each kind is faster than fused attention at 4,096 tokens",
-            "ours",
-            "-",
-            [sparse_faster("attention", kind, "SDPA", 4096, 1.0) for kind in kinds],
-        ),
-        Claim(
-            name,
-            "a token takes no longer after a longer context",
-            "ours",
-            "-",
-            [steady(competitors("decoding", both), SPARSE, f"decoding, {both}")],
-        ),
-        Claim(
-            name,
-            "a token is faster than attention's after 32,768 tokens",
-            "ours",
-            "-",
-            [sparse_faster(*case) for case in decoding],
-        ),
-        Claim(name, "each kind recalls what full attention does", "ours", "-", looked_up, everywhere),
+        ours(name, "each kind is faster than fused attention at 4,096 tokens", faster),
+        ours(name, "a token takes no longer after a longer context", constant),
+        ours(name, "a token is faster than attention's after 32,768 tokens", decoding),
+        ours(name, "each kind recalls what full attention does", looked_up, everywhere),
     ]
 
 
@@ -259,19 +222,13 @@ def _commit(file: str | None) -> str:
     return "-" if not file else f"`{commit[:10]}`" if commit else "not recorded"
 
 
-def table(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table, not padded: its cells are long."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def markdown(claims: Sequence[Claim]) -> str:
     """A row a claim: what was claimed, on what it rested, what was measured against which lines, and the verdict."""
     body = []
     for claim in claims:
         numbers = [f"{f.against}: {f.number} → {f.verdict}" for f in claim.findings]
         body.append([claim.family, f'"{claim.quote}"', claim.source, claim.rested, "<br>".join(numbers), claim.verdict])
-    return table(["family", "claim", "source", "rested on", "measured", "verdict"], body)
+    return markdown_table(["family", "claim", "source", "rested on", "measured", "verdict"], body, padded=False)
 
 
 def evidence(claims: Sequence[Claim]) -> str:
@@ -285,7 +242,7 @@ def evidence(claims: Sequence[Claim]) -> str:
                 row = [f'"{claim.quote}"', place, f"`{machine['command']}`", _commit(finding.file)]
                 if row not in body:
                     body.append(row)
-    return table(["claim", "results", "command", "commit"], body)
+    return markdown_table(["claim", "results", "command", "commit"], body, padded=False)
 
 
 def of_family(family: str) -> str:

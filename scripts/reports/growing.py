@@ -2,7 +2,6 @@
 
 from ordnung.scripts.benchmarks.growth import crossover, exponents
 from ordnung.scripts.benchmarks.report import TITLES
-from ordnung.scripts.benchmarks.variants import STATIC
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.reports.results import CAUSAL_BENCHMARKS, CONV_BENCHMARKS, ENCODER_BENCHMARKS, Timings
 
@@ -12,15 +11,6 @@ GROUPS = (
     (CAUSAL_BENCHMARKS, "linformer_lm", "softmax_lm"),
     (ENCODER_BENCHMARKS, "linformer_encoder", "softmax_encoder_sdpa"),
 )
-
-
-def medians(timings: Timings, task: str, name: str) -> dict[int, float]:
-    """Seconds by length, in decode of the faster form."""
-    found: dict[int, float] = {}
-    for (kind, which, length), row in timings.rows.items():
-        if kind == task and which in (name, name + STATIC):
-            found[length] = min(found.get(length, row["seconds"]["median"]), row["seconds"]["median"])
-    return dict(sorted(found.items()))
 
 
 def fitted(values: dict[int, float]) -> str:
@@ -36,7 +26,7 @@ def markdown() -> str:
     for files, name, control in GROUPS:
         timings = Timings(*files)
         for task, title in TITLES.items():
-            own, reference = (medians(timings, task, which) for which in (name, control))
+            own, reference = (timings.medians(task, which) for which in (name, control))
             both = [length for length in own if length in reference]
             if len(both) < 2:
                 continue
@@ -47,15 +37,9 @@ def markdown() -> str:
             peaks = {n: row["peak_bytes"] for (kind, which, n), row in sorted(timings.rows.items())
                      if (kind, which) == (task, name) and row.get("peak_bytes")}  # fmt: skip
             body.append([name, title.lower(), fitted(own), control, fitted(reference), fitted(peaks), from_on])
-    header = [
-        "model",
-        "task",
-        "exponent of its time",
-        "attention",
-        "exponent of its time",
-        "of the model's peak memory",
-    ]
+    header = ["model", "task", "exponent of its time", "attention", "exponent of its time"]
+    header += ["of the model's peak memory", "faster from"]
     return (
         "Measured: slope of log time on log length between the two longest (and fitted to all, with its interval of "
-        "95 %), and the length from which on the model is faster.\n\n" + markdown_table([*header, "faster from"], body)
+        "95 %), and the length from which on the model is faster.\n\n" + markdown_table(header, body)
     )

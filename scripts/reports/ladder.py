@@ -34,10 +34,8 @@ def markdown() -> str:
         for name, found in text().items():
             verdict = beyond_counting(equal(found), [means[name], means[DOT]], trigram)
             body.append([name, f"{means[name]:.2f}", found.text(1, 100, " %"), verdict])
-        about = (
-            f"{described(results['machine'])} Text, {variants[DOT]['steps']} steps; a trigram that counted the same "
-        )
-        about += f"tokens {trigram:.2f}."
+        about = f"{described(results['machine'])} Text, {variants[DOT]['steps']} steps; a trigram that counted the "
+        about += f"same tokens {trigram:.2f}."
         header = ["score", "perplexity", "above the dot product's", f"equal within {MARGIN:.0%}"]
         parts += [about, markdown_table(header, body)]
     if has_results(RECALL):

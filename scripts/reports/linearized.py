@@ -3,14 +3,20 @@
 from typing import Any
 
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table
-from ordnung.scripts.linearizing import measure, report
+from ordnung.scripts.common.tables import markdown_table, paragraphs
+from ordnung.scripts.linearizing import measure
 
 
-def replaced(results: dict[str, Any]) -> str:
-    """How many layers mix otherwise than the teacher's."""
-    kinds = results["layer_types"]
-    return f"{sum(kind != 'full_attention' for kind in kinds)} of {len(kinds)}"
+def _forms(name: str, run: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Of a run without mixing, as converted and trained: name, layers that mix anew, tokens and s; what was found."""
+    kinds = run["layer_types"]
+    replaced = f"{sum(kind != 'full_attention' for kind in kinds)} of {len(kinds)}"
+    spent = [f"{run['tokens']:,}", f"{run['seconds']:,.0f}"]
+    return [
+        ([f"{name}, no mixing", replaced, "", ""], run["converted"]["floor"]),
+        ([f"{name}, converted", replaced, "0", "0"], run["converted"]["student"]),
+        ([name, replaced, *spent], run["student"]),
+    ]
 
 
 def decoders(runs: dict[str, dict[str, Any]]) -> str:
@@ -21,24 +27,16 @@ def decoders(runs: dict[str, dict[str, Any]]) -> str:
     first = next(iter(runs.values()))
     body = [["teacher", "", "", "", *_losses(first["teacher"], columns), "", _state(first, "teacher")]]
     for name, run in runs.items():
-        converted = {**run, "student": run["converted"]["student"]}
-        floor = {**run, "student": run["converted"]["floor"]}
-        for words, made, spent in (
-            (f"{name}, no mixing", floor, ("", "")),
-            (f"{name}, converted", converted, ("0", "0")),
-            (name, run, (f"{run['tokens']:,}", f"{run['seconds']:,.0f}")),
-        ):
-            losses = _losses(made["student"], columns)
-            agreement = f"{100 * made['student']['agreement']:.1f} %"
-            state = _state(run, "student")
-            body.append([words, replaced(run), *spent, *losses, agreement, state])
+        for cells, found in _forms(name, run):
+            agreement = f"{100 * found['agreement']:.1f} %"
+            body.append([*cells, *_losses(found, columns), agreement, _state(run, "student")])
     won = [
         f"{name}: "
         + ", ".join(f"{100 * share:.0f} % from {start}" for start, share in run["recovered"].items() if share)
         for name, run in runs.items()
     ]
-    parts = [_made_on(runs), markdown_table(header, body), "Of what conversion lost, won back: " + "; ".join(won) + "."]
-    return "\n\n".join(parts)
+    said = "Of what conversion lost, won back: " + "; ".join(won) + "."
+    return paragraphs(_made_on(runs), markdown_table(header, body), said)
 
 
 def encoders(runs: dict[str, dict[str, Any]]) -> str:
@@ -48,15 +46,10 @@ def encoders(runs: dict[str, dict[str, Any]]) -> str:
     body = [["teacher", "", "", "", f"{first['teacher']['similarity']:.3f}", "100 %", ""]]
     for name, run in runs.items():
         floor, teacher = run["converted"]["floor"]["similarity"], run["teacher"]["similarity"]
-        for words, found, spent in (
-            (f"{name}, no mixing", run["converted"]["floor"], ("", "")),
-            (f"{name}, converted", run["converted"]["student"], ("0", "0")),
-            (name, run["student"], (f"{run['tokens']:,}", f"{run['seconds']:,.0f}")),
-        ):
+        for cells, found in _forms(name, run):
             share = 100 * (found["similarity"] - floor) / (teacher - floor)
-            cells = [f"{found['similarity']:.3f}", f"{share:.0f} %", f"{found['loss']:.3f}"]
-            body.append([words, replaced(run), *spent, *cells])
-    return "\n\n".join([_made_on(runs), markdown_table(header, body)])
+            body.append([*cells, f"{found['similarity']:.3f}", f"{share:.0f} %", f"{found['loss']:.3f}"])
+    return paragraphs(_made_on(runs), markdown_table(header, body))
 
 
 def converted(runs: dict[str, dict[str, Any]]) -> str:
@@ -71,12 +64,7 @@ def converted(runs: dict[str, dict[str, Any]]) -> str:
         lost = found["loss"] - first["teacher"]["loss"]
         agreement = f"{100 * found['agreement']:.1f} %" if "agreement" in found else ""
         body.append([name, *_losses(found, columns), f"{lost:.3f}" if agreement else "", agreement, state])
-    return "\n\n".join([_made_on(runs), markdown_table(header, body)])
-
-
-def layers(run: dict[str, Any]) -> str:
-    """What was lost in each layer of one run."""
-    return report.layer_table(run)
+    return paragraphs(_made_on(runs), markdown_table(header, body))
 
 
 def _made_on(runs: dict[str, dict[str, Any]]) -> str:

@@ -15,9 +15,10 @@ from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.models import best_run, check_folder
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, paragraphs
 from ordnung.scripts.finetuning.predicting import find_head
 from ordnung.scripts.finetuning.predicting import load as load_labeller
+from ordnung.scripts.linearizing.teacher import Mixed, watched
 
 
 def load(name: str, **fields):
@@ -79,17 +80,10 @@ def mixing_weights(model: PreTrainedModel, input_ids: torch.LongTensor) -> list[
         model: a base model of this package.
         input_ids: (1, N).
     """
-    calls = []
-    hooks = [
-        layer.mixer.register_forward_pre_hook(
-            lambda mixer, args, kwargs: calls.append((mixer, args, kwargs)), with_kwargs=True
-        )
-        for layer in model.layers
-    ]
-    model(input_ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [mixer.mixing_weights(*args, **kwargs)[0] for mixer, args, kwargs in calls]
+    calls: list[Mixed] = []
+    with watched(model, range(len(model.layers)), calls.append):
+        model(input_ids, use_cache=False)
+    return [model.layers[call.layer].mixer.mixing_weights(call.inputs, **call.kwargs)[0] for call in calls]
 
 
 def cumulative_share(weights: torch.Tensor) -> torch.Tensor:
@@ -111,16 +105,9 @@ def spectrum(shares: list[torch.Tensor], layer_types: list[str], rank: int) -> l
     rows = []
     for i, (share, layer_type) in enumerate(zip(shares, layer_types, strict=True)):
         heads = share[:, min(rank, share.shape[1]) - 1]
-        rows.append(
-            {
-                "layer": i,
-                "layer_type": layer_type,
-                "mean": round(heads.mean().item(), 4),
-                "least": round(heads.min().item(), 4),
-                "heads": [round(x, 4) for x in heads.tolist()],
-                "curve": [round(x, 4) for x in share.mean(0).tolist()],
-            }
-        )
+        numbers = {"mean": heads.mean(), "least": heads.min(), "heads": heads, "curve": share.mean(0)}
+        rounded = {name: x.double().numpy().round(4).tolist() for name, x in numbers.items()}
+        rows.append({"layer": i, "layer_type": layer_type, **rounded})
     return rows
 
 
@@ -132,12 +119,10 @@ def markdown(results: dict) -> str:
         + [" ".join(f"{head:.2f}" for head in row["heads"])]
         for row in results["layers"]
     ]
-    return "\n\n".join(
-        [
-            f"Share of the sum of singular values at rank {results['rank']} of {results['tokens']} tokens, "
-            f"{results['model']}. {described(results['machine'])}",
-            markdown_table(header, body),
-        ]
+    return paragraphs(
+        f"Share of the sum of singular values at rank {results['rank']} of {results['tokens']} tokens, "
+        f"{results['model']}. {described(results['machine'])}",
+        markdown_table(header, body),
     )
 
 

@@ -10,10 +10,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import quantiles
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.benchmarks import growth
+from ordnung.scripts.benchmarks.measure import summarise
 from ordnung.scripts.benchmarks.report import TITLES
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import COLOURS, OTHER, family_of, of_variants
@@ -92,6 +92,12 @@ def over_seeds(values: Sequence[float]) -> dict:
     return {"y": found.mean, "n": found.n, **ends}
 
 
+def of_times(seconds: dict, scale: float = 1.0) -> dict:
+    """Median and quartiles of what `summarise` gives of times."""
+    found = {key: scale * seconds[name] for key, name in (("y", "median"), ("low", "q1"), ("high", "q3"))}
+    return found | {"n": seconds["n"]}
+
+
 def counted() -> Iterator[dict]:
     results = load("growth")
     shape = results["settings"]["shape"]
@@ -114,9 +120,8 @@ def timed() -> Iterator[dict]:
         for row in results["results"]:
             title = TITLES.get(row["task"], row["task"])
             if seconds := row.get("seconds"):
-                scaled = {key: 1e6 * seconds[key] / row["tokens"] for key in ("median", "q1", "q3")}
-                ends = {"y": scaled["median"], "low": scaled["q1"], "high": scaled["q3"], "n": seconds["n"]}
-                yield point(f"µs a token: {title}, {size}", row["name"], row["length"], file=file, **ends)
+                times = of_times(seconds, 1e6 / row["tokens"])
+                yield point(f"µs a token: {title}, {size}", row["name"], row["length"], file=file, **times)
             if row.get("peak_bytes"):
                 yield point(f"peak bytes: {title}, {size}", row["name"], row["length"], row["peak_bytes"], file)
 
@@ -133,9 +138,8 @@ def timed_alone() -> Iterator[dict]:
             for name, of in ran.items():
                 attention = name == "SDPA" or name.startswith("full attention")
                 family = "softmax_lm" if attention else "mistral" if "Mistral" in name else "sparse_attention_lm"
-                low, middle, high = quantiles(of["all_seconds"], n=4, method="inclusive")
-                ends = {"low": low, "high": high, "n": len(of["all_seconds"])}
-                yield point(f"seconds: {title}{how}", name, row["length"], middle, file, family, **ends)
+                times = of_times(summarise(of["all_seconds"]))
+                yield point(f"seconds: {title}{how}", name, row["length"], file=file, family=family, **times)
     file = "quadratic_kernel_lm_bench"
     results = load(file)
     for row in results["lengths"]:
@@ -143,17 +147,15 @@ def timed_alone() -> Iterator[dict]:
             for name, seconds in row[part].items():
                 metric = f"seconds: {title}, kernel alone, head size {row['head_size']}"
                 family = "softmax_lm" if name == "softmax" else "quadratic_kernel_lm"
-                ends = {"low": seconds["q1"], "high": seconds["q3"], "n": seconds["n"]}
-                yield point(metric, name, row["length"], seconds["median"], file, family, **ends)
+                yield point(metric, name, row["length"], file=file, family=family, **of_times(seconds))
     file = "cubic_prefix_lm_benchmark"
     results = load(file)
     for row in results["training"]:
         for name, of in row["competitors"].items():
             metric = f"seconds: training step, {row['layers']} layers, width {results['settings']['hidden_size']}"
             family = "softmax_lm" if name in ("causal", "encoder") else "cubic_prefix_lm"
-            low, middle, high = quantiles(of["all_seconds"], n=4, method="inclusive")
-            ends = {"low": low, "high": high, "n": len(of["all_seconds"])}
-            yield point(metric, name, row["length"], middle, file, family, **ends)
+            times = of_times(summarise(of["all_seconds"]))
+            yield point(metric, name, row["length"], file=file, family=family, **times)
 
 
 def learned() -> Iterator[dict]:
@@ -170,18 +172,13 @@ def learned() -> Iterator[dict]:
                 values = over_seeds([math.log(value) for value in results["ngrams"][order]["values"]])
                 yield point(POSITIONS.format(file), order, bucket["first"], file=file, family=COUNTED, **values)
         for name, of in variants.items():
-            family = families[name]
-            for bucket in of.get("loss_by_position", ()):
-                values = over_seeds(bucket["values"])
-                yield point(POSITIONS.format(file), name, bucket["first"], file=file, family=family, **values)
-            for pairs, cell in zip(results["settings"].get("num_pairs", ()), of.get("accuracy", ())):
-                metric = f"right answers, by key-value pairs ({file})"
-                yield point(metric, name, pairs, file=file, family=family, **over_seeds(cell["values"]))
-            for step in of.get("curve", ()):
-                if "answers" in step:
-                    metric = f"right answers, by steps ({file})"
-                    values = over_seeds(step["answers"]["values"])
-                    yield point(metric, name, step["step"], file=file, family=family, **values)
+            found = [(POSITIONS.format(file), bucket["first"], bucket) for bucket in of.get("loss_by_position", ())]
+            pairs = zip(results["settings"].get("num_pairs", ()), of.get("accuracy", ()))
+            found += [(f"right answers, by key-value pairs ({file})", *pair) for pair in pairs]
+            steps = [step for step in of.get("curve", ()) if "answers" in step]
+            found += [(f"right answers, by steps ({file})", step["step"], step["answers"]) for step in steps]
+            for metric, x, cell in found:
+                yield point(metric, name, x, file=file, family=families[name], **over_seeds(cell["values"]))
 
 
 def told_apart(points: Sequence[dict]) -> list[dict]:

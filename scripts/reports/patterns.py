@@ -66,8 +66,7 @@ def plot(image: Path):
             mask = mask_naive(pattern, GALLERY_TOKENS)
             near = mask_naive(Pattern(fields["window"], causal=causal), GALLERY_TOKENS)
             panel.imshow(mask.int() + near.int(), cmap="Blues", vmin=0, vmax=2.4, interpolation="nearest")
-            of = GALLERY_TOKENS * (GALLERY_TOKENS + 1) // 2 if causal else GALLERY_TOKENS**2
-            panel.set_title(f"{kind}\n{100 * int(mask.sum()) / of:.0f} % of pairs", fontsize=9)
+            panel.set_title(f"{kind}\n{100 * share(pattern, GALLERY_TOKENS):.0f} % of pairs", fontsize=9)
             panel.set(xticks=[], yticks=[])
         line[0].set_ylabel("causal: query" if causal else "bidirectional: query", fontsize=9)
     figure.supxlabel("key (dark: the window, light: what is seen besides)", fontsize=9)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, paragraphs
 from ordnung.scripts.experiments.verdicts import at_least, estimate, everywhere, interval, seeds_described
 
 
@@ -24,11 +24,9 @@ def markdown(results: dict[str, Any], name: str = "mean") -> str:
         by_task = ", ".join(f"{task} {verdict}" for task, verdict in zip(tasks, verdicts))
         said.append(f'"{name} scores higher than {other} on every task": {everywhere(verdicts)} ({by_task}).')
     rows = ", ".join(f"{task} {variants[name]['tasks'][task]['training_rows']:,}" for task in tasks)
-    return "\n\n".join(
-        [
-            f"Scores in %, as GLUE averages a task's metrics; {seeds_described(results['seeds'])}, differences with "
-            f"their intervals, paired by seed. Training rows: {rows}. {described(results['machine'])}",
-            markdown_table(["reads", *tasks], body),
-            " ".join(said),
-        ]
+    return paragraphs(
+        f"Scores in %, as GLUE averages a task's metrics; {seeds_described(results['seeds'])}, differences with "
+        f"their intervals, paired by seed. Training rows: {rows}. {described(results['machine'])}",
+        markdown_table(["reads", *tasks], body),
+        " ".join(said),
     )

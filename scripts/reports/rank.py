@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +18,7 @@ from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.linearizing.teacher import Mixed, watched
 from ordnung.scripts.reports.mixing import load, mixing_weights
 
 KERNELS = ("softmax", "shifted", "square")
@@ -75,20 +77,17 @@ def random_ranks(options) -> list[dict]:
 @torch.no_grad()
 def queries_and_keys(model: PreTrainedModel, ids: torch.LongTensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(H, n, d) each, of every softmax layer, as the scores take them."""
-    calls = []
-    hooks = [
-        layer.mixer.register_forward_pre_hook(
-            lambda mixer, args, kwargs: calls.append((mixer, args[0], kwargs.get("position_embeddings"))),
-            with_kwargs=True,
-        )
-        for layer in model.layers
-        if isinstance(layer.mixer, Attention)
-    ]
-    model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    projected = [(mixer.num_key_value_groups, *mixer.project(x, angles)[:2]) for mixer, x, angles in calls]
-    return [(query[0], key[0].repeat_interleave(groups, dim=0)) for groups, query, key in projected]
+    softmax = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, Attention)]
+    found = []
+
+    def project(call: Mixed):
+        mixer = model.layers[call.layer].mixer
+        query, key = mixer.project(call.inputs, call.kwargs.get("position_embeddings"))[:2]
+        found.append((query[0], key[0].repeat_interleave(mixer.num_key_value_groups, dim=0)))
+
+    with watched(model, softmax, project):
+        model(ids, use_cache=False)
+    return found
 
 
 def model_ranks(options, name: str, text: str) -> dict:
@@ -123,15 +122,10 @@ def model_ranks(options, name: str, text: str) -> dict:
     result["lengths"] = []
     for n in lengths:
         part = passages[0][:, :n]
-        own = [
-            rank(weights[:, n // 2 :, : n // 2], options.threshold).tolist() for weights in mixing_weights(model, part)
-        ]
-        row = {"n": n, "own": own}
-        shifted = [
-            rank(block_of("shifted", *pair), options.threshold).tolist() for pair in queries_and_keys(model, part)
-        ]
-        if shifted:
-            row["shifted"] = shifted
+        blocks = [weights[:, n // 2 :, : n // 2] for weights in mixing_weights(model, part)]
+        row = {"n": n, "own": [rank(block, options.threshold).tolist() for block in blocks]}
+        if blocks := [block_of("shifted", *pair) for pair in queries_and_keys(model, part)]:
+            row["shifted"] = [rank(block, options.threshold).tolist() for block in blocks]
         if options.share is not None:
             row |= {"needed": [], "shuffled": []}
             for i, passage in enumerate(passages):
@@ -170,11 +164,6 @@ def costs(options) -> list[dict]:
     return rows
 
 
-def exponent(first: dict, second: dict) -> float:
-    """Of d, in the growth of the counted FLOPs from a row to another."""
-    return math.log(second["counted"] / first["counted"]) / math.log(second["d"] / first["d"])
-
-
 def markdown(results: dict) -> str:
     settings = results["settings"]
     parts = [
@@ -202,8 +191,8 @@ def markdown(results: dict) -> str:
     body = [
         [f"{n:,}"] + [f"{cells[d, n]['counted']:,.0f} ({cells[d, n]['softmax']:,.0f})" for d in sizes] for n in lengths
     ]
-    longest = [cells[d, lengths[-1]] for d in sizes]
-    grows = ", ".join(f"{exponent(a, b):.2f}" for a, b in zip(longest, longest[1:]))
+    longest = np.log([[cells[d, lengths[-1]]["counted"], d] for d in sizes])
+    grows = ", ".join(f"{flops / size:.2f}" for flops, size in np.diff(longest, axis=0))
     parts.append(
         "**FLOPs of a token and head, in brackets those of softmax attention**\n\n"
         + markdown_table(["n", *(f"d = {d}" for d in sizes)], body)

@@ -1,5 +1,6 @@
 """The files of model_cards/results, and the timed rows that several runs of benchmark.py give together."""
 
+import math
 from pathlib import Path
 
 from ordnung.scripts.benchmarks.variants import STATIC, VARIANTS, copies_its_cache
@@ -86,14 +87,19 @@ class Timings:
             return "not run"
         return f"{rows[0]['peak_bytes'] / rows[1]['peak_bytes']:.2f}"
 
-    def growth(self, task: str, name: str) -> str:
-        """How many times longer a token takes after the longest context than after the shortest, in its faster form."""
-        rows: dict[int, dict] = {}
+    def medians(self, task: str, name: str) -> dict[int, float]:
+        """Seconds by length, rising, in decode of the faster form."""
+        found: dict[int, float] = {}
         for (kind, which, length), row in self.rows.items():
             if kind == task and which in (name, name + STATIC):
-                rows[length] = min(rows.get(length, row), row, key=lambda row: row["seconds"]["median"])
-        shortest, longest = min(rows), max(rows)
-        ratio = rows[longest]["seconds"]["median"] / rows[shortest]["seconds"]["median"]
+                found[length] = min(found.get(length, math.inf), row["seconds"]["median"])
+        return dict(sorted(found.items()))
+
+    def growth(self, task: str, name: str) -> str:
+        """How many times longer a token takes after the longest context than after the shortest, in its faster form."""
+        seconds = self.medians(task, name)
+        shortest, longest = min(seconds), max(seconds)
+        ratio = seconds[longest] / seconds[shortest]
         copied = task == "decode" and copies_its_cache([which for kind, which, _ in self.rows if kind == task])
         how = ", in a cache that is copied to grow" if copied and VARIANTS[name].static_form else ""
         return f"{ratio:.2f}× from {shortest} to {longest} tokens{how}"

@@ -1,10 +1,9 @@
 """What an encoder loses, and the time it saves, when a token sees a window and a global token in place of the row."""
 
-from statistics import median
 from typing import Any
 
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.common.tables import markdown_table, paragraphs, ranged
 from ordnung.scripts.experiments.verdicts import equal, estimate, interval, seeds_described
 
 MARGIN = 0.01  # of all rows: a difference of less is none
@@ -21,17 +20,15 @@ def markdown(window: dict[str, Any], whole: dict[str, Any], timed: dict[str, Any
     scores = [result["metrics"]["validation"]["accuracy"] for result in results]
     (beside,) = timed["recipes"].values()
     each = [1 / ratio for ratio in beside["each"]]
-    time = [f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f}, n = {len(each)})", "1"]
+    time = [ranged(each, 2, f", n = {len(each)}"), "1"]
     names = ["window and a global token", "whole row"]
     body = [[name, estimate(score, 1, 100), ratio] for name, score, ratio in zip(names, scores, time)]
     lost = interval([a - b for a, b in zip(*(score["values"] for score in scores))])
     cut, rows = results[0]["truncated"]["validation"], results[0]["training_rows"]
-    return "\n\n".join(
-        [
-            f"{seeds_described(window['seeds'])}; {rows:,} reviews to train on, {cut['rows']:,} to "
-            f"measure on, {cut['cut']:,} of them cut to {cut['to']:,} tokens. {described(window['machine'])}",
-            markdown_table(["a token sees", "accuracy, %", "time of a training token"], body),
-            f"Paired by seed: {lost.text(1, 100)} points of accuracy. "
-            f'"A window loses nothing, within {100 * MARGIN:.0f} point": {equal(lost, MARGIN)}.',
-        ]
+    return paragraphs(
+        f"{seeds_described(window['seeds'])}; {rows:,} reviews to train on, {cut['rows']:,} to "
+        f"measure on, {cut['cut']:,} of them cut to {cut['to']:,} tokens. {described(window['machine'])}",
+        markdown_table(["a token sees", "accuracy, %", "time of a training token"], body),
+        f"Paired by seed: {lost.text(1, 100)} points of accuracy. "
+        f'"A window loses nothing, within {100 * MARGIN:.0f} point": {equal(lost, MARGIN)}.',
     )

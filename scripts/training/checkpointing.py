@@ -10,6 +10,8 @@ import logging
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ TRAINER_STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run writes into its output folder besides checkpoints and the model.
 RUN_FILES = ("run.yaml", "metrics.jsonl", "results.json", "loss_curve.png")
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -178,7 +181,7 @@ class CheckpointWriter:
             notes: further JSON files, name to content.
         """
         weights = get_model_state_dict(model, options=_FULL)
-        with _Saving(self, name) as temporary:
+        with self._saving(name) as temporary:
             if temporary is not None:
                 self._write_model(model, weights, temporary)
                 for file, content in (notes or {}).items():
@@ -194,7 +197,7 @@ class CheckpointWriter:
         weights = get_model_state_dict(model, options=_FULL)
         optimizer_state = get_optimizer_state_dict(model, optimizer.optimizer, options=_FULL)
         random_states = gather_object([_random_state()])
-        with _Saving(self, name) as temporary:
+        with self._saving(name) as temporary:
             if temporary is not None:
                 self._write_model(model, weights, temporary)
                 torch.save(optimizer_state, temporary / "optimizer.pt")
@@ -213,55 +216,45 @@ class CheckpointWriter:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
-
-class _Saving:
-    """Context of one save: gives the main process a temporary folder and puts it in place if all went well."""
-
-    def __init__(self, writer: CheckpointWriter, name: str):
-        self.writer, self.target = writer, writer.output_dir / name
-        self.temporary = writer.output_dir / f".tmp-{'model' if name == '.' else name}"
-
-    def __enter__(self) -> Path | None:
-        if not self.writer.accelerator.is_main_process:
-            return None
-        if self.temporary.exists():
-            shutil.rmtree(self.temporary)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind, error, traceback):
-        if self.writer.accelerator.is_main_process:
-            if error is None:
-                self._put_in_place()
-            else:
-                shutil.rmtree(self.temporary, ignore_errors=True)
-                if isinstance(error, Exception):
-                    raise self._explained(error) from error
-        self.writer.accelerator.wait_for_everyone()
-
-    def _put_in_place(self):
-        if self.target == self.writer.output_dir:
-            for path in self.temporary.iterdir():
-                path.replace(self.target / path.name)
-            self.temporary.rmdir()
-            return
-        old = None
-        if self.target.exists():
-            old = self.target.rename(self.target.with_name(f".tmp-old-{self.target.name}"))
-        self.temporary.rename(self.target)
-        if old is not None:
-            shutil.rmtree(old)
-
-    def _explained(self, error: Exception) -> ScriptError:
-        free = shutil.disk_usage(self.writer.output_dir).free
-        last = f"the last good checkpoint is {self.writer.last}" if self.writer.last else "there is no checkpoint yet"
-        return ScriptError(
-            f"{self.target} could not be saved ({type(error).__name__}: {error}); {free / 2**20:.0f} MiB are free at "
-            f"{self.writer.output_dir}; {last}"
-        )
+    @contextmanager
+    def _saving(self, name: str) -> Iterator[Path | None]:
+        """Context of one save: gives the main process a temporary folder and puts it in place if all went well."""
+        target, temporary = self.output_dir / name, self.output_dir / f".tmp-{'model' if name == '.' else name}"
+        if self.accelerator.is_main_process:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            try:
+                yield temporary
+            except BaseException as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                if not isinstance(error, Exception):
+                    raise
+                free = shutil.disk_usage(self.output_dir).free
+                last = f"the last good checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
+                raise ScriptError(
+                    f"{target} could not be saved ({type(error).__name__}: {error}); {free / 2**20:.0f} MiB are free "
+                    f"at {self.output_dir}; {last}"
+                ) from error
+            _put_in_place(temporary, target, is_root=name == ".")
+        else:
+            yield None
+        self.accelerator.wait_for_everyone()
 
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _put_in_place(temporary: Path, target: Path, is_root: bool):
+    """Move a folder to its place, or into the output folder what it holds."""
+    if is_root:
+        for path in temporary.iterdir():
+            path.replace(target / path.name)
+        temporary.rmdir()
+        return
+    old = None
+    if target.exists():
+        old = target.rename(target.with_name(f".tmp-old-{target.name}"))
+    temporary.rename(target)
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def _random_state() -> dict[str, Any]:

@@ -21,6 +21,8 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 
+COURSE = "logging, evaluation, checkpoints"  # a section of --help
+
 
 @dataclass(kw_only=True)
 class LoopOptions:
@@ -61,9 +63,7 @@ class LoopOptions:
     lr_scheduler_kwargs: str | None = option(None, "Its further settings, e.g. min_lr_rate=0.1.", action=MergeKeyValues)
     warmup_steps: float = option(0, "Steps of linear warm-up; below 1: share of all steps.", least=0)
 
-    logging_steps: int = option(
-        10, "Steps between two lines of metrics.jsonl.", least=1, section="logging, evaluation, checkpoints"
-    )
+    logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.", least=1, section=COURSE)
     eval_steps: int | None = option(100, "Steps between evaluations; one more follows the last step.", least=1)
     report_to: list[str] | None = option(None, "Trackers: trackio, tensorboard, wandb, ...")
     run_name: str | None = option(None, "The run's name in the trackers; default: output_dir's name.")
@@ -74,6 +74,10 @@ class LoopOptions:
         check_bounds(self)
         self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {}
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    def step_rows(self, processes: int) -> int:
+        """Rows of an optimizer step on so many processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
 
     def record(self) -> dict[str, Any]:
         """What a run's outcome depends on, as plain values that make it again when given as a --config file."""
