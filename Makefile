@@ -44,9 +44,9 @@ transfer: $(INSTALLED) ## pretrain, fine-tune on five tasks, compare: make trans
 cards: $(INSTALLED) ## make the tables and figures of README.md and model_cards/ from the results files
 	$(BIN)/python scripts/make_cards.py
 
-claims: $(INSTALLED) ## count how families grow, then make the page of claims and verdicts, model_cards/claims.md
-	$(BIN)/python scripts/growth.py --output_file model_cards/results/growth.json
-	$(BIN)/python scripts/make_cards.py
+claims: $(INSTALLED) ## run the experiments again and make the page of claims: make claims ARGS="--only growth --inputs books=..."
+	$(BIN)/ordnung claims --config claims $(ARGS)
+	$(BIN)/python scripts/make_cards.py $(shell $(BIN)/python -c "import vl_convert" 2>/dev/null && echo --page out/claims.html)
 
 clean: ## remove the virtual environment and caches; results in out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ GROUPS = {
     "train": "pretrain finetune convert linearize",
     "use": "predict generate evaluate plot-loss plot-mixing plot-rank share",
     "compare": "compare transfer baselines ngrams recall prefix-tasks benchmark growth bench-prefix bench-quadratic "
-    "bench-finetune bench-packing bench-conv peers bench-sparse",
+    "bench-finetune bench-packing bench-conv peers bench-sparse claims",
 }
 FILES = {"evaluate": "evaluate_lm", "share": "push_to_hub"}
 PROGRAMS = {name: FILES.get(name, name.replace("-", "_")) for group in GROUPS.values() for name in group.split()}

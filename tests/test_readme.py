@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from transformers import (
     AutoConfig,
@@ -139,6 +140,10 @@ def all_commands():
     for page in pages:
         text = re.sub(r"<!-- table: .*?<!-- end -->", "", page.read_text(), flags=re.S).replace("\\\n", " ")
         found += re.findall(r"^(?: {4})?(?:taskset -c \S+ )?ordnung ([a-z-]+ [^#\n`]*)", text, re.M)
+    experiments = yaml.safe_load((ROOT / "scripts/configs/claims.yaml").read_text())["experiments"]
+    for one in experiments.values():
+        words = f"{one['command']} {one.get('cuda') or ''}"
+        found.append(words.format(out="out", books="a.jsonl", one_book="b.jsonl", encoder="c", reviews="d.parquet"))
     return sorted({" ".join(line.split()) for line in found})
 
 

@@ -1,0 +1,80 @@
+"""Experiments run one after the other by their commands, each into its results file."""
+
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.files import read_json, write_json, write_text
+
+
+def missing(command: str, inputs: dict) -> list[str]:
+    """What a command names in braces and nobody has given."""
+    named = {name for _, name, *_ in string.Formatter().parse(command) if name}
+    return sorted(named - {"out", *inputs})
+
+
+def words_of(experiment: dict, options) -> list[str]:
+    """The command of an experiment, with its inputs in their places."""
+    command = experiment["command"]
+    if options.device == "cuda":
+        command += f" {experiment.get('cuda') or ''}"
+    return shlex.split(command.format(out=options.output_dir, **options.inputs))
+
+
+def program_path() -> str:
+    """The command `ordnung` of this Python.
+
+    Raises:
+        ScriptError: it is not installed.
+    """
+    found = shutil.which("ordnung", path=str(Path(sys.executable).parent)) or shutil.which("ordnung")
+    if found is None:
+        raise ScriptError("the command `ordnung` is not installed: pip install -e .")
+    return found
+
+
+def run(options) -> int:
+    """Run what is not finished, and tell how long the rest takes; returns the exit status, that of what failed.
+
+    The time left is that of the estimates, times how much longer than theirs the experiments so far have taken.
+    """
+    ordnung, results, out = program_path(), Path(options.results_dir), Path(options.output_dir)
+    if not results.is_dir():
+        raise ScriptError(f"--results_dir {results}: there is no such folder; run this in a clone, or make it")
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "done.json"
+    done = read_json(log) if log.exists() else {}
+    names, left = options.only or list(options.experiments), []
+    for name in names:
+        experiment = options.experiments[name]
+        if lacks := missing(experiment["command"], options.inputs):
+            print(f"{name}: left out, it needs --inputs {','.join(f'{each}=...' for each in lacks)}")
+        elif done.get(name, {}).get("words") == words_of(experiment, options) and (results / f"{name}.json").exists():
+            print(f"{name}: finished, kept")
+        else:
+            left.append(name)
+            if options.device == "cuda" and not experiment.get("cuda"):
+                print(f"{name}: has no form for a GPU, runs on the CPU")
+    spent = estimated = 0.0
+    for i, name in enumerate(left):
+        experiment, rest = options.experiments[name], sum(options.experiments[each]["minutes"] for each in left[i:])
+        minutes = rest * (spent / estimated if estimated else 1)
+        words = words_of(experiment, options)
+        print(f"[{i + 1}/{len(left)}, about {minutes:.0f} min left] ordnung {shlex.join(words)}", flush=True)
+        begin = time.perf_counter()
+        if status := subprocess.run([ordnung, *words]).returncode:
+            print(f"{name}: exit status {status}; the same command goes on here", file=sys.stderr)
+            return status
+        taken = time.perf_counter() - begin
+        spent, estimated = spent + taken / 60, estimated + experiment["minutes"]
+        made = Path(experiment["result"].format(out=options.output_dir))
+        write_text(results / f"{name}.json", made.read_text(encoding="utf-8"))
+        done[name] = {"words": words, "seconds": taken}
+        write_json(log, done)
+    print(f"{len(names)} experiments: {sum(one['seconds'] for one in done.values()) / 60:.0f} min in all, see {log}")
+    return 0

@@ -1,0 +1,71 @@
+"""The experiments of the page of claims are run by one program, and its state survives what stops it."""
+
+import json
+
+import pytest
+import yaml
+
+from ordnung.scripts import claims as program
+from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.common.options import CONFIGS
+from ordnung.scripts.reports.results import RESULTS
+
+GROWTH = "growth --shortest 8 --longest {longest} --output_file {out}/growth.json"
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "results").mkdir()
+
+    def run(commands, **options):
+        made = "{out}/growth.json"
+        experiments = {name: {"command": command, "result": made, "minutes": 2} for name, command in commands.items()}
+        words = ["--experiments", json.dumps(experiments), "--output_dir", str(tmp_path / "out")]
+        words += ["--results_dir", str(tmp_path / "results")]
+        for name, value in options.items():
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+        return program.main(words)
+
+    run.results = tmp_path / "results"
+    return run
+
+
+def test_finished_experiments_are_kept_and_the_rest_is_told(run, capfd):
+    commands = {"first": GROWTH, "second": "growth --output_file nowhere/x.json --shortest 0", "third": "x {encoder}"}
+    assert run(commands, inputs="longest=16") == 1
+    assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16]
+    told = capfd.readouterr()
+    assert "[1/2, about 4 min left] ordnung growth --shortest 8 --longest 16" in told.out
+    assert "third: left out, it needs --inputs encoder=..." in told.out
+    assert "second: exit status 1; the same command goes on here" in told.err
+    assert not (run.results / "second.json").exists()
+
+    commands["second"] = GROWTH
+    assert run(commands, inputs="longest=16") == 0  # what was mended runs, with less of it left
+    told = capfd.readouterr().out
+    assert "first: finished, kept" in told and "[1/1, about 2 min left]" in told
+
+    assert run(commands, inputs="longest=32", only="first") == 0  # another input is another experiment
+    assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16, 32]
+
+
+def test_larger_forms_are_for_gpus(run, capfd):
+    larger = {"first": {"command": GROWTH, "result": "{out}/growth.json", "minutes": 1, "cuda": "--longest 64"}}
+    assert run({}, experiments=json.dumps(larger), inputs="longest=16", device="cuda") == 0
+    assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16, 32, 64]
+    assert run({"second": GROWTH}, inputs="longest=16", device="cuda") == 0
+    assert "second: has no form for a GPU, runs on the CPU" in capfd.readouterr().out
+
+
+def test_an_unknown_experiment_is_refused(run):
+    with pytest.raises(ScriptError, match="unknown --only 'frst'; did you mean 'first'"):
+        run({"first": GROWTH}, only="frst")
+
+
+def test_every_experiment_has_its_place():
+    experiments = yaml.safe_load((CONFIGS / "claims.yaml").read_text())["experiments"]
+    for name, one in experiments.items():
+        assert set(one) <= {"command", "result", "minutes", "cuda"} and one["result"].startswith("{out}/"), name
+        assert one["result"].removesuffix(".json").rpartition("/")[0] in one["command"], name
+    to_come = {"ladder_compare", "quadratic_kernel_lm_compare", "cubic_prefix_lm_function"}
+    assert {name for name in experiments if not (RESULTS / f"{name}.json").exists()} <= to_come
