@@ -1,4 +1,4 @@
-"""Make the evidence of the page of claims again: every experiment, one after the other, into its results file.
+"""Run the experiments of the page of claims again, each into its results file.
 
     ordnung claims --config claims --inputs books=books.jsonl,one_book=one_book.jsonl,encoder=out/all-MiniLM-L6-v2
     ordnung claims --config claims --only growth ladder_recall
