@@ -1,4 +1,7 @@
-"""Experiments run one after the other by their commands, each into its results file."""
+"""Experiments run one after the other by their commands, each into its results file.
+
+Results files are tracked: they are written when no experiment of the call is left, so that none records changed files.
+"""
 
 import shlex
 import shutil
@@ -38,23 +41,42 @@ def program_path() -> str:
     return found
 
 
-def run(options) -> int:
-    """Run what is not finished, and tell how long the rest takes; returns the exit status, that of what failed.
+def made_by(experiment: dict, options) -> Path:
+    """The file that an experiment writes."""
+    return Path(experiment["result"].format(out=options.output_dir))
 
-    The time left is that of the estimates, times how much longer than theirs the experiments so far have taken.
-    """
-    ordnung, results, out = program_path(), Path(options.results_dir), Path(options.output_dir)
+
+def run(options) -> int:
+    """Run what is not finished, then write the results files; returns the exit status, that of what failed."""
+    results, log = Path(options.results_dir), Path(options.output_dir) / "done.json"
     if not results.is_dir():
         raise ScriptError(f"--results_dir {results}: there is no such folder; run this in a clone, or make it")
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "done.json"
+    log.parent.mkdir(parents=True, exist_ok=True)
     done = read_json(log) if log.exists() else {}
-    names, left = options.only or list(options.experiments), []
+    status = run_all(options, done, log)
+    names = [name for name in options.only or options.experiments if name in done]
+    for name in names:
+        made = made_by(options.experiments[name], options)
+        write_text(results / f"{name}.json", made.read_text(encoding="utf-8"))
+    minutes = sum(done[name]["seconds"] for name in names) / 60
+    print(f"{len(names)} experiments, {minutes:.0f} min in all, are in {results}; see {log}")
+    return status
+
+
+def run_all(options, done: dict, log: Path) -> int:
+    """Run what `done` has not, and tell how long the rest takes; `done` and its file `log` hold what was.
+
+    The time left is that of the estimates, times how much longer than theirs the experiments so far have taken.
+
+    Returns:
+        0, or the exit status of the first that failed.
+    """
+    ordnung, names, left = program_path(), options.only or options.experiments, []
     for name in names:
         experiment = options.experiments[name]
         if lacks := missing(experiment["command"], options.inputs):
             print(f"{name}: left out, it needs --inputs {','.join(f'{each}=...' for each in lacks)}")
-        elif done.get(name, {}).get("words") == words_of(experiment, options) and (results / f"{name}.json").exists():
+        elif done.get(name, {}).get("words") == words_of(experiment, options) and made_by(experiment, options).exists():
             print(f"{name}: finished, kept")
         else:
             left.append(name)
@@ -66,15 +88,13 @@ def run(options) -> int:
         minutes = rest * (spent / estimated if estimated else 1)
         words = words_of(experiment, options)
         print(f"[{i + 1}/{len(left)}, about {minutes:.0f} min left] ordnung {shlex.join(words)}", flush=True)
+        done.pop(name, None)
         begin = time.perf_counter()
         if status := subprocess.run([ordnung, *words]).returncode:
             print(f"{name}: exit status {status}; the same command goes on here", file=sys.stderr)
             return status
         taken = time.perf_counter() - begin
         spent, estimated = spent + taken / 60, estimated + experiment["minutes"]
-        made = Path(experiment["result"].format(out=options.output_dir))
-        write_text(results / f"{name}.json", made.read_text(encoding="utf-8"))
         done[name] = {"words": words, "seconds": taken}
         write_json(log, done)
-    print(f"{len(names)} experiments: {sum(one['seconds'] for one in done.values()) / 60:.0f} min in all, see {log}")
     return 0

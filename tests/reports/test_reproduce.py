@@ -8,9 +8,11 @@ import yaml
 from ordnung.scripts import claims as program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import CONFIGS
+from ordnung.scripts.reports import reproduce
 from ordnung.scripts.reports.results import RESULTS
 
-GROWTH = "growth --shortest 8 --longest {longest} --output_file {out}/growth.json"
+MADE = "{{out}}/{}.json"
+GROWTH = "growth --shortest 8 --longest {{longest}} --output_file {{out}}/{}.json"
 
 
 @pytest.fixture
@@ -18,8 +20,10 @@ def run(tmp_path):
     (tmp_path / "results").mkdir()
 
     def run(commands, **options):
-        made = "{out}/growth.json"
-        experiments = {name: {"command": command, "result": made, "minutes": 2} for name, command in commands.items()}
+        experiments = {
+            name: {"command": command.format(name), "result": MADE.format(name), "minutes": 2}
+            for name, command in commands.items()
+        }
         words = ["--experiments", json.dumps(experiments), "--output_dir", str(tmp_path / "out")]
         words += ["--results_dir", str(tmp_path / "results")]
         for name, value in options.items():
@@ -31,9 +35,9 @@ def run(tmp_path):
 
 
 def test_finished_experiments_are_kept_and_the_rest_is_told(run, capfd):
-    commands = {"first": GROWTH, "second": "growth --output_file nowhere/x.json --shortest 0", "third": "x {encoder}"}
+    commands = {"first": GROWTH, "second": "growth --output_file nowhere/x.json --shortest 0", "third": "x {{encoder}}"}
     assert run(commands, inputs="longest=16") == 1
-    assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16]
+    assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16]  # what failed later costs nothing
     told = capfd.readouterr()
     assert "[1/2, about 4 min left] ordnung growth --shortest 8 --longest 16" in told.out
     assert "third: left out, it needs --inputs encoder=..." in told.out
@@ -49,8 +53,28 @@ def test_finished_experiments_are_kept_and_the_rest_is_told(run, capfd):
     assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16, 32]
 
 
+def test_results_files_change_when_no_experiment_is_left(run, monkeypatch):
+    """They are tracked, and what runs beside a changed one would record that files differ."""
+    seen, start = [], reproduce.subprocess.run
+
+    def watched(*args, **kwargs):
+        seen.append(list(run.results.iterdir()))
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", watched)
+    assert run({"first": GROWTH, "second": GROWTH}, inputs="longest=16") == 0
+    assert seen == [[], []] and len(list(run.results.iterdir())) == 2
+
+
 def test_larger_forms_are_for_gpus(run, capfd):
-    larger = {"first": {"command": GROWTH, "result": "{out}/growth.json", "minutes": 1, "cuda": "--longest 64"}}
+    larger = {
+        "first": {
+            "command": GROWTH.format("first"),
+            "result": MADE.format("first"),
+            "minutes": 1,
+            "cuda": "--longest 64",
+        }
+    }
     assert run({}, experiments=json.dumps(larger), inputs="longest=16", device="cuda") == 0
     assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16, 32, 64]
     assert run({"second": GROWTH}, inputs="longest=16", device="cuda") == 0
