@@ -27,15 +27,16 @@ from ordnung.scripts.pretraining.losses import position_buckets, position_losses
 from ordnung.scripts.pretraining.options import PretrainOptions
 from ordnung.scripts.training.runs import claim_output_dir
 
-EQUAL = "_equal_compute"  # what names end with of variants that are trained for the FLOPs of the dearest
+EQUAL = "_equal_compute"  # what names end with of variants that are trained for the FLOPs of another
 
 
-def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[dict, dict]]:
-    """Table entry and own options of pretrain.py of all that is trained, by name: the variants, then `equal_compute`.
+def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[dict, float]]:
+    """Table entry and share of the steps of all that is trained, by name: the variants, then `equal_compute`.
 
     A step is taken to cost three forward passes of a block, so the ratio of steps is that of forward FLOPs.
     """
-    runs = {name: (variant, {}) for name, variant in options.variants.items()}
+    alone = options.equal_compute_only
+    runs = {name: (variant, 1.0) for name, variant in options.variants.items() if name not in alone}
     if not options.equal_compute:
         return runs
     configs = variant_configs(options.variants, options.config_overrides, vocab_size=len(tokenizer))
@@ -43,17 +44,19 @@ def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBa
         models = {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
     block_size = options.pretrain.get("block_size", PretrainOptions.block_size)
     flops = {name: model.flops(block_size) for name, model in models.items()}
-    for name in options.equal_compute:
-        ratio, given = max(flops.values()) / flops[name], options.pretrain
-        steps = {key: round(ratio * given[key]) for key in ("max_steps", "eval_steps") if given.get(key)}
-        runs[name + EQUAL] = (options.variants[name], steps)
-    return runs
+    taken = flops[options.equal_compute_with] if options.equal_compute_with else max(flops.values())
+    return runs | {name + EQUAL: (options.variants[name], taken / flops[name]) for name in options.equal_compute}
+
+
+def lengthened(given: dict[str, Any], ratio: float) -> dict[str, int]:
+    """The options of pretrain.py that count steps, for so many times as many."""
+    return {name: max(1, round(ratio * given[name])) for name in ("max_steps", "eval_steps") if given.get(name)}
 
 
 def check_lengths(folders: list[Path], steps: dict[str, int]):
     """Raise a ScriptError where a finished run has another length than equal compute takes now."""
     for folder in folders:
-        if steps and (folder / "results.json").exists():
+        if "max_steps" in steps and (folder / "results.json").exists():
             taken = read_json(folder / "results.json")["steps"]
             if taken != steps["max_steps"]:
                 raise ScriptError(
@@ -261,12 +264,13 @@ def run(options: CompareOptions) -> int:
     variants = with_equal_compute(options, tokenizer)
 
     folders = {name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in variants}
-    for name, (_, steps) in variants.items():
-        check_lengths(folders[name], steps)
+    for name, (_, ratio) in variants.items():
+        check_lengths(folders[name], lengthened(options.pretrain, ratio))
     tried: dict[str, list[dict]] = {}
     for name, variant in options.variants.items() if options.sweep else ():
+        ratio = variants[name + EQUAL][1] if name in options.equal_compute_only else 1.0
         status, tried[name] = sweep.try_all(
-            sweep.grid(options.sweep),
+            sweep.grid({**options.sweep, **lengthened(options.sweep, ratio)}),
             lambda choice, folder, variant=variant: pretrain(
                 options, variant, sweep.options_of(choice, options.pretrain, data, options.seeds[0]), folder
             ),
@@ -277,8 +281,8 @@ def run(options: CompareOptions) -> int:
     chosen = {name: sweep.best(tried[name.removesuffix(EQUAL)], options.sweep) if tried else {} for name in variants}
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for i, seed in enumerate(options.seeds):
-        for name, (variant, steps) in variants.items():
-            own = {**common, **chosen[name], **steps, "seed": seed}
+        for name, (variant, ratio) in variants.items():
+            own = {**common, **chosen[name], **lengthened(options.pretrain, ratio), "seed": seed}
             status = pretrain(options, variant, own, folders[name][i])
             if status:
                 return status

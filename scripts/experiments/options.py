@@ -133,7 +133,11 @@ class CompareOptions(VariantOptions):
         action=MergeKeyValues,
     )
     equal_compute: list[str] | None = option(
-        None, "Variants to train once more, as NAME_equal_compute, for as many FLOPs as the dearest variant takes."
+        None, "Variants to train once more, as NAME_equal_compute, for as many FLOPs as another variant takes."
+    )
+    equal_compute_with: str | None = option(None, "That other variant; default: the dearest.")
+    equal_compute_only: list[str] | None = option(
+        None, "Variants of equal_compute that are trained for those FLOPs alone, and tried for as much less or more."
     )
 
     def __post_init__(self):
@@ -141,9 +145,25 @@ class CompareOptions(VariantOptions):
         if self.baseline is not None and self.baseline not in self.variants:
             raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
         self.equal_compute = self.equal_compute or []
-        unknown = [name for name in self.equal_compute if name not in self.variants]
-        if unknown:
-            raise ScriptError(f"--equal_compute {unknown[0]} must be one of the variants {', '.join(self.variants)}")
+        self.equal_compute_only = self.equal_compute_only or []
+        other = [self.equal_compute_with] if self.equal_compute_with is not None else []
+        named = {"equal_compute": self.equal_compute, "equal_compute_with": other}
+        for option_name, names in named.items():
+            unknown = [name for name in names if name not in self.variants]
+            if unknown:
+                raise ScriptError(
+                    f"--{option_name} {unknown[0]} must be one of the variants {', '.join(self.variants)}"
+                )
+        alone = [name for name in self.equal_compute_only if name not in self.equal_compute]
+        if alone:
+            raise ScriptError(f"--equal_compute_only {alone[0]} must be one of equal_compute: add it there")
+        if self.equal_compute_only and self.equal_compute_with in (None, *self.equal_compute_only):
+            raise ScriptError(
+                f"--equal_compute_with {self.equal_compute_with} must be a variant that is trained for its own steps, as "
+                f"{self.equal_compute_only[0]} is not"
+            )
+        if self.baseline in self.equal_compute_only:
+            raise ScriptError(f"--baseline {self.baseline} must not be in equal_compute_only")
         if self.equal_compute and "max_steps" not in self.pretrain:
             raise ScriptError("--equal_compute lengthens max_steps: give it in --pretrain")
         self.sweep = self.sweep or {}

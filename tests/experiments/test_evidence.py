@@ -278,6 +278,22 @@ class TestCompareProgram:
             compare_program.main([*argv, "--variants", json.dumps(deeper)])
         assert not (tmp_path / "out" / "runs" / "deeper-seed0").exists()
 
+    def test_a_dear_variant_at_the_flops_of_another(self, argv, tmp_path):
+        variants = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
+        argv += ["--variants", json.dumps(variants), "--seeds", "0", "--pretrain", "max_steps=12"]
+        argv += ["--sweep", "learning_rate=[1e-3,1e-2],max_steps=8", "--equal_compute", "cubic"]
+        argv += ["--equal_compute_with", "softmax", "--equal_compute_only", "cubic"]
+        assert compare_program.main(argv) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        found, sizes = results["variants"], {one["options"]["max_steps"] for one in results["sweep"]["cubic"]}
+        assert {"softmax", "cubic_equal_compute"} < set(found) and "cubic" not in found
+        softmax, cubic = found["softmax"], found["cubic_equal_compute"]
+        assert softmax["steps"] == 12 > cubic["steps"] >= 1
+        costs = [one["tokens"] * one["forward_flops_per_token"] for one in (softmax, cubic)]
+        assert costs[1] == pytest.approx(costs[0], rel=0.5 / cubic["steps"])
+        ratio = softmax["forward_flops_per_token"] / cubic["forward_flops_per_token"]
+        assert sizes == {round(8 * ratio)} != {8}
+
     def test_each_variant_trains_with_its_best_of_a_sweep(self, argv, tmp_path, monkeypatch, capsys):
         argv += ["--seeds", "0", "--sweep", "learning_rate=[1e-5,3e-2,1e-2],max_steps=2,warmup_steps=1"]
         ran, run = [], pretraining.run
@@ -320,6 +336,12 @@ class TestCompareProgram:
             (["--sweep", "learning_rat=[0.1,0.2]"], "did you mean 'learning_rate'"),
             (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
             (["--equal_compute", "conv_lm"], "--equal_compute conv_lm must be one of the variants conv, softmax"),
+            (["--equal_compute_with", "no"], "--equal_compute_with no must be one of the variants conv, softmax"),
+            (["--equal_compute_only", "conv"], "--equal_compute_only conv must be one of equal_compute"),
+            (
+                ["--equal_compute", "conv", "--equal_compute_only", "conv"],
+                "--equal_compute_with None must be a variant",
+            ),
             (["--variants", "broken={model_type: conv_lm, kernel_size: 0}"], "variant broken: .*must be at least 1"),
             (["--variants", "broken=3"], "variant broken must be a mapping"),
             (["--variants", "a/b={model_type: conv_lm}"], "'a/b' names a folder"),
@@ -383,7 +405,7 @@ def test_protocol_matches_parameters_and_tries_rates_and_warm_ups():
     with torch.device("meta"):
         sizes = [
             AutoModelForCausalLM.from_config(config).num_parameters()
-            for config in variant_configs(options.variants, options.config_overrides, vocab_size=2048).values()
+            for config in variant_configs(options.variants, options.config_overrides, vocab_size=260).values()
         ]
     assert max(sizes) <= 1.02 * min(sizes)
 
