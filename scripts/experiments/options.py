@@ -159,8 +159,8 @@ class CompareOptions(VariantOptions):
             raise ScriptError(f"--equal_compute_only {alone[0]} must be one of equal_compute: add it there")
         if self.equal_compute_only and self.equal_compute_with in (None, *self.equal_compute_only):
             raise ScriptError(
-                f"--equal_compute_with {self.equal_compute_with} must be a variant that is trained for its own steps, as "
-                f"{self.equal_compute_only[0]} is not"
+                f"--equal_compute_with {self.equal_compute_with} must be a variant with steps of its own, as "
+                f"{self.equal_compute_only[0]} has none"
             )
         if self.baseline in self.equal_compute_only:
             raise ScriptError(f"--baseline {self.baseline} must not be in equal_compute_only")
