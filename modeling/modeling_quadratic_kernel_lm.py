@@ -24,6 +24,7 @@ from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.causal_conv import causal_conv
 from ordnung.modeling.ops.grouped import per_query_head
 from ordnung.modeling.ops.quadratic_kernel import Kernel, centre, quadratic_kernel, score_excess
+from ordnung.modeling.ops.quadratic_sweep import Split, steps
 from ordnung.modeling.ops.sliding_window import last_tokens, sliding_window_attention
 from ordnung.modeling.ops.symmetric_square import num_features
 
@@ -254,14 +255,12 @@ class QuadraticKernelAttention(Mixer):
         return weights.transpose(1, 2)
 
     def flops(self, seq_len: int) -> int:
-        config, d, e = self.config, self.config.head_dim, self.value_dim + 1
-        N, C = seq_len, -(-config.chunk_size // 2)
-        blocks = -(-N // C)
-        sizes = [min(C, N - C * i) for i in range(blocks)]
-        # pairs of a block's tokens with it and the block before, later ones too
-        inside = sum(size * (size + C * (i > 0)) for i, size in enumerate(sizes))
-        # all but two blocks read the state, all but two add to it
-        across = max(0, N - 2 * C) + max(0, blocks - 2) * C
+        config, N, d, e = self.config, seq_len, self.config.head_dim, self.value_dim + 1
+        inside = across = 0  # pairs of a block's tokens with those they see, later ones too; features made and read
+        for entering, block in steps(N, Split.of(N, d, config.chunk_size), return_state=False):
+            size = block.stop - block.start
+            inside += size * (block.stop - block.near)
+            across += (size if block.near else 0) + (entering.stop - entering.start if entering else 0)
         mixing = 2 * inside * (d + 1 + e) + 2 * across * num_features(d + 1) * e
         if config.sliding_window is not None:
             block = min(config.sliding_window, N)

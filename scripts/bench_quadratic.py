@@ -21,7 +21,9 @@ from ordnung.scripts.common.options import option, program
 class QuadraticBenchOptions:
     head_sizes: list[int] = option([16, 32, 64], "Channels of a head.", least=2, section="sizes")
     heads: int = option(4, "Heads.", least=1)
-    chunk_size: int = option(128, "Tokens whose weights are computed pair by pair.", least=1)
+    chunk_size: int | None = option(
+        None, "Tokens whose weights are computed pair by pair; default: by length.", least=1
+    )
     decay_gate: bool = option(False, "Time the kernel with a decay gate.")
     lengths: list[int] = option([512, 1024, 2048, 4096, 8192, 16384], "Tokens.", least=1)
     decode_lengths: list[int] = option([512, 4096, 32768], "Tokens before those decoded.", least=1)

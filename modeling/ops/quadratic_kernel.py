@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ordnung.modeling.ops.chunks import is_graph
-from ordnung.modeling.ops.quadratic_sweep import Sweep, sweep
+from ordnung.modeling.ops.quadratic_sweep import CHUNK_SIZE, Split, Sweep, sweep
 
 # The least weight, before its decay: rows sum to one with it, no denominator vanishes, and gradients near a zero of the
 # kernel stay below alpha / sqrt(EPS) of the values. Much more would drown the scores of "square" while they are small.
@@ -91,11 +91,12 @@ def centre(x, mode, total, count, lengths=None):
 
 
 def quadratic_kernel(
-    query, key, value, kernel, log_decay=None, state=None, lengths=None, chunk_size=128, return_state=False
+    query, key, value, kernel, log_decay=None, state=None, lengths=None, chunk_size=None, return_state=False
 ):
     """The formula above in blocks: weights of pairs in a block and the one before, a state of features for the rest.
 
-    A row of one chunk without a state needs no features at all. Computed in float32 at least, under autocast too, and
+    A row of one chunk without a state needs no features at all, and none of up to `most_pairs(d)` tokens, about d^2,
+    if no `chunk_size` is given: pairs are cheaper there. Computed in float32 at least, under autocast too, and
     on a CPU the scores of pairs in float64.
 
     Args:
@@ -106,7 +107,8 @@ def quadratic_kernel(
         state: (R, H, dv + 1, D), what an earlier call returned; None at the beginning. It is left as it is.
         lengths: (R,) real tokens of each row, which come first; None if all are. The outputs of others are finite and
             mean nothing, and the state does not count them.
-        chunk_size: two blocks. A token sees at least half as many before it pair by pair, and at most as many.
+        chunk_size: two blocks. A token sees at least half as many before it pair by pair, and at most as many. If None,
+            192, and a short row all as pairs.
         return_state: whether to return the state after the real tokens.
 
     Returns:
@@ -132,9 +134,9 @@ def quadratic_kernel(
         padding = (torch.arange(N, device=q.device) >= lengths[:, None]).repeat_interleave(H, dim=0)  # (X, N)
         k = k.masked_fill(padding[:, None], 0)
         g = None if g is None else g.masked_fill(padding, 0)
-    size = None if is_graph() else -(-chunk_size // 2)  # a graph for any length has no loop over a number of blocks
+    split = None if is_graph() else Split.of(N, d, chunk_size)  # a graph for any length has no loop over blocks
     S = None if state is None else state.to(dtype).flatten(0, 1)
-    arguments = q, k, v, g, S, factors, kernel.gamma + EPS, size, return_state
+    arguments = q, k, v, g, S, factors, kernel.gamma + EPS, split, return_state
     traced = torch.compiler.is_compiling() or is_graph()
     U, S = Sweep.apply(*arguments) if torch.is_grad_enabled() and not traced else sweep(*arguments)
     # only rounding could bring the sum of the weights, of which the last is its own, below the least of them
@@ -142,13 +144,13 @@ def quadratic_kernel(
     return out.unflatten(0, (R, H)).permute(0, 3, 1, 2).to(value.dtype), None if S is None else S.unflatten(0, (R, H))
 
 
-def score_excess(query, key, bound, chunk_size, lengths=None):
+def score_excess(query, key, bound, chunk_size=None, lengths=None):
     """How far scores z go beyond a bound, over the pairs j <= i of tokens in the same chunk.
 
     Args:
         query, key: (R, N, H, d).
         bound: of |z|.
-        chunk_size: C. A row of one chunk has all its pairs; of a longer one these are the nearest.
+        chunk_size: C, or 192 if None. A row of one chunk has all its pairs; of a longer one these are the nearest.
         lengths: (R,) real tokens of each row, which come first; None if all are.
 
     Returns:
@@ -159,7 +161,7 @@ def score_excess(query, key, bound, chunk_size, lengths=None):
     if lengths is not None:
         real = torch.arange(N, device=query.device) < lengths[:, None]
     total = pairs = torch.zeros((), dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    for q, k, own in zip(*(x.split(chunk_size, dim=1) for x in (query, key, real))):
+    for q, k, own in zip(*(x.split(chunk_size or CHUNK_SIZE, dim=1) for x in (query, key, real))):
         q, k = (x.to(total.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k))  # (R H, C, d)
         scores = torch.bmm(q, k.mT).unflatten(0, (R, H)) / math.sqrt(d)
         # a real token's earlier ones are real

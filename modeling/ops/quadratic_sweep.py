@@ -1,12 +1,12 @@
 """The sums of `ops.quadratic_kernel` over blocks of tokens, and their gradients.
 
 Legend: X rows times heads, N tokens, p entries of q~ and k~, e value size + 1, C tokens of a block, K tokens of it and
-the one before, F features.
+those before it that it sees pair by pair, F features.
 
     U[i] = sum over j <= i of ((q~[i] . k~[j])^2 + gamma) exp(G[i] - G[j]) v[j]
 
-with the weights of pairs in a block and the one before it, and for older tokens through the state S (X, e, F), the sum
-of v features(k~). Where a gate leaves few tokens, they are near ones; a weight near a zero of the kernel would be a
+with the weights of pairs in a block and some tokens before it, and for older ones through the state S (X, e, F), the
+sum of v features(k~). Where a gate leaves few tokens, they are near ones; a weight near a zero of the kernel would be a
 small difference of large features, and is none as a pair.
 """
 
@@ -16,6 +16,30 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ordnung.modeling.ops.symmetric_square import counted, counted_vjp, features, features_vjp
+
+CHUNK_SIZE = 192  # the fastest of 96 to 320 on a CPU, at 256 to 16,384 tokens and queries of 16 to 64
+
+
+class Split(NamedTuple):
+    """How tokens are taken: `size` queries at a time, which see so many tokens before them (`reach`) pair by pair."""
+
+    size: int
+    reach: int
+
+    @classmethod
+    def of(cls, N, d, chunk_size=None):
+        """For N tokens with queries of size d; see `quadratic_kernel`."""
+        size = -(-(chunk_size or CHUNK_SIZE) // 2)
+        return cls(size, N if chunk_size is None and N <= most_pairs(d) else size)
+
+
+def most_pairs(d):
+    """Tokens of a row up to which pairs are cheaper than features: 260, 953 and 3,646 for queries of 16, 32 and 64.
+
+    A token takes p + e products for each of N / 2 others as pairs, and 2 e for each of p (p + 1) / 2 features to enter
+    and read the state, so that with e = p they meet at N = p (p + 1); on a CPU, scores in float64 cost somewhat more.
+    """
+    return int(0.85 * (d + 1) * (d + 2))
 
 
 class Block(NamedTuple):
@@ -34,18 +58,20 @@ class Block(NamedTuple):
         return slice(self.near, self.stop)
 
 
-def steps(N, C, return_state):
+def steps(N, split, return_state):
     """What to do, in order: (tokens that enter the state, or None; then a block to compute, or None)."""
-    size, done = N if C is None else C, 0
-    for start in [0] if C is None else range(0, N, C):
-        near = max(0, start - size)
+    size, reach = split or (N, N)
+    done = 0
+    for start in range(0, N, size) if split else [0]:
+        near = max(0, start - reach)
         yield slice(done, near) if near > done else None, Block(near, start, min(start + size, N))
         done = near
     if return_state:
-        yield slice(done, N), None
+        for start in range(done, N, size) if split else [0]:
+            yield slice(start, min(start + size, N)), None
 
 
-def sweep(q, k, v, g, S, factors, gamma, C, return_state):
+def sweep(q, k, v, g, S, factors, gamma, split, return_state):
     """Sums of weighted values and of weights (X, e, N); and the state after all, or None.
 
     Args:
@@ -55,11 +81,11 @@ def sweep(q, k, v, g, S, factors, gamma, C, return_state):
         S: (X, e, F) or None.
         factors: (X, p, 1); q~ is q times these, and scores of pairs are summed in their dtype.
         gamma: what is added to a squared score.
-        C: tokens of a block, or None for all.
+        split: a `Split`, or None for one block.
         return_state: as `quadratic_kernel` takes it.
     """
     outputs, own = [], False  # own: whether the state is a tensor that may be changed
-    for entering, block in steps(q.shape[2], C, return_state):
+    for entering, block in steps(q.shape[2], split, return_state):
         if entering is not None:
             S, own = add_to_state(S, k, v, g, entering, own), not torch.is_grad_enabled()
         if block is None:
@@ -149,11 +175,11 @@ class Sweep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, S, factors, gamma, C, return_state):
-        U, after = sweep(q, k, v, g, S, factors, gamma, C, return_state)
+    def forward(ctx, q, k, v, g, S, factors, gamma, split, return_state):
+        U, after = sweep(q, k, v, g, S, factors, gamma, split, return_state)
         gated = (U, after) if g is not None else (None, None)
         ctx.save_for_backward(q, k, v, g, S, factors, *gated)
-        ctx.gamma, ctx.C = gamma, C
+        ctx.gamma, ctx.split = gamma, split
         return U, after
 
     @staticmethod
@@ -161,7 +187,7 @@ class Sweep(torch.autograd.Function):
     def backward(ctx, dU, dS):
         q, k, v, g, S, factors, U, after = ctx.saved_tensors
         gamma, first, end, own = ctx.gamma, S, dS, False
-        order = list(steps(q.shape[2], ctx.C, dS is not None))
+        order = list(steps(q.shape[2], ctx.split, dS is not None))
         dq, dk, dv, d_factors = torch.empty_like(q), *(torch.zeros_like(x) for x in (k, v, factors))
         for entering, block in order:
             if block is None:

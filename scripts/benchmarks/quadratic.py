@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from ordnung.modeling.ops.quadratic_kernel import Kernel, quadratic_kernel
+from ordnung.modeling.ops.quadratic_kernel import CHUNK_SIZE, Kernel, quadratic_kernel
 from ordnung.modeling.ops.symmetric_square import num_features
 from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks.measure import in_turns, summarise, thread_timer
@@ -37,8 +37,8 @@ def make_inputs(options, d: int, length: int) -> list[torch.Tensor]:
     return [torch.nn.functional.rms_norm(query, (d,)), torch.nn.functional.rms_norm(key, (d,)), value]
 
 
-def squared(options, query, key, value, gate=None, **more):
-    return quadratic_kernel(query, key, value, KERNEL, gate, chunk_size=options.chunk_size, **more)[0]
+def squared(query, key, value, gate=None, **more):
+    return quadratic_kernel(query, key, value, KERNEL, gate, **more)[0]
 
 
 def softmax(query, key, value):
@@ -49,22 +49,27 @@ def softmax(query, key, value):
 def check(options, d: int) -> None:
     """
     Raises:
-        ScriptError: the chunked form differs from the weights of all pairs.
+        ScriptError: a form, with features or with pairs alone, differs from the weights of all pairs.
     """
-    query, key, value = (x.double() for x in make_inputs(options, d, 2 * options.chunk_size + 3))
+    chunk_size = options.chunk_size or CHUNK_SIZE
+    query, key, value = (x.double() for x in make_inputs(options, d, 2 * chunk_size + 3))
     scores = 0.5 * torch.einsum("rihc,rjhc->rhij", query, key) / math.sqrt(d) + 1
     weights = (scores.square() + 1e-4).tril()
     expected = torch.einsum("rhij,rjhc->rihc", weights / weights.sum(-1, keepdim=True), value)
-    error = (squared(options, query, key, value) - expected).abs().max()
-    if not error < 1e-10:
-        raise ScriptError(f"the squared kernel differs from its formula by {error:.1e} at head size {d}")
+    for size in (chunk_size, 5 * chunk_size):
+        error = (squared(query, key, value, chunk_size=size) - expected).abs().max()
+        if not error < 1e-10:
+            raise ScriptError(f"the squared kernel differs from its formula by {error:.1e} at head size {d}")
 
 
 def measure_length(options, d: int, length: int) -> dict:
     """Seconds of both operators by task; each with the inputs of the other."""
     inputs = [x.requires_grad_() for x in make_inputs(options, d, length)]
     gate = logsigmoid(torch.randn(1, length, options.heads) + 4) if options.decay_gate else None
-    competitors = {"squared": partial(squared, options, *inputs, gate), "softmax": partial(softmax, *inputs)}
+    competitors = {
+        "squared": partial(squared, *inputs, gate, chunk_size=options.chunk_size),
+        "softmax": partial(softmax, *inputs),
+    }
     seed = torch.randn(1, length, options.heads, d)
 
     @torch.no_grad()
@@ -178,9 +183,10 @@ def state_tokens(d: int) -> float:
 
 def markdown(results: dict) -> str:
     settings, rows = results["settings"], results["lengths"]
+    chunks, gate = settings["chunk_size"] or CHUNK_SIZE, "with" if settings["decay_gate"] else "without"
     parts = [
         f"{described(results['machine'])} One sequence, {settings['heads']} heads, values as wide as queries and keys, "
-        f"chunks of {settings['chunk_size']} tokens, {'with' if settings['decay_gate'] else 'without'} a decay gate. "
+        f"chunks of {chunks} tokens, {gate} a decay gate. "
         f"Medians of {settings['repeats']} runs in turns; above 1 the squared kernel is faster than fused softmax."
     ]
     sizes, lengths = settings["head_sizes"], settings["lengths"]

@@ -148,7 +148,13 @@ def costs(options) -> list[dict]:
     rows = []
     for d in options.cost_head_sizes:
         config = QuadraticKernelLMConfig.csq_preset(
-            hidden_size=d, num_attention_heads=1, head_dim=d, num_hidden_layers=1, vocab_size=8, centering=None
+            hidden_size=d,
+            num_attention_heads=1,
+            head_dim=d,
+            num_hidden_layers=1,
+            vocab_size=8,
+            centering=None,
+            chunk_size=128,  # stated, so that short rows take features too
         )
         for n in options.cost_lengths:
             counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})

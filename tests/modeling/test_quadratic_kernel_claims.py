@@ -95,7 +95,11 @@ def test_taylor_is_the_second_order_of_the_exponential():
 
 
 def build(d, **overrides):
-    """One layer of two heads whose values are as wide as their queries, without gate, norm and convolution."""
+    """One layer of two heads whose values are as wide as their queries, without gate, norm and convolution.
+
+    Its chunks are stated, so that short rows take features too.
+    """
+    overrides = {"chunk_size": 128, **overrides}
     fields = {"hidden_size": 2 * d, "num_attention_heads": 2, "head_dim": d, "num_hidden_layers": 1, "vocab_size": 50}
     return AutoModelForCausalLM.from_config(QuadraticKernelLMConfig.csq_preset(**fields, **overrides)).eval()
 

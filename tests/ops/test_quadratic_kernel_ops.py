@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ordnung.modeling.ops import quadratic_kernel as ops
+from ordnung.modeling.ops import quadratic_sweep
 from ordnung.modeling.ops.quadratic_kernel import Kernel, centre, quadratic_kernel, quadratic_kernel_naive
 from ordnung.modeling.ops.sliding_window import last_tokens, sliding_window_attention
 from ordnung.modeling.ops.symmetric_square import counted, counted_vjp, features, features_vjp, num_features
@@ -79,7 +80,7 @@ def test_naive_is_the_formula():
     assert not weights.triu(1).any()
 
 
-@pytest.mark.parametrize("chunk_size", [1, 16, 64, 202, 500])
+@pytest.mark.parametrize("chunk_size", [1, 16, 64, 202, 500, None])
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no-gate"])
 @pytest.mark.parametrize("d", [3, 4, 16])
 def test_chunks_and_all_gradients_equal_the_formula(d, gate, chunk_size):
@@ -101,7 +102,7 @@ def test_without_gradients_too(kernel, gate):
     query, key, value, decay, alpha, beta = make_inputs(gate=gate)
     kernel = KERNELS[kernel]
     expected = naive(query, key, value, decay, alpha * 0 + kernel.alpha, alpha * 0 + kernel.beta, kernel.gamma)
-    for chunk_size in (1, 64, 500):
+    for chunk_size in (1, 64, 500, None):
         assert_close(quadratic_kernel(query, key, value, kernel, decay, chunk_size=chunk_size)[0], expected)
 
 
@@ -110,17 +111,28 @@ def parts_of(inputs, start, stop):
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no-gate"])
-@pytest.mark.parametrize("split", [[1] * 41, [20, 21], [1, 30, 1, 9], [17, 1, 1, 1, 21]], ids=str)
-def test_steps_and_their_gradients_equal_one_pass(split, gate):
+@pytest.mark.parametrize(
+    "split, d, chunk_size",
+    [
+        ([1] * 41, 4, 8),
+        ([20, 21], 4, 8),
+        ([1, 30, 1, 9], 4, 8),
+        ([17, 1, 1, 1, 21], 4, 8),
+        ([150, 1, 150], 14, None),  # each in blocks that see all of the call as pairs, and a state
+        ([50, 1, 250], 4, None),
+    ],
+    ids=str,
+)
+def test_steps_and_their_gradients_equal_one_pass(split, d, chunk_size, gate):
     """The state is handed on with its gradient, and to calls of any length."""
-    inputs = make_inputs(N=41, gate=gate)
+    inputs = make_inputs(N=sum(split), d=d, gate=gate)
     given = [x for x in inputs if x is not None]
     *tokens, alpha, beta = inputs
     state, outputs, done = None, [], 0
     for n in split:
         query, key, value, decay = parts_of(tokens, done, done + n)
         output, state = quadratic_kernel(
-            query, key, value, Kernel(alpha, beta), decay, state, chunk_size=8, return_state=True
+            query, key, value, Kernel(alpha, beta), decay, state, chunk_size=chunk_size, return_state=True
         )
         outputs.append(output)
         done += n
@@ -375,3 +387,13 @@ def test_score_excess_counts_pairs(chunk_size):
                 count += 3
     assert_close(total, expected)
     assert pairs == count
+
+
+@pytest.mark.parametrize("d, chunk_size, needed", [(14, None, False), (12, None, True), (14, 192, True)])
+def test_short_rows_need_no_features_unless_a_chunk_size_is_stated(d, chunk_size, needed, monkeypatch):
+    """203 tokens are pairs alone for queries of 14 (up to 204), not of 12 (up to 154)."""
+    made = []
+    monkeypatch.setattr(quadratic_sweep, "features", lambda x: made.append(x.shape) or features(x))
+    query, key, value, decay, *_ = make_inputs(d=d)
+    quadratic_kernel(query, key, value, KERNELS["odd"], decay, chunk_size=chunk_size)
+    assert bool(made) == needed
