@@ -83,6 +83,7 @@ def machine_info() -> dict:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -103,6 +104,8 @@ def machine_info() -> dict:
 
 def described(machine: dict) -> str:
     """What `machine_info` found, in a line for the head of a table."""
-    device = ", ".join(gpu["name"] for gpu in machine["gpu"]) or f"{machine['cpu']}, {machine['threads']} threads"
+    vectors = f" ({machine['cpu_capability']})" if "cpu_capability" in machine else ""  # files from before have none
+    cpu = f"{machine['cpu']}{vectors}, {machine['threads']} threads"
+    device = ", ".join(gpu["name"] for gpu in machine["gpu"]) or cpu
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "ordnung"))
     return f"{device}, {versions}, {machine['date'][:10]}."

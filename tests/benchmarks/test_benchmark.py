@@ -31,7 +31,7 @@ from ordnung.scripts.benchmarks.variants import (
     with_static_forms,
 )
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.machine import described, machine_info
 
 SHAPE = Shape(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, kernel_size=16)
 SETTINGS = Settings(shape=SHAPE, decode_steps=2)
@@ -465,6 +465,7 @@ def test_machine_info_names_versions_and_command():
     assert info["torch"] == torch.__version__
     assert info["threads"] == torch.get_num_threads()
     assert info["cores"] >= 1
+    assert info["gpu"] or f"({torch.backends.cpu.get_cpu_capability()})" in described(info)
     assert info["ordnung"] and info["transformers"] and info["python"] and info["command"]
 
 
