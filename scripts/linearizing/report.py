@@ -130,7 +130,7 @@ def text(made: dict[str, Any]) -> str:
     )
     parts.append(f"Most is lost in layer {worst[0]['layer']}.")
     if not made["encoder"]:
-        parts += [_cost_tables(made), written(made)]
+        parts += [cost_tables(made), written(made)]
     if "longer" in made:
         parts.append(f"One long text, read piece by piece:\n\n{long_table(made)}")
     return "\n\n".join(parts)
@@ -183,7 +183,8 @@ def long_table(made: dict[str, Any]) -> str:
     return markdown_table(["position", "student, nats", "teacher", "state of the student, MiB", "of the teacher"], body)
 
 
-def _cost_tables(made: dict[str, Any]) -> str:
+def cost_tables(made: dict[str, Any]) -> str:
+    """What generation keeps, and what a token takes, after so many tokens."""
     states = made["state_bytes"]
     body = [
         [f"{int(length):,}", *(f"{states[name][length] / 2**20:,.2f}" for name in ("student", "teacher"))]

@@ -1,6 +1,8 @@
 """The tables and figures of README.md and the model cards by name, each made from files of model_cards/results."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks import prefix as bench_prefix
@@ -11,15 +13,28 @@ from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table, ranged
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
 from ordnung.scripts.experiments.verdicts import changes, estimate
-from ordnung.scripts.linearizing.report import layer_table
-from ordnung.scripts.reports import claims, growing, ladder, linearized, lowrank, patterns, pooling, rank, window
+from ordnung.scripts.linearizing import report
+from ordnung.scripts.reports import (
+    claims,
+    growing,
+    ladder,
+    linearized,
+    lowrank,
+    patterns,
+    pooling,
+    rank,
+    widths,
+    window,
+)
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports.findings import LOW_RANK
 from ordnung.scripts.reports.results import (
     CAUSAL_BENCHMARKS,
     CONV_BENCHMARKS,
     ENCODER_BENCHMARKS,
+    FEED_FORWARD,
     FUNCTION,
+    PROTOCOL,
     Timings,
     has_results,
     load,
@@ -228,6 +243,41 @@ def pooling_table() -> str:
     return pooling.markdown(load("pooling"))
 
 
+def if_run(name: str, told: Callable[[dict], str], shown: str) -> str:
+    """The tables of a recipe's results and a picture of `shown`; in words that it is not run yet."""
+    if not has_results(name):
+        return f"Not run yet: `ordnung {name.partition('_')[0]} --config {name}`."
+    return f"{told(load(name))}\n\n![{shown}](figures/{name}.png)"
+
+
+# Linearizations of SmolLM2-135M by the name to show; the first is told at length.
+DECODERS = {
+    "window 64 and the first 4": "linearized_smollm2_sparse",
+    "the same, full attention in 6 layers": "linearized_smollm2_hybrid_6",
+    "the same, full attention in 10 layers": "linearized_smollm2_hybrid_10",
+    "Linformer": "linearized_smollm2_linformer",
+    "squared kernel": "linearized_smollm2_quadratic",
+    "gated convolution": "linearized_smollm2_conv",
+}
+
+
+def decoders_table() -> str:
+    """Linearized language models side by side, as far as they are run, and the first of them at length."""
+    found = {name: load(file) for name, file in DECODERS.items() if has_results(file)}
+    parts = [linearized.decoders(found)] if found else []
+    if left := [name for name in DECODERS if name not in found]:
+        parts.append(f"Not run yet: {', '.join(left)}.")
+    if found:
+        name, run = next(iter(found.items()))
+        parts += [f"The first of these, {name}:", linearized.one_decoder(run)]
+        parts.append("![Loss by position, and against tokens trained on](figures/linearized_decoder.png)")
+    return "\n\n".join(parts)
+
+
+def draw_decoder(image: Path):
+    report.draw(load(next(file for file in DECODERS.values() if has_results(file))), image)
+
+
 def packing_table(name: str) -> str:
     """Time of a packed token against one of a full row, and one of the padded batch of the same documents."""
     results = load(name)
@@ -284,6 +334,7 @@ TABLES = {
     "quadratic_rank": lambda: rank.markdown(load("quadratic_kernel_lm_rank")),
     "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
     "quadratic_compare": lambda: compare.markdown(load("quadratic_kernel_lm_compare")),
+    "linearized_decoders": decoders_table,
     "linearized_encoders": lambda: linearized.encoders(
         {
             "gated convolution": load("linearized_minilm_conv"),
@@ -298,7 +349,11 @@ TABLES = {
             "the same and the first 4": load("linearized_sinks_linformer_4"),
         }
     ),
-    "linearized_encoder_layers": lambda: layer_table(load("linearized_minilm_conv")),
+    "linearized_encoder_layers": lambda: report.layer_table(load("linearized_minilm_conv")),
+    "protocol": partial(if_run, PROTOCOL, compare.markdown, "Held-out loss by position"),
+    "feed_forward": partial(if_run, FEED_FORWARD, compare.markdown, "Held-out loss by position"),
+    "sizes": partial(if_run, widths.SIZES, widths.sizes_markdown, "Held-out loss against training FLOPs"),
+    "capacity": partial(if_run, widths.CAPACITY, widths.capacity_markdown, "Recall against bytes of state"),
     "growth": lambda: growth.markdown(load("growth")),
     "growth_measured": growing.markdown,
     "ladder": ladder.markdown,
@@ -331,5 +386,10 @@ FIGURES = {
     "quadratic_kernel_lm_compare": lambda image: compare.plot(load("quadratic_kernel_lm_compare"), image),
     "linformer_lm_lowrank": lambda image: lowrank.plot(load(LOW_RANK), image),
     "ladder": ladder.plot,
+    "linearized_decoder": draw_decoder,
+    PROTOCOL: lambda image: compare.plot(load(PROTOCOL), image),
+    FEED_FORWARD: lambda image: compare.plot(load(FEED_FORWARD), image),
+    widths.SIZES: lambda image: widths.sizes_plot(load(widths.SIZES), image),
+    widths.CAPACITY: lambda image: widths.capacity_plot(load(widths.CAPACITY), image),
     "growth": lambda image: growth.plot(load("growth"), image),
 }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ordnung.scripts.benchmarks.variants import copies_its_cache
 from ordnung.scripts.common.tables import markdown_table
+from ordnung.scripts.experiments.compare import EQUAL
 from ordnung.scripts.experiments.verdicts import MARGIN, everywhere, together
 from ordnung.scripts.reports.findings import (
     SPARSE,
@@ -29,7 +30,16 @@ from ordnung.scripts.reports.findings import (
     steady,
     steady_decode,
 )
-from ordnung.scripts.reports.results import CONV_BENCHMARKS, ENCODER_BENCHMARKS, FUNCTION, Timings, has_results, load
+from ordnung.scripts.reports.results import (
+    CONV_BENCHMARKS,
+    ENCODER_BENCHMARKS,
+    FEED_FORWARD,
+    FUNCTION,
+    PROTOCOL,
+    Timings,
+    has_results,
+    load,
+)
 
 ARTICLE = "MikeyBeez, DifferentialLR, [zenodo 18498944](https://zenodo.org/records/18498944)"
 LINFORMER = "Wang et al. 2020, [arXiv 2006.04768](https://arxiv.org/abs/2006.04768)"
@@ -73,6 +83,14 @@ def decode_claims(name: str, file: str, longest: int) -> list[Claim]:
     ]
 
 
+def protocol(name: str, bound: float = 0.0) -> list[Finding]:
+    """Whether a variant's perplexity is lower than that of attention with rope by `bound`: equal steps, equal FLOPs."""
+    return [
+        perplexity(PROTOCOL, name + end, "softmax", bound, f"text, attention with rope, equal {what}")
+        for end, what in (("", "parameters and steps"), (EQUAL, "FLOPs"))
+    ]
+
+
 def ladder(names: Sequence[str]) -> list[Finding]:
     """Whether these rungs of the ladder of scores are no worse than the dot product: in language, and in recall."""
     found = []
@@ -91,18 +109,22 @@ def conv_claims() -> list[Claim]:
     ]
     lower = [
         perplexity("conv_lm_compare", "conv_source", f"softmax_{name}", -0.032, f"attention {which}")
-        for name, which in (("no_positions", "without positions"), ("learned", "learned"), ("rope", "with rope"))
+        for name, which in (("no_positions", "without positions"), ("learned", "learned"))
     ]
+    lower += protocol("conv_source", -0.032)
     name, reading = "conv_lm", "our reading of the article"
     without = [recall("conv_lm_recall", "conv", "softmax_rope", pairs) for pairs in (2, 16)]
-    without += lower[-1:] + ladder(("position", "convolution"))
+    without += protocol("conv_source", MARGIN)[:1] + ladder(("position", "convolution"))
+    alone = [perplexity(FEED_FORWARD, "feed_forward", "both", MARGIN, "alone against with attention, equal parameters")]
     return [
         Claim(name, "5.5× faster at 2,048 tokens", ARTICLE, "one run, attention that stores N×N scores", faster),
         Claim(name, "3.2 % lower perplexity", ARTICLE, "one unseeded run, attention without positions", lower),
         Claim(name, "content-dependent scores are unnecessary", ARTICLE, "that perplexity", without, everywhere),
         Claim(name, "the dot product is not special", ARTICLE, reading, ladder(CONTENT_SCORES)),
-        Claim(name, "the FFN does the mixing", ARTICLE, reading, no_experiment("attention × feed-forward")),
+        Claim(name, "the FFN does the mixing", ARTICLE, reading, alone),
         *decode_claims(name, "conv_lm_benchmark_decode", 32768),
+        ours(name, "gated: no worse than attention on text", protocol("conv_gated")),
+        ours(name, "attention in every second layer: no worse than attention on text", protocol("conv_hybrid")[:1]),
     ]
 
 
@@ -127,7 +149,7 @@ def linformer_claims() -> list[Claim]:
         for finding in on_par("linformer_lm_table2", variant, "softmax", ("sst2", "qnli", "imdb"))
     ]
     ranks = [low_rank(exponent=True), low_rank(exponent=False)]
-    text = [perplexity("linformer_lm_compare", "linformer", "softmax_rope", 0.0, "attention with rope")]
+    text = protocol("linformer")[:1]
     return [
         Claim(name, "1.5×, 3.4×, 8.6× and 20× faster", LINFORMER, table, faster),
         Claim(name, "14× less memory at 4,096 tokens, 60× at 65,536", LINFORMER, table, less),
@@ -146,7 +168,7 @@ def prefix_claims() -> list[Claim]:
         answers(FUNCTION, at_end, function, MARGIN, f"7 hops, 3× the steps for attention ({function[0]})"),
         answers("cubic_prefix_lm_pointer", at_end, control, MARGIN, "3 hops, ten answers, equal FLOPs"),
         answers("cubic_prefix_lm_triplets_short", at_end, control, MARGIN, "triplets of 10 tokens, equal FLOPs"),
-        perplexity("cubic_prefix_lm_compare", "cubic", "softmax_rope_equal_compute", 0.0, "text, equal FLOPs"),
+        *protocol("cubic")[1:],
     ]
     costs = [grows(task, name, "softmax_lm", which) for task, which in (("prefill", "a prompt"), ("decode", "a token"))]
     return [
@@ -201,6 +223,7 @@ def sparse_claims() -> list[Claim]:
         ours(name, "a token takes no longer after a longer context", constant),
         ours(name, "a token is faster than attention's after 32,768 tokens", decoding),
         ours(name, "each kind recalls what full attention does", looked_up, everywhere),
+        ours(name, "no worse than attention on text", protocol("sparse")[:1]),
     ]
 
 

@@ -83,7 +83,7 @@ def memory(files: Sequence[str], name: str, other: str, length: int, times: floa
 
 def perplexity(file: str, name: str, other: str, bound: float, against: str) -> Finding:
     """Whether the perplexity of `name` is lower than that of `other` by `bound`; none where counting beats either."""
-    if not has_results(file):
+    if not has_results(file) or not {name, other} <= set(load(file)["variants"]):
         return not_run(against, file)
     results = load_compare(file)
     own, reference = (results["variants"][which]["eval_perplexity"]["values"] for which in (name, other))

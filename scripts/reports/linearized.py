@@ -4,7 +4,7 @@ from typing import Any
 
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table, paragraphs
-from ordnung.scripts.linearizing import measure
+from ordnung.scripts.linearizing import measure, report
 
 
 def _forms(name: str, run: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
@@ -37,6 +37,14 @@ def decoders(runs: dict[str, dict[str, Any]]) -> str:
     ]
     said = "Of what conversion lost, won back: " + "; ".join(won) + "."
     return paragraphs(_made_on(runs), markdown_table(header, body), said)
+
+
+def one_decoder(run: dict[str, Any]) -> str:
+    """What one of them costs to generate with, what it loses along a long text, and what it writes."""
+    parts = ["Generation, beside the teacher's:", report.cost_tables(run)]
+    if "longer" in run:
+        parts += ["One long text, read piece by piece, beyond what the teacher was trained on:", report.long_table(run)]
+    return paragraphs(*parts, report.written(run))
 
 
 def encoders(runs: dict[str, dict[str, Any]]) -> str:

@@ -22,6 +22,7 @@ from ordnung.scripts.experiments.options import CompareOptions, RecallOptions, T
 from ordnung.scripts.experiments.scores import SCORES
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.pretraining import run as pretraining
+from ordnung.scripts.reports import widths
 from ordnung.scripts.training.loop import NotFiniteError
 from ordnung.scripts.training.runs import claim_output_dir
 
@@ -397,8 +398,9 @@ def shipped(name, options_type):
     return parse_options(options_type, ["--config", str(path)])
 
 
-def test_protocol_matches_parameters_and_tries_rates_and_warm_ups():
-    options = shipped("compare_protocol", CompareOptions)
+@pytest.mark.parametrize("name", ["compare_protocol", "compare_feed_forward"])
+def test_protocol_matches_parameters_and_tries_rates_and_warm_ups(name):
+    options = shipped(name, CompareOptions)
     choices = sweep.grid(options.sweep)
     assert len(choices) == 9 and {choice["max_steps"] for choice in choices} == {600}
     assert len(options.seeds) >= 5 and options.pretrain["max_steps"] >= 1500
@@ -408,6 +410,14 @@ def test_protocol_matches_parameters_and_tries_rates_and_warm_ups():
             for config in variant_configs(options.variants, options.config_overrides, vocab_size=260).values()
         ]
     assert max(sizes) <= 1.02 * min(sizes)
+
+
+@pytest.mark.parametrize("name, options", [("compare_sizes", CompareOptions), ("recall_capacity", RecallOptions)])
+def test_names_end_with_the_width(name, options):
+    options = shipped(name, options)
+    configs = variant_configs(options.variants, options.config_overrides)
+    assert {int(variant.rpartition("_")[2]) == config.hidden_size for variant, config in configs.items()} == {True}
+    assert len({tuple(sorted(found)) for found in widths.by_kind({"variants": options.variants}).values()}) == 1
 
 
 def test_ladder_takes_every_score_beside_a_convolution():

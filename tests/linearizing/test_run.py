@@ -63,6 +63,9 @@ def test_a_decoder_is_linearized(run, data):
     assert f"{student:.3f} | {student - teacher:.3f} |" in " ".join(table.split())
     table = linearized.decoders({"tiny": found})
     assert f"{found['student']['loss']:.3f}" in table and "tiny, no mixing" in table and "3 of 3" in table
+    told = linearized.one_decoder(found)
+    assert f"{last['student_loss']:.3f}" in told and "teacher, static cache" in told
+    assert f"- student: {' '.join(found['text']['student'].split())}" in told
     card = (out / "README.md").read_text()
     assert (
         "`llama`" in card and "(floor)" in card and "Layer by layer" in card and f"{found['tokens']:,} tokens" in card
