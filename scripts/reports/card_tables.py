@@ -266,7 +266,7 @@ def decoders_table() -> str:
     found = {name: load(file) for name, file in DECODERS.items() if has_results(file)}
     parts = [linearized.decoders(found)] if found else []
     if left := [name for name in DECODERS if name not in found]:
-        parts.append(f"Not run yet: {', '.join(left)}.")
+        parts.append(f"Not run yet: {'; '.join(left)}.")
     if found:
         name, run = next(iter(found.items()))
         parts += [f"The first of these, {name}:", linearized.one_decoder(run)]

@@ -398,8 +398,8 @@ def shipped(name, options_type):
     return parse_options(options_type, ["--config", str(path)])
 
 
-@pytest.mark.parametrize("name", ["compare_protocol", "compare_feed_forward"])
-def test_protocol_matches_parameters_and_tries_rates_and_warm_ups(name):
+@pytest.mark.parametrize("name, most", [("compare_protocol", 1.02), ("compare_feed_forward", 1.05)])
+def test_protocol_matches_parameters_and_tries_rates_and_warm_ups(name, most):
     options = shipped(name, CompareOptions)
     choices = sweep.grid(options.sweep)
     assert len(choices) == 9 and {choice["max_steps"] for choice in choices} == {600}
@@ -409,7 +409,7 @@ def test_protocol_matches_parameters_and_tries_rates_and_warm_ups(name):
             AutoModelForCausalLM.from_config(config).num_parameters()
             for config in variant_configs(options.variants, options.config_overrides, vocab_size=260).values()
         ]
-    assert max(sizes) <= 1.02 * min(sizes)
+    assert max(sizes) <= most * min(sizes)
 
 
 @pytest.mark.parametrize("name, options", [("compare_sizes", CompareOptions), ("recall_capacity", RecallOptions)])
