@@ -30,6 +30,7 @@ def made(power, width, shift=1.0):
     }
 
 
+@pytest.mark.draws
 def test_slopes_are_those_of_the_loss_in_the_flops(tmp_path):
     variants = {f"conv_source_{width}": made(-0.05, width, 1.1) for width in (128, 32, 64)}
     variants |= {f"softmax_{width}": made(-0.1, width) for width in (32, 64, 128)}
@@ -49,6 +50,7 @@ def test_slopes_are_those_of_the_loss_in_the_flops(tmp_path):
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.draws
 def test_capacity_is_told_beside_the_bytes_of_the_state(tmp_path):
     def found(state, *shares):
         return {"parameters": 10 * state, "state_bytes": state, "accuracy": [{"values": [0.0] * 3}, {"values": shares}]}
