@@ -154,7 +154,12 @@ def _load(source, gguf_file: str | None = None) -> tuple[PreTrainedModel, set[st
             raise TypeError(f"`gguf_file` ({gguf_file!r}) is a file in a folder or on the Hub: give that as `source`")
         if not is_gguf_available():
             raise ImportError(f"`gguf_file` ({gguf_file!r}) is read by the package gguf: pip install 'ordnung[gguf]'")
-        config, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
+        except ValueError as error:
+            raise ValueError(
+                f"`gguf_file` ({gguf_file!r}) cannot be read ({error}): give a GGUF file that was downloaded whole"
+            ) from error
         _check_architecture(config.get("model_type"))
         loading = {"gguf_file": gguf_file, "dtype": torch.float32, "output_loading_info": True}
         if hasattr(transformers, "GgufConfig"):  # earlier versions dequantize always

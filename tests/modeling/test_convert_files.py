@@ -80,6 +80,14 @@ def test_gguf_file(tmp_path):
     assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("content", [b"", b"half of someth"])
+def test_a_broken_gguf_file_is_told_with_the_cure(content, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"`gguf_file` \('a.gguf'\) cannot be read .* downloaded whole"):
+        ordnung.convert(tmp_path, "softmax_lm", gguf_file="a.gguf")
+
+
 def test_gguf_without_its_library_is_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr("ordnung.modeling.convert.is_gguf_available", lambda: False)
     with pytest.raises(
