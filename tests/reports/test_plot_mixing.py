@@ -160,6 +160,21 @@ def test_program_draws_and_writes_figures(name, layers, heads, checkpoint, tmp_p
     assert "at rank 2 of 8 tokens" in capsys.readouterr().out
 
 
+def test_weights_are_written_where_they_are_asked_for(checkpoint, tmp_path):
+    folder, text = checkpoint("hybrid"), "the whale and the sea"
+    words = ["--model_name_or_path", folder, "--text", text, "--output_dir", str(tmp_path / "out")]
+    assert plot_mixing.main(words) == 0 and not (tmp_path / "out" / "mixing.json").exists()
+    assert plot_mixing.main([*words, "--weights"]) == 0
+    written = json.loads((tmp_path / "out" / "mixing.json").read_text())
+    assert (written["model_type"], written["text"]) == ("conv_lm", text)
+    model, tokenizer, _ = mixing.load(folder)
+    expected = mixing.mixing_weights(model, tokenizer(text, return_tensors="pt")["input_ids"])
+    assert [layer["layer_type"] for layer in written["layers"]] == model.config.layer_types
+    for layer, weights in zip(written["layers"], expected, strict=True):
+        told = torch.tensor([[[float(word) for word in row.split()] for row in head] for head in layer["weights"]])
+        torch.testing.assert_close(told, weights.abs(), rtol=6e-3, atol=0)
+
+
 def test_kernels_are_the_mixers_weights_by_lag():
     model = make("conv_lm", **HYBRID)
     with torch.no_grad():
