@@ -126,6 +126,7 @@ class CompareOptions(VariantOptions):
         "Options of pretrain.py for all runs: max_steps=100,block_size=128.", section="training", action=MergeKeyValues
     )
     baseline: str | None = option(None, "Variant that perplexity is held against.")
+    only: list[str] | None = option(None, "Of the variants, those to train and to tell now; default: all.")
     sweep: str | None = option(
         None,
         "Tried first on each variant, whose best it then trains with: options of pretrain.py with lists of values, and "
@@ -142,6 +143,8 @@ class CompareOptions(VariantOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.only:
+            self._leave_out([name for name in self.variants if name not in self.only])
         if self.baseline is not None and self.baseline not in self.variants:
             raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
         self.equal_compute = self.equal_compute or []
@@ -169,6 +172,13 @@ class CompareOptions(VariantOptions):
         self.sweep = self.sweep or {}
         if self.sweep and not any(isinstance(values, list) for values in self.sweep.values()):
             raise ScriptError("--sweep has no list of values to choose from: learning_rate=[1e-3,3e-3]")
+
+    def _leave_out(self, others: list[str]):
+        if unknown := set(self.only) - set(self.variants):
+            raise ScriptError(f"--only {min(unknown)} must be one of the variants {', '.join(self.variants)}")
+        self.variants = {name: variant for name, variant in self.variants.items() if name not in others}
+        for field in ("equal_compute", "equal_compute_only"):
+            setattr(self, field, [name for name in getattr(self, field) or [] if name not in others])
 
 
 @dataclass(kw_only=True)

@@ -279,6 +279,15 @@ class TestCompareProgram:
             compare_program.main([*argv, "--variants", json.dumps(deeper)])
         assert not (tmp_path / "out" / "runs" / "deeper-seed0").exists()
 
+    def test_some_of_the_variants_now_and_the_others_later(self, argv, tmp_path):
+        argv += ["--seeds", "0"]
+        assert compare_program.main([*argv, "--only", "softmax"]) == 0
+        assert {folder.name for folder in (tmp_path / "out" / "runs").iterdir()} == {"softmax-seed0"}
+        table = (tmp_path / "out" / "results.md").read_text()
+        assert "| softmax" in table and "| conv" not in table
+        assert compare_program.main(argv) == 0
+        assert set(json.loads((tmp_path / "out" / "results.json").read_text())["variants"]) == {"conv", "softmax"}
+
     def test_a_dear_variant_at_the_flops_of_another(self, argv, tmp_path):
         variants = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
         argv += ["--variants", json.dumps(variants), "--seeds", "0", "--pretrain", "max_steps=12"]
@@ -337,6 +346,8 @@ class TestCompareProgram:
             (["--sweep", "learning_rat=[0.1,0.2]"], "did you mean 'learning_rate'"),
             (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
             (["--equal_compute", "conv_lm"], "--equal_compute conv_lm must be one of the variants conv, softmax"),
+            (["--only", "no"], "--only no must be one of the variants conv, softmax"),
+            (["--only", "conv", "--baseline", "softmax"], "--baseline softmax must be one of the variants conv$"),
             (["--equal_compute_with", "no"], "--equal_compute_with no must be one of the variants conv, softmax"),
             (["--equal_compute_only", "conv"], "--equal_compute_only conv must be one of equal_compute"),
             (
