@@ -17,6 +17,7 @@ from ordnung.scripts.common.options import arguments, parse_options
 from ordnung.scripts.common.tables import markdown_table, paragraphs, summarise, write_results
 from ordnung.scripts.experiments import sweep
 from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, check_pretrain, prepare_data
+from ordnung.scripts.experiments.earlier import Earlier
 from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions, VariantOptions
 from ordnung.scripts.experiments.variants import variant_configs
@@ -169,6 +170,10 @@ def markdown(results: dict) -> str:
     return paragraphs(
         f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, {seeds_described(results['seeds'])}; "
         f"relative figures are paired by seed. {described(results['machine'])}",
+        *(
+            f"Trained earlier: {', '.join(origin['variants'])}. {described(origin['machine'])}"
+            for origin in results.get("earlier", [])
+        ),
         markdown_table(header, body + ngram_rows(results, header)),
         *beside_counting(results),
         *([sweep.described(results)] if "sweep" in results else []),
@@ -257,17 +262,26 @@ def run(options: CompareOptions) -> int:
         for choice in sweep.grid(options.sweep):
             check_pretrain({**options.pretrain, **choice})
         settings["sweep"] = options.sweep
+    earlier = Earlier(options.earlier, settings, options.variants, options.seeds)
     claim_output_dir(output_dir, settings, options.variants)
     data = prepare_data(output_dir, shared)
     common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data
     tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])
     variants = with_equal_compute(options, tokenizer)
+    lengths = {name: lengthened(options.pretrain, ratio) for name, (_, ratio) in variants.items()}
+    taken = earlier.trained(variants, {name: own.get("max_steps") for name, own in lengths.items()})
+    if taken:
+        earlier.check_text(ngram_lines(shared, data, options.seeds[:1]))
+        print(f"{options.earlier}: {', '.join(taken)} taken over")
 
     folders = {name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in variants}
-    for name, (_, ratio) in variants.items():
-        check_lengths(folders[name], lengthened(options.pretrain, ratio))
+    for name, steps in lengths.items():
+        check_lengths(folders[name], steps)
     tried: dict[str, list[dict]] = {}
     for name, variant in options.variants.items() if options.sweep else ():
+        if name in earlier.tried:
+            tried[name] = earlier.tried[name]
+            continue
         ratio = variants[name + EQUAL][1] if name in options.equal_compute_only else 1.0
         status, tried[name] = sweep.try_all(
             sweep.grid({**options.sweep, **lengthened(options.sweep, ratio)}),
@@ -281,15 +295,17 @@ def run(options: CompareOptions) -> int:
     chosen = {name: sweep.best(tried[name.removesuffix(EQUAL)], options.sweep) if tried else {} for name in variants}
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for i, seed in enumerate(options.seeds):
-        for name, (variant, ratio) in variants.items():
-            own = {**common, **chosen[name], **lengthened(options.pretrain, ratio), "seed": seed}
+        for name, (variant, _) in variants.items():
+            if name in taken:
+                continue
+            own = {**common, **chosen[name], **lengths[name], "seed": seed}
             status = pretrain(options, variant, own, folders[name][i])
             if status:
                 return status
 
     documents = corpus.load_files([data["validation_file"]], "validation_file", "text", streaming=False)
     held_out = held_out_blocks(shared, documents, tokenizer)
-    variants = {name: collect(folders[name], shared, held_out) for name in variants}
+    variants = {name: taken.get(name) or collect(folders[name], shared, held_out) for name in variants}
     if options.baseline is not None:
         hold_against(variants, options.baseline)
     results = {
@@ -302,5 +318,7 @@ def run(options: CompareOptions) -> int:
     }
     if tried:
         results["sweep"] = tried
+    if taken:
+        results["earlier"] = earlier.origins(taken)
     write_results(output_dir, results, markdown, positions=plot)
     return 0

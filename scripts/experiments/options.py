@@ -127,6 +127,11 @@ class CompareOptions(VariantOptions):
     )
     baseline: str | None = option(None, "Variant that perplexity is held against.")
     only: list[str] | None = option(None, "Of the variants, those to train and to tell now; default: all.")
+    earlier: str | None = option(
+        None,
+        "results.json of an earlier run with the same settings, seeds and text: what it tried and trained is taken "
+        "over, also where its runs are gone.",
+    )
     sweep: str | None = option(
         None,
         "Tried first on each variant, whose best it then trains with: options of pretrain.py with lists of values, and "

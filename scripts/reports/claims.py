@@ -37,8 +37,9 @@ from ordnung.scripts.reports.results import (
     FUNCTION,
     PROTOCOL,
     Timings,
+    commits,
     has_results,
-    load,
+    machines,
 )
 
 ARTICLE = "MikeyBeez, DifferentialLR, [zenodo 18498944](https://zenodo.org/records/18498944)"
@@ -240,11 +241,6 @@ def all_claims() -> list[Claim]:
     return [claim for claims in FAMILIES.values() for claim in claims()]
 
 
-def _commit(file: str | None) -> str:
-    commit = load(file)["machine"].get("commit") if file and has_results(file) else None
-    return "-" if not file else f"`{commit[:10]}`" if commit else "not recorded"
-
-
 def markdown(claims: Sequence[Claim]) -> str:
     """A row a claim: what was claimed, on what it rested, what was measured against which lines, and the verdict."""
     body = []
@@ -260,9 +256,9 @@ def evidence(claims: Sequence[Claim]) -> str:
     for claim in claims:
         for finding in claim.findings:
             if finding.file and has_results(finding.file):
-                machine = load(finding.file)["machine"]
                 place = f"[{finding.file}.json](results/{finding.file}.json): {finding.key}"
-                row = [f'"{claim.quote}"', place, f"`{machine['command']}`", _commit(finding.file)]
+                commands = "<br>".join(f"`{machine['command']}`" for machine in machines(finding.file))
+                row = [f'"{claim.quote}"', place, commands, commits(finding.file)]
                 if row not in body:
                     body.append(row)
     return markdown_table(["claim", "results", "command", "commit"], body, padded=False)

@@ -26,6 +26,7 @@ from ordnung.scripts.reports.results import (
     CONV_BENCHMARKS,
     ENCODER_BENCHMARKS,
     RESULTS,
+    commits,
     load,
     load_compare,
 )
@@ -78,8 +79,7 @@ window.drawn.then(() => document.body.dataset.drawn = "yes");
 def point(metric: str, name: str, x: float, y: float, file: str, family: str | None = None, **more) -> dict:
     """One point of a curve; `more` are `low` and `high` of its interval, and `n`."""
     family = family_of(name) if family is None else family
-    commit = load(file)["machine"].get("commit")
-    source = f"{file}.json, " + (f"commit {commit[:10]}" if commit else "commit not recorded")
+    source = f"{file}.json, commit {commits(file).replace('`', '')}"
     known = family if family in SHOWN else OTHERS
     ends = {key: float(f"{value:.4g}") for key, value in more.items()}
     return {"metric": metric, "name": name, "family": known, "x": x, "y": float(f"{y:.5g}"), "source": source, **ends}

@@ -31,6 +31,18 @@ def has_results(name: str) -> bool:
     return (RESULTS / f"{name}.json").exists()
 
 
+def machines(name: str) -> list[dict]:
+    """Machine, command and commit of all runs that a file holds: its own, and those of `compare --earlier`."""
+    results = load(name)
+    return [results["machine"], *(one["machine"] for one in results.get("earlier", []))]
+
+
+def commits(name: str) -> str:
+    """The first ten digits of the commits of all runs that a file holds."""
+    found = dict.fromkeys(machine.get("commit") for machine in machines(name))
+    return ", ".join(f"`{commit[:10]}`" if commit else "not recorded" for commit in found)
+
+
 def key(row: dict) -> tuple[str, str, int]:
     return row["task"], row["name"], row["length"]
 

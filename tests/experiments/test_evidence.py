@@ -288,6 +288,49 @@ class TestCompareProgram:
         assert compare_program.main(argv) == 0
         assert set(json.loads((tmp_path / "out" / "results.json").read_text())["variants"]) == {"conv", "softmax"}
 
+    def test_what_an_earlier_comparison_has_trained_is_taken_over(self, argv, tmp_path, monkeypatch, capsys):
+        argv += ["--sweep", "learning_rate=[1e-3,1e-2],max_steps=2"]
+        assert compare_program.main([*argv, "--only", "softmax", "--output_dir", str(tmp_path / "first")]) == 0
+        path = tmp_path / "first" / "results.json"
+        first = json.loads(path.read_text())
+        ran, run = [], pretraining.run
+        monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or run(options))
+        (tmp_path / "text.jsonl").rename(tmp_path / "moved.jsonl")
+        argv += ["--pretrain", f"train_file={tmp_path / 'moved.jsonl'}"]
+        twice = ["--earlier", str(path), "--equal_compute", "conv", "--equal_compute_with", "softmax"]
+        assert compare_program.main([*argv, *twice]) == 0
+        assert {Path(options.output_dir).name.split("-")[0] for options in ran[2:]} == {"conv", "conv_equal_compute"}
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["variants"]["softmax"] == first["variants"]["softmax"] and len(results["variants"]["conv"]) > 9
+        assert results["sweep"]["softmax"] == first["sweep"]["softmax"] and len(results["sweep"]["conv"]) == 2
+        assert results["earlier"] == [{"machine": first["machine"], "variants": ["softmax"]}]
+        assert "Trained earlier: softmax." in capsys.readouterr().out
+
+        # a file that has taken over is itself taken over, and says who has trained what
+        del ran[:]
+        path = tmp_path / "out" / "results.json"
+        again = [*argv, "--earlier", str(path), "--output_dir", str(tmp_path / "again")]
+        assert compare_program.main(again) == 0 and not ran
+        third = json.loads((tmp_path / "again" / "results.json").read_text())
+        assert [origin["variants"] for origin in third["earlier"]] == [["softmax"], ["conv"]]
+        assert [origin["machine"] for origin in third["earlier"]] == [first["machine"], results["machine"]]
+
+        for wrong, message in (
+            (["--pretrain", "max_steps=4"], 'was made with pretrain .*"max_steps": 3.*, not .*"max_steps": 4'),
+            (["--seeds", "0"], r"was made with seeds \[0, 1\], not \[0\]: leave it out"),
+            (["--variants", "softmax={model_type: softmax_lm}"], "was made with variant softmax "),
+            (["--earlier", str(tmp_path / "out" / "settings.json")], "is no results.json of compare.py"),
+        ):
+            with pytest.raises(ScriptError, match=message):
+                compare_program.main([*again, *wrong, "--output_dir", str(tmp_path / "wrong")])
+        lines = (tmp_path / "moved.jsonl").read_text().split("\n")
+        (tmp_path / "moved.jsonl").write_text("\n".join(lines[:20]))
+        with pytest.raises(
+            ScriptError, match="was made with another text: a bigram that has counted it has perplexity"
+        ):
+            compare_program.main([*again, "--output_dir", str(tmp_path / "wrong")])
+        assert not ran
+
     def test_a_dear_variant_at_the_flops_of_another(self, argv, tmp_path):
         variants = {"cubic": {"model_type": "cubic_prefix_lm"}, "softmax": {"model_type": "softmax_lm"}}
         argv += ["--variants", json.dumps(variants), "--seeds", "0", "--pretrain", "max_steps=12"]

@@ -48,6 +48,12 @@ def test_evidence_names_key_command_and_commit(files):
     assert "`0123456789`" in row and "growth" in row and "--output_file" in row and "(results/growth.json)" in row
     assert any("not recorded" in row for row in rows)  # of files from before commits were
 
+    older = {"machine": {"commit": "fedcba9876543210", "command": "ordnung older"}, "variants": ["softmax"]}
+    change(files, "growth", lambda value: value.update(earlier=[older]))
+    rows = claims.evidence(claims.all_claims()).split("\n")
+    (row,) = [row for row in rows if "cubic_prefix_lm and softmax_lm, decode" in row]
+    assert "`0123456789`, `fedcba9876`" in row and "<br>`ordnung older`" in row
+
 
 def test_a_claim_without_an_experiment_is_not_decided():
     assert claim("the FFN does the mixing").verdict == OPEN
