@@ -257,7 +257,7 @@ class QuadraticKernelAttention(Mixer):
     def flops(self, seq_len: int) -> int:
         config, N, d, e = self.config, seq_len, self.config.head_dim, self.value_dim + 1
         inside = across = 0  # pairs of a block's tokens with those they see, later ones too; features made and read
-        for entering, block in steps(N, Split.of(N, d, config.chunk_size), return_state=False):
+        for entering, block in steps(N, Split.of(N, d, config.chunk_size, config.decay_gate), return_state=False):
             size = block.stop - block.start
             inside += size * (block.stop - block.near)
             across += (size if block.near else 0) + (entering.stop - entering.start if entering else 0)

@@ -93,9 +93,9 @@ def centre(x, mode, total, count, lengths=None):
 def quadratic_kernel(
     query, key, value, kernel, log_decay=None, state=None, lengths=None, chunk_size=None, return_state=False
 ):
-    """The formula above in blocks: weights of pairs in a block and the one before, a state of features for the rest.
+    """The formula above in blocks: weights of pairs in a block and near it, a state of features for the rest.
 
-    A row of one chunk without a state needs no features at all, and none of up to `most_pairs(d)` tokens, about d^2,
+    A row of one block without a state needs no features at all, and none of up to `most_pairs(d)` tokens, about d^2,
     if no `chunk_size` is given: pairs are cheaper there. Computed in float32 at least, under autocast too, and
     on a CPU the scores of pairs in float64.
 
@@ -107,8 +107,8 @@ def quadratic_kernel(
         state: (R, H, dv + 1, D), what an earlier call returned; None at the beginning. It is left as it is.
         lengths: (R,) real tokens of each row, which come first; None if all are. The outputs of others are finite and
             mean nothing, and the state does not count them.
-        chunk_size: two blocks. A token sees at least half as many before it pair by pair, and at most as many. If None,
-            192, and a short row all as pairs.
+        chunk_size: two blocks. With a decay, a token sees at least half as many before it pair by pair, and at most as
+            many; without one, at most half as many. If None, 192, and a short row all as pairs.
         return_state: whether to return the state after the real tokens.
 
     Returns:
@@ -134,7 +134,9 @@ def quadratic_kernel(
         padding = (torch.arange(N, device=q.device) >= lengths[:, None]).repeat_interleave(H, dim=0)  # (X, N)
         k = k.masked_fill(padding[:, None], 0)
         g = None if g is None else g.masked_fill(padding, 0)
-    split = None if is_graph() else Split.of(N, d, chunk_size)  # a graph for any length has no loop over blocks
+    split = (
+        None if is_graph() else Split.of(N, d, chunk_size, g is not None)
+    )  # a graph for any length has no loop over blocks
     S = None if state is None else state.to(dtype).flatten(0, 1)
     arguments = q, k, v, g, S, factors, kernel.gamma + EPS, split, return_state
     traced = torch.compiler.is_compiling() or is_graph()

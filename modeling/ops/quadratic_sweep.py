@@ -1,13 +1,14 @@
 """The sums of `ops.quadratic_kernel` over blocks of tokens, and their gradients.
 
 Legend: X rows times heads, N tokens, p entries of q~ and k~, e value size + 1, C tokens of a block, K tokens of it and
-those before it that it sees pair by pair, F features.
+those before it that it sees pair by pair, F features, n blocks that are computed together.
 
     U[i] = sum over j <= i of ((q~[i] . k~[j])^2 + gamma) exp(G[i] - G[j]) v[j]
 
-with the weights of pairs in a block and some tokens before it, and for older ones through the state S (X, e, F), the
-sum of v features(k~). Where a gate leaves few tokens, they are near ones; a weight near a zero of the kernel would be a
-small difference of large features, and is none as a pair.
+with the weights of pairs in a block and, if gated, some tokens before it, and for older ones through the state S
+(X, e, F), the sum of v features(k~). Where a gate leaves few tokens, they are near ones; a weight near a zero of the
+kernel would be a small difference of large features, and is none as a pair. Without a gate all tokens count, and an
+error in one weight is small beside their sum.
 """
 
 from typing import NamedTuple
@@ -15,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ordnung.modeling.ops.symmetric_square import counted, counted_vjp, features, features_vjp
+from ordnung.modeling.ops.symmetric_square import counted, counted_vjp, features, features_vjp, num_features
 
 CHUNK_SIZE = 192  # the fastest of 96 to 320 on a CPU, at 256 to 16,384 tokens and queries of 16 to 64
+AT_ONCE = 2**19  # scores, or features, of the blocks that are computed together: what a CPU's cache holds
 
 
 class Split(NamedTuple):
@@ -27,10 +29,12 @@ class Split(NamedTuple):
     reach: int
 
     @classmethod
-    def of(cls, N, d, chunk_size=None):
+    def of(cls, N, d, chunk_size=None, gated=True):
         """For N tokens with queries of size d; see `quadratic_kernel`."""
         size = -(-(chunk_size or CHUNK_SIZE) // 2)
-        return cls(size, N if chunk_size is None and N <= most_pairs(d) else size)
+        if chunk_size is None and N <= most_pairs(d):
+            return cls(size, N)
+        return cls(size, size if gated else 0)
 
 
 def most_pairs(d):
@@ -48,6 +52,10 @@ class Block(NamedTuple):
     near: int
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
     @property
     def queries(self) -> slice:
@@ -71,6 +79,23 @@ def steps(N, split, return_state):
             yield slice(start, min(start + size, N)), None
 
 
+def together(order, most):
+    """Lists of up to `most` of the steps in order, in which blocks are of one form and as many tokens enter."""
+
+    def form(entering, block):
+        enters = entering and entering.stop - entering.start
+        return (enters, block.start - block.near, block.stop - block.start) if enters and block else None
+
+    group = []
+    for step in order:
+        if group and not (len(group) < most and form(*step) is not None and form(*step) == form(*group[0])):
+            yield group
+            group = []
+        group.append(step)
+    if group:
+        yield group
+
+
 def sweep(q, k, v, g, S, factors, gamma, split, return_state):
     """Sums of weighted values and of weights (X, e, N); and the state after all, or None.
 
@@ -84,33 +109,54 @@ def sweep(q, k, v, g, S, factors, gamma, split, return_state):
         split: a `Split`, or None for one block.
         return_state: as `quadratic_kernel` takes it.
     """
+    X, p, N = q.shape
+    most = 1
+    if split and not torch.compiler.is_compiling():
+        most = AT_ONCE // (X * split.size * max(split.size + split.reach, num_features(p)))
     outputs, own = [], False  # own: whether the state is a tensor that may be changed
-    for entering, block in steps(q.shape[2], split, return_state):
-        if entering is not None:
+    for group in together(steps(N, split, return_state), most):
+        (entering, block), n = group[0], len(group)
+        if n > 1:
+            states = add_blocks(S, k, v, g, entering, n)
+            S, own = states[-1], not torch.is_grad_enabled()
+        elif entering is not None:
             S, own = add_to_state(S, k, v, g, entering, own), not torch.is_grad_enabled()
         if block is None:
             continue
-        q_c, v_c, decay = q[..., block.queries] * factors, v[..., block.keys], Decay.of(g, block)
-        weights = weights_of(scores_of(q_c, k, block), gamma, block, v.dtype)
+        before = S if n == 1 else torch.stack(states, 1).flatten(0, 1)
+        q_c = blocks_of(q, block.queries, n) * factors.repeat_interleave(n, 0)
+        k_c, v_c, g_c = (x if x is None else blocks_of(x, block.keys, n, block.size) for x in (k, v, g))
+        weights, decay = weights_of(scores_of(q_c, k_c), gamma, v.dtype), Decay.of(g_c, block.size)
         U = torch.bmm(v_c, weights if decay is None else weights * decay.within)
-        if S is not None:
-            past = read_state(S, q_c, gamma)
+        if before is not None:
+            past = read_state(before, q_c, gamma)
             U = U + (past if decay is None else past * decay.since)
-        outputs.append(U)
+        outputs.append(U if n == 1 else U.unflatten(0, (X, n)).transpose(1, 2).flatten(2))
     return torch.cat(outputs, dim=2), S if return_state else None
 
 
-def scores_of(q, k, block):
-    """(X, K, C) q~ . k~ for the queries (X, p, C) of a block."""
-    return torch.bmm(k[..., block.keys].to(q.dtype).mT, q)
+def blocks_of(x, tokens, n, step=None):
+    """(X n, ..., C): some tokens of x (X, ..., N), and n - 1 times as many, each `step` (default: C) after the last."""
+    length = tokens.stop - tokens.start
+    if n == 1:
+        return x[..., tokens]
+    step = step or length
+    return x[..., tokens.start : tokens.stop + (n - 1) * step].unfold(-1, length, step).movedim(-2, 1).flatten(0, 1)
 
 
-def weights_of(scores, gamma, block, dtype):
-    """Weights (X, K, C) before their decay; scores are changed where no gradient needs them."""
-    unseen = block.near - block.start  # the diagonal above which queries see keys
+def scores_of(q, k):
+    """(X, K, C) q~ . k~ of queries (X, p, C) and keys (X, p, K)."""
+    return torch.bmm(k.to(q.dtype).mT, q)
+
+
+def weights_of(scores, gamma, dtype):
+    """Weights (X, K, C) before their decay, where the last C keys are the queries' own; scores may be changed."""
+    K, C = scores.shape[1:]
     if torch.is_grad_enabled():
-        return (scores.square().to(dtype) + gamma).triu(unseen)
-    return scores.square_().to(dtype).add_(gamma).triu_(unseen)
+        return (scores.square().to(dtype) + gamma).triu(C - K)
+    weights = scores.to(dtype).square_().add_(gamma)
+    weights[:, K - C :].triu_()
+    return weights
 
 
 def sums_of(g):
@@ -125,13 +171,17 @@ class Decay(NamedTuple):
     since: torch.Tensor  # (X, 1, C): of what is in the state
 
     @classmethod
-    def of(cls, g, block):
-        """For log decays (X, N); None of None."""
+    def of(cls, g, C):
+        """For log decays (X, K), of which the last C are the queries'; None of None."""
         if g is None:
             return None
-        G = sums_of(g[:, block.keys])[:, None]
-        own = G[..., block.start - block.near :]
+        G = sums_of(g)[:, None]
+        own = G[..., -C:]
         return cls((own - G.mT).to(g.dtype).clamp(max=0).exp(), own.to(g.dtype).exp())
+
+
+def decay_of(g, block):
+    return None if g is None else Decay.of(g[:, block.keys], block.size)
 
 
 def leaving(g):
@@ -166,6 +216,21 @@ def add_to_state(S, k, v, g, tokens, own):
     return S.baddbmm_(v, mapped) if own else torch.baddbmm(S, v, mapped)
 
 
+def add_blocks(S, k, v, g, tokens, n):
+    """The states (X, e, F) after some tokens, after as many more, and so on: n of them, from S or None."""
+    k, v, g = (x if x is None else blocks_of(x, tokens, n) for x in (k, v, g))
+    if g is not None:
+        to_end, whole = (x.unflatten(0, (-1, n)) for x in leaving(g))
+        v = v * to_end.flatten(0, 1)
+    added, states = torch.bmm(v, features(k).mT).unflatten(0, (-1, n)).unbind(1), []
+    for i, more in enumerate(added):
+        if S is not None:
+            more = more + S if g is None else torch.addcmul(more, S, whole[:, i])
+        states.append(more)
+        S = more
+    return states
+
+
 class Sweep(torch.autograd.Function):
     """`sweep`, with a backward pass that makes features and states again instead of keeping them.
 
@@ -194,11 +259,11 @@ class Sweep(torch.autograd.Function):
                 continue
             if entering is not None:
                 S, own = add_to_state(S, k, v, g, entering, own), True
-            queries, keys, decay = block.queries, block.keys, Decay.of(g, block)
+            queries, keys, decay = block.queries, block.keys, decay_of(g, block)
             q_c, dU_c = q[..., queries] * factors, dU[..., queries]
-            scores = scores_of(q_c, k, block)
+            scores = scores_of(q_c, k[..., keys])
             d_scores = torch.bmm(v[..., keys].mT, dU_c).mul_(2 * scores.to(v.dtype))
-            weights = weights_of(scores, gamma, block, v.dtype)
+            weights = weights_of(scores, gamma, v.dtype)
             d_scores.triu_(block.near - block.start)
             if decay is not None:
                 weights, d_scores = weights.mul_(decay.within), d_scores.mul_(decay.within)
@@ -212,7 +277,7 @@ class Sweep(torch.autograd.Function):
             d_factors += (dq_c * q[..., queries]).sum(2, keepdim=True)
         for entering, block in reversed(order):
             if block is not None and (first is not None or block.near > 0):  # it has read a state
-                decay = Decay.of(g, block)
+                decay = decay_of(g, block)
                 seen = dU[..., block.queries] if decay is None else dU[..., block.queries] * decay.since
                 read = torch.bmm(seen, mapped_queries((q[..., block.queries] * factors).to(k.dtype), gamma).mT)
                 dS = read if dS is None else dS + read

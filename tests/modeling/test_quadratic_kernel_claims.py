@@ -125,9 +125,9 @@ def test_cost_of_a_token_does_not_grow_with_the_length():
 
 
 def test_cost_of_a_token_grows_as_the_cube_of_the_head_size():
-    """O(n d^3): what the state costs, which is all but the pairs inside of a chunk, and not O(d^2)."""
+    """O(n d^3): what the state costs, which is all but the pairs inside of a block, half a chunk, and not O(d^2)."""
     sizes, n = (16, 32, 64), 2048
-    state = [mixing_flops(d, n) - 2 * 2 * n * 128 * (2 * d + 2) for d in sizes]
+    state = [mixing_flops(d, n) - 2 * 2 * n * 64 * (2 * d + 2) for d in sizes]
     for a, b in zip(state, state[1:]):
         assert 2.6 < math.log2(b / a) < 3.0
 
