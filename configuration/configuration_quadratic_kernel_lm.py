@@ -28,8 +28,8 @@ class QuadraticKernelLMConfig(BackboneConfig):
         v_head_dim: size of a head's values, `hidden_size / num_attention_heads` if None.
         chunk_size: tokens whose weights are computed pair by pair, of each token from half as many before it to all of
             these, and without a gate at most half as many; older ones are seen through the state. It changes speed and
-            memory, not the result. None for 192, and for rows of up to about d^2 tokens (260, 953, 3,646 for d = 16, 32,
-            64) all of them, which is faster and takes more memory.
+            memory, not the result. None for 192, and for rows of up to about d^2 tokens (260, 953, 3,646 for d = 16,
+            32, 64) all of them, which is faster and takes more memory.
         score_bound_coef: how much the loss grows with scores beyond 4 in size: this times the mean of the squared
             excess, over the pairs of tokens inside a chunk. In training only.
 

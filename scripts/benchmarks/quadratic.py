@@ -17,7 +17,7 @@ from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks.measure import in_turns, summarise, thread_timer
 from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import new_figure
+from ordnung.scripts.common.figures import legend_below, new_figure
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -239,24 +239,24 @@ def claims(results: dict) -> str:
 def plot(results: dict, image: Path) -> None:
     """Speed against fused softmax, and time of a decoded token, by length."""
     sizes = results["settings"]["head_sizes"]
-    figure, panels = new_figure(1, 3, figsize=(13, 4))
+    figure, panels = new_figure(1, 3, figsize=(13, 4.6))
     for panel, (task, title) in zip(panels, TASKS.items()):
         for i, d in enumerate(sizes):
             rows = [row for row in results["lengths"] if row["head_size"] == d]
             line = [row["length"] for row in rows], [faster(row, task) for row in rows]
             panel.plot(*line, marker="o", markersize=3, color=f"C{i}", label=f"d = {d}")
         panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
-        panel.set(title=f"{title}: speed / softmax's", xlabel="tokens", xscale="log", yscale="log")
+        panel.set(title=title, ylabel="times as fast as fused softmax", xlabel="tokens", xscale="log", yscale="log")
     for i, d in enumerate(sizes):
         rows = [row for row in results["decoding"] if row["head_size"] == d]
         for name, line in zip(CACHES, ("-", ":", "--")):
-            label = f"d = {d}, {name if name == 'state' else name + ' cache'}"
+            label = f"d = {d}" + ("" if name == "state" else f", softmax, {name} cache")
             times = [1e6 * row[name]["median"] for row in rows]
             panels[2].plot([row["length"] for row in rows], times, line, color=f"C{i}", label=label)
-    panels[2].set(title="one decoded token, µs", xlabel="tokens before", xscale="log", yscale="log")
+    panels[2].set(title="One decoded token", ylabel="µs", xlabel="tokens before", xscale="log", yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+    legend_below(figure, panels[2:], columns=3)
     figure.savefig(image, dpi=120)
 
 
