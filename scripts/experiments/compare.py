@@ -17,7 +17,7 @@ from ordnung.scripts.common.options import arguments, parse_options
 from ordnung.scripts.common.tables import markdown_table, paragraphs, summarise, write_results
 from ordnung.scripts.experiments import sweep
 from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, check_pretrain, prepare_data
-from ordnung.scripts.experiments.earlier import Earlier
+from ordnung.scripts.experiments.earlier import EarlierComparison, trained_earlier
 from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions, VariantOptions
 from ordnung.scripts.experiments.variants import variant_configs
@@ -170,10 +170,7 @@ def markdown(results: dict) -> str:
     return paragraphs(
         f"Held-out text after {' or '.join(map(str, sorted(lengths)))} steps, {seeds_described(results['seeds'])}; "
         f"relative figures are paired by seed. {described(results['machine'])}",
-        *(
-            f"Trained earlier: {', '.join(origin['variants'])}. {described(origin['machine'])}"
-            for origin in results.get("earlier", [])
-        ),
+        *trained_earlier(results),
         markdown_table(header, body + ngram_rows(results, header)),
         *beside_counting(results),
         *([sweep.described(results)] if "sweep" in results else []),
@@ -262,7 +259,7 @@ def run(options: CompareOptions) -> int:
         for choice in sweep.grid(options.sweep):
             check_pretrain({**options.pretrain, **choice})
         settings["sweep"] = options.sweep
-    earlier = Earlier(options.earlier, settings, options.variants, options.seeds)
+    earlier = EarlierComparison(options.earlier, settings | {"seeds": options.seeds}, options.variants)
     claim_output_dir(output_dir, settings, options.variants)
     data = prepare_data(output_dir, shared)
     common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data

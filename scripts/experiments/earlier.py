@@ -1,4 +1,4 @@
-"""Variants that an earlier comparison has trained, taken over from its results file: the runs may lie elsewhere."""
+"""Variants that an earlier run of a program has trained, taken over from its results file: its folder may be gone."""
 
 import json
 import math
@@ -7,42 +7,95 @@ from typing import Any
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json
+from ordnung.scripts.common.machine import described
 
 FILES = ("train_file", "validation_file")  # may lie elsewhere; counting n-grams tells whether they hold the same text
 
 
+def trained_earlier(results: dict[str, Any]) -> list[str]:
+    """A sentence for each earlier run that a results file has taken variants from."""
+    return [
+        f"Trained earlier: {', '.join(origin['variants'])}. {described(origin['machine'])}"
+        for origin in results.get("earlier", [])
+    ]
+
+
 class Earlier:
-    """What a results file of compare.py has to give to a comparison of the same settings.
+    """What a results file gives to another run of its program.
 
     Args:
-        path: of the file; None for a comparison without one.
-        settings: `pretrain`, `config_overrides` and, with one, `sweep` of the comparison.
+        path: of the file; None for a run without one.
+        settings: of the run, as the file holds them, with its `seeds` and without its variants.
         variants: its table.
+        holds: what else a file of this program holds.
+        files: settings of `pretrain` that may differ.
     Raises:
-        ScriptError: the file is no results file of compare.py; settings, seeds or a variant are not the same.
+        ScriptError: the file is of something else; settings, seeds or a variant are not the same.
     """
 
-    def __init__(self, path: str | None, settings: dict[str, Any], variants: dict[str, dict], seeds: list[int]):
-        self.path = path
-        self.results = read_json(Path(path)) if path else {"variants": {}, "settings": {"variants": {}}}
+    def __init__(self, path: str | None, settings: dict[str, Any], variants: dict[str, dict], holds: str, files=()):
+        self.path, self.results = path, {"variants": {}}
         if path:
-            self._check(json.loads(json.dumps({**settings, "seeds": seeds, "variants": variants})))
-        self.tried: dict[str, list[dict]] = self.results.get("sweep", {})
+            self.results = read_json(Path(path))
+            if not {"settings", "variants", holds, "machine", "seeds"} <= self.results.keys():
+                raise ScriptError(f"--earlier {path} is no results.json of this program with {holds}")
+            self._check(*json.loads(json.dumps([settings, variants])), files)
 
-    def _check(self, wanted: dict[str, Any]):
-        if not {"settings", "variants", "ngrams", "machine", "seeds"} <= self.results.keys():
-            raise ScriptError(f"--earlier {self.path} is no results.json of compare.py that counts n-grams")
+    def _check(self, settings: dict[str, Any], variants: dict[str, dict], files):
         there = {**self.results["settings"], "seeds": self.results["seeds"]}
-        of_here, of_there = wanted.pop("variants"), there.pop("variants")
-        for both in (wanted, there):
-            both["pretrain"] = {name: value for name, value in both["pretrain"].items() if name not in FILES}
-        pairs = [(name, there.get(name), wanted.get(name)) for name in sorted(there.keys() | wanted.keys())]
-        pairs += [(f"variant {name}", of_there[name], of_here[name]) for name in of_there if name in of_here]
+        of_there = there.pop("variants")
+        for both in (settings, there):
+            both["pretrain"] = {name: value for name, value in (both["pretrain"] or {}).items() if name not in files}
+        # options of a task that only one has decide nothing
+        of_one = {name for name in there.keys() ^ settings.keys() if name.startswith("finetune ")}
+        names = (there.keys() | settings.keys()) - of_one
+        pairs = [(name, there.get(name), settings.get(name)) for name in sorted(names)]
+        pairs += [(f"variant {name}", of_there[name], variants[name]) for name in of_there if name in variants]
         for name, old, new in pairs:
             if old != new:
                 raise ScriptError(
                     f"--earlier {self.path} was made with {name} {json.dumps(old)}, not {json.dumps(new)}: leave it out"
                 )
+
+    def origins(self, taken) -> list[dict[str, Any]]:
+        """Which machine, with which command and commit, has trained which of the variants that were taken over."""
+        older = self.results.get("earlier", [])
+        names = {name for origin in older for name in origin["variants"]}
+        found = [(origin["machine"], [name for name in taken if name in origin["variants"]]) for origin in older]
+        if self.path:
+            found.append((self.results["machine"], [name for name in taken if name not in names]))
+        return [{"machine": machine, "variants": own} for machine, own in found if own]
+
+
+class EarlierTransfer(Earlier):
+    """A results file of transfer.py; as `Earlier` takes it."""
+
+    def __init__(self, path: str | None, settings: dict[str, Any], variants: dict[str, dict]):
+        super().__init__(path, settings, variants, "baselines")
+
+    def finished(self, variants, tasks: list[str]) -> dict[str, dict]:
+        """Results by name of those variants that the file holds with all the tasks."""
+        held = {name: found for name, found in self.results["variants"].items() if name in variants}
+        return {name: found for name, found in held.items() if set(tasks) <= found["tasks"].keys()}
+
+    def check_data(self, baselines: dict[str, dict]):
+        """Raise a ScriptError where baselines score otherwise than they did for the file: the data are others."""
+        for task, found in baselines.items():
+            old = self.results.get("baselines", {}).get(task, found)
+            for name in ("majority", "tfidf"):
+                if not math.isclose(old[name]["score"], found[name]["score"], abs_tol=0.003):
+                    raise ScriptError(
+                        f"--earlier {self.path} was made with other data of {task}: {name} scores "
+                        f"{old[name]['score']:.4f}, and {found[name]['score']:.4f} here"
+                    )
+
+
+class EarlierComparison(Earlier):
+    """A results file of compare.py; as `Earlier` takes it. `tried`: the sweeps, by variant."""
+
+    def __init__(self, path: str | None, settings: dict[str, Any], variants: dict[str, dict]):
+        super().__init__(path, settings, variants, "ngrams", FILES)
+        self.tried: dict[str, list[dict]] = self.results.get("sweep", {})
 
     def trained(self, runs: dict[str, tuple[dict, float]], steps: dict[str, int]) -> dict[str, dict]:
         """Results by name of those of `runs` that the file holds, trained for as many steps as here.
@@ -68,12 +121,3 @@ class Earlier:
                             f"--earlier {self.path} was made with another text: a {name} that has counted it has "
                             f"perplexity {a:.6f}, and {b:.6f} here"
                         )
-
-    def origins(self, taken: dict[str, dict]) -> list[dict[str, Any]]:
-        """Which machine, with which command and commit, has trained which of the variants that were taken over."""
-        older = self.results.get("earlier", [])
-        names = {name for origin in older for name in origin["variants"]}
-        found = [(origin["machine"], [name for name in taken if name in origin["variants"]]) for origin in older]
-        if self.path:
-            found.append((self.results["machine"], [name for name in taken if name not in names]))
-        return [{"machine": machine, "variants": own} for machine, own in found if own]

@@ -16,6 +16,7 @@ class VariantOptions:
         "Models by name: model_type and the config fields that differ.", section="models", action=MergeKeyValues
     )
     config_overrides: str | None = option(None, "Config fields of all variants.", action=MergeKeyValues)
+    only: list[str] | None = option(None, "Of the variants, those to train and to tell now; default: all.")
     seeds: list[int] = option([0, 1, 2], "Each variant trains with each.")
     output_dir: str = required("Folder for results.json, results.md, a figure and the runs.", section="output")
 
@@ -23,6 +24,14 @@ class VariantOptions:
         check_bounds(self)
         check_seeds(self.seeds)
         self.config_overrides = self.config_overrides or {}
+        if self.only:
+            if unknown := set(self.only) - set(self.variants):
+                raise ScriptError(f"--only {min(unknown)} must be one of the variants {', '.join(self.variants)}")
+            self.leave_out(set(self.variants) - set(self.only))
+
+    def leave_out(self, others: set[str]):
+        """Take variants out of all that names them."""
+        self.variants = {name: variant for name, variant in self.variants.items() if name not in others}
 
 
 @dataclass(kw_only=True)
@@ -54,6 +63,11 @@ class TrainingOptions(VariantOptions):
                     f"--training_by_variant {name}: max_steps ({own['max_steps']}) must be at least that of all "
                     f"({self.max_steps})"
                 )
+
+    def leave_out(self, others: set[str]):
+        super().leave_out(others)
+        own = self.training_by_variant or {}
+        self.training_by_variant = {name: value for name, value in own.items() if name not in others}
 
     def of_variant(self, name: str):
         """These options with the variant's own in place."""
@@ -126,7 +140,6 @@ class CompareOptions(VariantOptions):
         "Options of pretrain.py for all runs: max_steps=100,block_size=128.", section="training", action=MergeKeyValues
     )
     baseline: str | None = option(None, "Variant that perplexity is held against.")
-    only: list[str] | None = option(None, "Of the variants, those to train and to tell now; default: all.")
     earlier: str | None = option(
         None,
         "results.json of an earlier run with the same settings, seeds and text: what it tried and trained is taken "
@@ -148,8 +161,6 @@ class CompareOptions(VariantOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.only:
-            self._leave_out([name for name in self.variants if name not in self.only])
         if self.baseline is not None and self.baseline not in self.variants:
             raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
         self.equal_compute = self.equal_compute or []
@@ -178,10 +189,8 @@ class CompareOptions(VariantOptions):
         if self.sweep and not any(isinstance(values, list) for values in self.sweep.values()):
             raise ScriptError("--sweep has no list of values to choose from: learning_rate=[1e-3,3e-3]")
 
-    def _leave_out(self, others: list[str]):
-        if unknown := set(self.only) - set(self.variants):
-            raise ScriptError(f"--only {min(unknown)} must be one of the variants {', '.join(self.variants)}")
-        self.variants = {name: variant for name, variant in self.variants.items() if name not in others}
+    def leave_out(self, others: set[str]):
+        super().leave_out(others)
         for field in ("equal_compute", "equal_compute_only"):
             setattr(self, field, [name for name in getattr(self, field) or [] if name not in others])
 
@@ -225,6 +234,11 @@ class TransferOptions(VariantOptions):
     finetune_by_task: str | None = option(None, "Those of single tasks, by task, which win.", action=MergeKeyValues)
     glue_path: str | None = option(None, "Local folder with a folder for each GLUE task; default: the Hub.")
     imdb_path: str | None = option(None, "Local folder of IMDB; default: the Hub.")
+    earlier: str | None = option(
+        None,
+        "results.json of an earlier run with the same settings, seeds and data: variants that it has fine-tuned on all "
+        "the tasks are taken over, also where its folder is gone.",
+    )
 
     def __post_init__(self):
         super().__post_init__()

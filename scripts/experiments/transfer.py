@@ -8,6 +8,7 @@ from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import arguments, parse_options
 from ordnung.scripts.common.tables import markdown_table, paragraphs, write_results
 from ordnung.scripts.experiments import baselines, compare, compare_data, starts
+from ordnung.scripts.experiments.earlier import EarlierTransfer, trained_earlier
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.experiments.verdicts import estimate, seeds_described
@@ -74,6 +75,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
         "fine-tuning one pretrained model each. "
         f"{described(results['machine'])}",
+        *trained_earlier(results),
         markdown_table(["model", *tasks], scores),
         " ".join(remarks),
         *tables,
@@ -96,15 +98,22 @@ def run(options: TransferOptions) -> int:
     settings = {name: getattr(options, name) for name in ("pretrain", "config_overrides", "finetune")}
     settings |= {"linearize": options.linearize} if options.started else {}
     by_task = {f"finetune {task}": options.finetune_by_task.get(task, {}) for task in options.task_name}
+    earlier = EarlierTransfer(options.earlier, settings | by_task | {"seeds": options.seeds}, options.variants)
     claim_output_dir(output_dir, settings | by_task, options.variants)
     # first of all, as this reads every task's data: what is wrong with them is told before anything is trained
     scores = {task: baseline(options, task, output_dir / "baselines" / task) for task in options.task_name}
+    earlier.check_data(scores)
+    taken = earlier.finished(options.variants, options.task_name)
     variants, folders = {name: {"tasks": {}} for name in options.variants}, {}
     if options.pretrained:
         data = compare_data.prepare_data(output_dir, shared)
         own = {name: value for name, value in options.pretrain.items() if name not in compare_data.DATA_OPTIONS}
         common = own | data
     for name, variant in options.variants.items():
+        if name in taken:
+            print(f"{options.earlier}: {name} taken over")
+            variants[name] = taken[name]
+            continue
         if name in options.started:
             folders[name] = output_dir / "start" / name
             status = starts.start(name, variant, options.linearize, folders[name])
@@ -118,7 +127,7 @@ def run(options: TransferOptions) -> int:
         else:
             variants[name]["pretraining"] = read_json(folders[name] / "results.json")
     for task in options.task_name:
-        for name in options.variants:
+        for name in folders:
             folder = output_dir / "finetune" / name / task
             status = finetuning.run(finetune_options(options, task, folders[name], folder))
             if status:
@@ -132,5 +141,7 @@ def run(options: TransferOptions) -> int:
         "baselines": scores,
         "variants": variants,
     }
+    if taken:
+        results["earlier"] = earlier.origins(taken)
     write_results(output_dir, results, markdown)
     return 0

@@ -319,7 +319,7 @@ class TestCompareProgram:
             (["--pretrain", "max_steps=4"], 'was made with pretrain .*"max_steps": 3.*, not .*"max_steps": 4'),
             (["--seeds", "0"], r"was made with seeds \[0, 1\], not \[0\]: leave it out"),
             (["--variants", "softmax={model_type: softmax_lm}"], "was made with variant softmax "),
-            (["--earlier", str(tmp_path / "out" / "settings.json")], "is no results.json of compare.py"),
+            (["--earlier", str(tmp_path / "out" / "settings.json")], "is no results.json of this program with ngrams"),
         ):
             with pytest.raises(ScriptError, match=message):
                 compare_program.main([*again, *wrong, "--output_dir", str(tmp_path / "wrong")])

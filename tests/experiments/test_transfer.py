@@ -109,6 +109,40 @@ def test_the_recipe_from_end_to_end_and_again(argv, tmp_path, monkeypatch):
         transfer_program.main([*argv, "--pretrain", "max_steps=5"])
 
 
+def test_variants_now_and_later_on_another_machine(argv, tmp_path, monkeypatch, capsys):
+    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
+    assert transfer_program.main([*argv, "--only", "conv", "--output_dir", first]) == 0
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    assert list(results["variants"]) == ["conv"]
+    ran, real = [], finetuning.run
+    monkeypatch.setattr(finetuning, "run", lambda options: ran.append(options) or real(options))
+    earlier = ["--earlier", str(tmp_path / "first" / "results.json")]
+    assert transfer_program.main([*argv, *earlier, "--output_dir", second]) == 0
+    assert len(ran) == 2 and all("softmax" in options.model_name_or_path for options in ran)
+    both = json.loads((tmp_path / "second" / "results.json").read_text())
+    assert both["variants"]["conv"] == results["variants"]["conv"] and set(both["variants"]) == {"conv", "softmax"}
+    assert both["earlier"] == [{"machine": results["machine"], "variants": ["conv"]}]
+    assert "Trained earlier: conv." in (tmp_path / "second" / "results.md").read_text()
+    # fewer tasks are there; more must be trained
+    one = ["--task_name", "sst2"]
+    assert transfer_program.main([*argv, *earlier, *one, "--only", "conv", "--output_dir", third]) == 0
+    assert len(ran) == 2 and "conv taken over" in capsys.readouterr().out
+
+    monkeypatch.setattr(pretraining, "run", None)
+    for wrong, message in (
+        (["--pretrain", "max_steps=5"], 'was made with pretrain .*"max_steps": 4.*, not .*"max_steps": 5'),
+        (["--seeds", "0"], r"was made with seeds \[0, 1\], not \[0\]"),
+        (["--finetune_by_task", "imdb={max_length: 9}"], "was made with finetune imdb .*8.*, not .*9"),
+        (["--only", "no"], "--only no must be one of the variants conv, softmax"),
+    ):
+        with pytest.raises(ScriptError, match=message):
+            transfer_program.main([*argv, *earlier, *wrong, "--output_dir", str(tmp_path / "wrong")])
+    results["baselines"]["sst2"]["tfidf"]["score"] += 0.01
+    (tmp_path / "first" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ScriptError, match="was made with other data of sst2: tfidf scores"):
+        transfer_program.main([*argv, *earlier, "--output_dir", str(tmp_path / "wrong")])
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
