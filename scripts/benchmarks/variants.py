@@ -31,7 +31,8 @@ import ordnung
 from ordnung.modeling.registration import REGISTERED
 
 SLIDING_WINDOW = 256  # tokens that a token of a sparse model sees, itself included; half of it to each side in encoders
-PROJECTED_SIZE = 128  # rows k of every LinformerLM
+PROJECTED_SIZE = 128  # rows k of every LinformerLM of which nothing else is said
+PROJECTED_SIZES = (128, 256, 512, 1024, 2048)  # of the encoders for the paper's grid
 FEED_FORWARD_CHUNK = 512  # tokens, where the feed-forward is computed in parts
 
 
@@ -251,15 +252,15 @@ def _ours(model_type: str, description: str, head: str = "ForCausalLM", flops=No
         if model_type == "conv_lm":
             sizes = {"kernel_size": shape.kernel_size}
         elif model_type == "linformer_lm":
-            sizes = {"projected_size": PROJECTED_SIZE}
-            positions = -(-positions // PROJECTED_SIZE) * PROJECTED_SIZE  # whole blocks
+            size = own.get("projected_size", PROJECTED_SIZE)
+            sizes = {"projected_size": size}
+            positions = -(-positions // size) * size  # whole blocks
         return getattr(ordnung, f"{prefix}Config")(
             **shape.common(),
             num_attention_heads=shape.num_attention_heads,
             hidden_dropout=0.0,
             max_position_embeddings=positions,
-            **sizes,
-            **own,
+            **{**sizes, **own},
         )
 
     return Variant(description, getattr(ordnung, prefix + head), config, flops, **of_variant)
@@ -335,6 +336,10 @@ VARIANTS: dict[str, Variant] = {
         "sparse_attention_lm", SIDES, is_decoder=False, sliding_window=SLIDING_WINDOW // 2, num_global_tokens=16
     ),
     "linformer_encoder": _encoder("linformer_lm", LINFORMER),
+    **{
+        f"linformer_encoder_{size}": _encoder("linformer_lm", f"Linformer attention, k={size}", projected_size=size)
+        for size in PROJECTED_SIZES[1:]
+    },
     "linformer_encoder_chunked": _encoder(
         "linformer_lm",
         f"{LINFORMER}, feed-forward in chunks of {FEED_FORWARD_CHUNK} tokens",

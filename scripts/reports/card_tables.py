@@ -16,6 +16,7 @@ from ordnung.scripts.experiments.verdicts import changes, estimate
 from ordnung.scripts.linearizing import report
 from ordnung.scripts.reports import (
     claims,
+    grid,
     growing,
     ladder,
     linearized,
@@ -34,6 +35,7 @@ from ordnung.scripts.reports.results import (
     ENCODER_BENCHMARKS,
     FEED_FORWARD,
     FUNCTION,
+    GRID,
     PROTOCOL,
     Timings,
     has_results,
@@ -243,11 +245,12 @@ def pooling_table() -> str:
     return pooling.markdown(load("pooling"))
 
 
-def if_run(name: str, told: Callable[[dict], str], shown: str) -> str:
-    """The tables of a recipe's results and a picture of `shown`; in words that it is not run yet."""
+def if_run(name: str, told: Callable[[dict], str], shown: str | None = None, command: str | None = None) -> str:
+    """The tables of a recipe's results and a picture of `shown`, if any; in words that it is not run yet."""
     if not has_results(name):
-        return f"Not run yet: `ordnung {name.partition('_')[0]} --config {name}`."
-    return f"{told(load(name))}\n\n![{shown}](figures/{name}.png)"
+        command = command or f"{name.partition('_')[0]} --config {name}"
+        return f"Not run yet: `ordnung {command}`."
+    return told(load(name)) + (f"\n\n![{shown}](figures/{name}.png)" if shown else "")
 
 
 # Linearizations of SmolLM2-135M by the name to show; the first is told at length.
@@ -309,6 +312,7 @@ TABLES = {
     "recall": lambda: recall.markdown(load("conv_lm_recall")),
     "linformer_claims": linformer_claims,
     "linformer_encoder": partial(benchmark_table, *ENCODER_BENCHMARKS),
+    "linformer_grid": partial(if_run, GRID, grid.markdown, command="claims --config claims --only linformer_lm_grid"),
     "linformer_causal": partial(benchmark_table, *CAUSAL_BENCHMARKS),
     "linformer_training": partial(benchmark_table, "linformer_lm_training"),
     "linformer_compare": lambda: compare.markdown(load_compare("linformer_lm_compare")),
