@@ -264,6 +264,23 @@ DECODERS = {
 }
 
 
+# And of all-MiniLM-L6-v2.
+ENCODERS = {
+    "gated convolution": "linearized_minilm_conv",
+    "the same, attention in three layers": "linearized_minilm_hybrid",
+    "Linformer, 16 rows": "linearized_minilm_linformer_16",
+    "Linformer, 32 rows": "linearized_minilm_linformer_32",
+    "window of 8 to each side and the first": "linearized_minilm_sparse",
+}
+
+
+def encoders_table() -> str:
+    """Linearized sentence encoders side by side, as far as they are run."""
+    found = {name: load(file) for name, file in ENCODERS.items() if has_results(file)}
+    left = [name for name in ENCODERS if name not in found]
+    return linearized.encoders(found) + (f"\n\nNot run yet: {'; '.join(left)}." if left else "")
+
+
 def decoders_table() -> str:
     """Linearized language models side by side, as far as they are run, and the first of them at length."""
     found = {name: load(file) for name, file in DECODERS.items() if has_results(file)}
@@ -339,12 +356,7 @@ TABLES = {
     "quadratic_recall": lambda: recall.markdown(load("quadratic_kernel_lm_recall")),
     "quadratic_compare": lambda: compare.markdown(load("quadratic_kernel_lm_compare")),
     "linearized_decoders": decoders_table,
-    "linearized_encoders": lambda: linearized.encoders(
-        {
-            "gated convolution": load("linearized_minilm_conv"),
-            "the same, attention in layers 3 to 5": load("linearized_minilm_hybrid"),
-        }
-    ),
+    "linearized_encoders": encoders_table,
     "linearized_sinks": lambda: linearized.converted(
         {
             "window 64": load("linearized_sinks_sparse_0"),
