@@ -247,7 +247,7 @@ class QuadraticKernelAttention(Mixer):
         def weigh(*inputs):
             *tokens, places, lengths = inputs
             value = places[:, :, None].expand(-1, -1, self.config.num_attention_heads, -1)
-            return self.run(None, tokens, lengths, value=value, chunk_size=N)[0]
+            return self.run(None, tokens, lengths, value=value, chunk_size=2 * N)[0]  # one block, of pairs alone
 
         weights = over_rows(rows, weigh, *self.project(hidden_states, position_embeddings), places)
         if rows is not None and rows.real is not None:

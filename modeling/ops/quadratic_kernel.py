@@ -134,15 +134,18 @@ def quadratic_kernel(
         padding = (torch.arange(N, device=q.device) >= lengths[:, None]).repeat_interleave(H, dim=0)  # (X, N)
         k = k.masked_fill(padding[:, None], 0)
         g = None if g is None else g.masked_fill(padding, 0)
-    split = (
-        None if is_graph() else Split.of(N, d, chunk_size, g is not None)
-    )  # a graph for any length has no loop over blocks
+    # a graph for any length has no loop over blocks
+    split = None if is_graph() else Split.of(N, d, chunk_size, g is not None)
     S = None if state is None else state.to(dtype).flatten(0, 1)
+    # Only rounding could bring the sum of the weights below this: the least of its own, and without a gate of all.
+    least = torch.full((), EPS, dtype=dtype, device=q.device)
+    if g is None:
+        before = 0 if S is None else S[:, -1:, d : d + 1]  # the sum of the ones of the tokens before
+        least = (kernel.gamma + EPS) * (before + torch.arange(1, N + 1, dtype=dtype, device=q.device))
     arguments = q, k, v, g, S, factors, kernel.gamma + EPS, split, return_state
     traced = torch.compiler.is_compiling() or is_graph()
     U, S = Sweep.apply(*arguments) if torch.is_grad_enabled() and not traced else sweep(*arguments)
-    # only rounding could bring the sum of the weights, of which the last is its own, below the least of them
-    out = U[:, :-1] / U[:, -1:].clamp(min=EPS)
+    out = U[:, :-1] / torch.maximum(U[:, -1:], least)
     return out.unflatten(0, (R, H)).permute(0, 3, 1, 2).to(value.dtype), None if S is None else S.unflatten(0, (R, H))
 
 

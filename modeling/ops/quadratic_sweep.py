@@ -8,7 +8,7 @@ those before it that it sees pair by pair, F features, n blocks that are compute
 with the weights of pairs in a block and, if gated, some tokens before it, and for older ones through the state S
 (X, e, F), the sum of v features(k~). Where a gate leaves few tokens, they are near ones; a weight near a zero of the
 kernel would be a small difference of large features, and is none as a pair. Without a gate all tokens count, and an
-error in one weight is small beside their sum.
+error in one weight is small beside their sum, unless nearly all of them are near a zero of the kernel.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ordnung.modeling.ops.symmetric_square import counted, counted_vjp, features, features_vjp, num_features
 
 CHUNK_SIZE = 192  # the fastest of 96 to 320 on a CPU, at 256 to 16,384 tokens and queries of 16 to 64
-AT_ONCE = 2**19  # scores, or features, of the blocks that are computed together: what a CPU's cache holds
+AT_ONCE = 2**19  # scores, features or numbers of states of the blocks computed together: what a CPU's cache holds
 
 
 class Split(NamedTuple):
@@ -84,7 +84,7 @@ def together(order, most):
 
     def form(entering, block):
         enters = entering and entering.stop - entering.start
-        return (enters, block.start - block.near, block.stop - block.start) if enters and block else None
+        return (enters, block.start - block.near, block.size) if enters and block else None
 
     group = []
     for step in order:
@@ -112,7 +112,8 @@ def sweep(q, k, v, g, S, factors, gamma, split, return_state):
     X, p, N = q.shape
     most = 1
     if split and not torch.compiler.is_compiling():
-        most = AT_ONCE // (X * split.size * max(split.size + split.reach, num_features(p)))
+        F = num_features(p)
+        most = AT_ONCE // max(1, X * max(split.size * max(split.size + split.reach, F), v.shape[1] * F))
     outputs, own = [], False  # own: whether the state is a tensor that may be changed
     for group in together(steps(N, split, return_state), most):
         (entering, block), n = group[0], len(group)
@@ -136,7 +137,9 @@ def sweep(q, k, v, g, S, factors, gamma, split, return_state):
 
 
 def blocks_of(x, tokens, n, step=None):
-    """(X n, ..., C): some tokens of x (X, ..., N), and n - 1 times as many, each `step` (default: C) after the last."""
+    """Some tokens of x (X, ..., N) and n - 1 further slices as long, each begun `step` after the one before: (X n, ...,
+    length). `step` is the length if None.
+    """
     length = tokens.stop - tokens.start
     if n == 1:
         return x[..., tokens]
@@ -150,7 +153,8 @@ def scores_of(q, k):
 
 
 def weights_of(scores, gamma, dtype):
-    """Weights (X, K, C) before their decay, where the last C keys are the queries' own; scores may be changed."""
+    """Weights (X, K, C) before their decay, where the last C keys are the queries' own; scores are changed without
+    gradients."""
     K, C = scores.shape[1:]
     if torch.is_grad_enabled():
         return (scores.square().to(dtype) + gamma).triu(C - K)

@@ -266,24 +266,35 @@ def run(options: CompareOptions) -> int:
     tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])
     variants = with_equal_compute(options, tokenizer)
     lengths = {name: lengthened(options.pretrain, ratio) for name, (_, ratio) in variants.items()}
+    choices = {}
+    for name in options.variants if options.sweep else ():
+        ratio = variants[name + EQUAL][1] if name in options.equal_compute_only else 1.0
+        choices[name] = sweep.grid({**options.sweep, **lengthened(options.sweep, ratio)})
+    tried = earlier.tried(choices)
     taken = earlier.trained(variants, {name: own.get("max_steps") for name, own in lengths.items()})
-    if taken:
-        earlier.check_text(ngram_lines(shared, data, options.seeds[:1]))
-        print(f"{options.earlier}: {', '.join(taken)} taken over")
+    # what was chosen by other tries than these is not the same model
+    taken = {name: found for name, found in taken.items() if not choices or name.removesuffix(EQUAL) in tried}
+    if options.earlier:
+        if taken or tried:
+            earlier.check_text(ngram_lines(shared, data, options.seeds[:1]))
+        print(
+            f"{options.earlier}: taken over: {', '.join(taken) or 'no variant'}; tries of {', '.join(tried) or 'none'}"
+        )
 
     folders = {name: [output_dir / "runs" / f"{name}-seed{seed}" for seed in options.seeds] for name in variants}
     for name, steps in lengths.items():
-        check_lengths(folders[name], steps)
-    tried: dict[str, list[dict]] = {}
-    for name, variant in options.variants.items() if options.sweep else ():
-        if name in earlier.tried:
-            tried[name] = earlier.tried[name]
+        if name not in taken:
+            check_lengths(folders[name], steps)
+    for name, choices_of in choices.items():
+        if name in tried:
             continue
-        ratio = variants[name + EQUAL][1] if name in options.equal_compute_only else 1.0
         status, tried[name] = sweep.try_all(
-            sweep.grid({**options.sweep, **lengthened(options.sweep, ratio)}),
-            lambda choice, folder, variant=variant: pretrain(
-                options, variant, sweep.options_of(choice, options.pretrain, data, options.seeds[0]), folder
+            choices_of,
+            lambda choice, folder, name=name: pretrain(
+                options,
+                options.variants[name],
+                sweep.options_of(choice, options.pretrain, data, options.seeds[0]),
+                folder,
             ),
             output_dir / "sweep" / name,
         )
@@ -315,7 +326,7 @@ def run(options: CompareOptions) -> int:
     }
     if tried:
         results["sweep"] = tried
-    if taken:
-        results["earlier"] = earlier.origins(taken)
+    if taken or earlier.tried(choices):
+        results["earlier"] = earlier.origins(dict.fromkeys([*taken, *earlier.tried(choices)]))
     write_results(output_dir, results, markdown, positions=plot)
     return 0

@@ -36,8 +36,12 @@ class Earlier:
     def __init__(self, path: str | None, settings: dict[str, Any], variants: dict[str, dict], holds: str, files=()):
         self.path, self.results = path, {"variants": {}}
         if path:
-            self.results = read_json(Path(path))
-            if not {"settings", "variants", holds, "machine", "seeds"} <= self.results.keys():
+            try:
+                self.results = read_json(Path(path))
+            except (OSError, ValueError) as error:
+                raise ScriptError(f"--earlier {path} cannot be read ({error}): name a results.json") from error
+            needed = {"settings", "variants", holds, "machine", "seeds"}
+            if not isinstance(self.results, dict) or not needed <= self.results.keys():
                 raise ScriptError(f"--earlier {path} is no results.json of this program with {holds}")
             self._check(*json.loads(json.dumps([settings, variants])), files)
 
@@ -46,8 +50,8 @@ class Earlier:
         of_there = there.pop("variants")
         for both in (settings, there):
             both["pretrain"] = {name: value for name, value in (both["pretrain"] or {}).items() if name not in files}
-        # options of a task that only one has decide nothing
-        of_one = {name for name in there.keys() ^ settings.keys() if name.startswith("finetune ")}
+        # options of a task, or of variants that start from a checkpoint, decide nothing where one side has none
+        of_one = {name for name in there.keys() ^ settings.keys() if name.startswith(("finetune ", "linearize"))}
         names = (there.keys() | settings.keys()) - of_one
         pairs = [(name, there.get(name), settings.get(name)) for name in sorted(names)]
         pairs += [(f"variant {name}", of_there[name], variants[name]) for name in of_there if name in variants]
@@ -76,7 +80,11 @@ class EarlierTransfer(Earlier):
     def finished(self, variants, tasks: list[str]) -> dict[str, dict]:
         """Results by name of those variants that the file holds with all the tasks."""
         held = {name: found for name, found in self.results["variants"].items() if name in variants}
-        return {name: found for name, found in held.items() if set(tasks) <= found["tasks"].keys()}
+        return {
+            name: {**found, "tasks": {task: found["tasks"][task] for task in tasks}}
+            for name, found in held.items()
+            if set(tasks) <= found["tasks"].keys()
+        }
 
     def check_data(self, baselines: dict[str, dict]):
         """Raise a ScriptError where baselines score otherwise than they did for the file: the data are others."""
@@ -91,21 +99,31 @@ class EarlierTransfer(Earlier):
 
 
 class EarlierComparison(Earlier):
-    """A results file of compare.py; as `Earlier` takes it. `tried`: the sweeps, by variant."""
+    """A results file of compare.py; as `Earlier` takes it."""
 
     def __init__(self, path: str | None, settings: dict[str, Any], variants: dict[str, dict]):
         super().__init__(path, settings, variants, "ngrams", FILES)
-        self.tried: dict[str, list[dict]] = self.results.get("sweep", {})
+
+    def tried(self, choices: dict[str, list[dict]]) -> dict[str, list[dict]]:
+        """The sweeps by variant that the file holds, of those `choices` that they were to try."""
+        sweeps = self.results.get("sweep", {})
+        return {
+            name: sweeps[name]
+            for name, wanted in choices.items()
+            if name in sweeps and [one["options"] for one in sweeps[name]] == wanted
+        }
 
     def trained(self, runs: dict[str, tuple[dict, float]], steps: dict[str, int]) -> dict[str, dict]:
         """Results by name of those of `runs` that the file holds, trained for as many steps as here.
 
         Args:
             runs: as `compare.with_equal_compute` gives them.
-            steps: of each.
+            steps: of each; None where epochs are counted, which the settings have.
         """
-        held = {name: result for name, result in self.results["variants"].items() if name in runs}
-        return {name: result for name, result in held.items() if result["steps"] == steps[name]}
+        held = {name: dict(result) for name, result in self.results["variants"].items() if name in runs}
+        for result in held.values():
+            result.pop("perplexity_change", None)  # against the baseline of then
+        return {name: result for name, result in held.items() if steps[name] in (None, result["steps"])}
 
     def check_text(self, lines: dict[str, Any]):
         """Raise a ScriptError where counting gives another perplexity than it gave the file: the text is another.

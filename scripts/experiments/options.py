@@ -119,6 +119,8 @@ class TaskOptions(TrainingOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.only and self.equal_compute:
+            raise ScriptError("--only changes which variant is the dearest: give --equal_compute false with it")
         if self.task == "triplets" and self.sequence_length <= self.symbols:
             raise ScriptError(
                 f"--sequence_length {self.sequence_length} must exceed --symbols {self.symbols}, the tokens given"

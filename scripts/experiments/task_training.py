@@ -108,7 +108,9 @@ def train_all(
     """
     output_dir = Path(options.output_dir)
     settings = {
-        name: value for name, value in asdict(options).items() if name not in ("output_dir", "variants", "seeds")
+        name: value
+        for name, value in asdict(options).items()
+        if name not in ("output_dir", "variants", "seeds", "only")
     }
     own = settings.pop("training_by_variant")
     claimed = {f"training of {name}": own.get(name, {}) for name in options.variants}  # may be added with a variant

@@ -38,8 +38,8 @@ def name_of(size: int) -> str:
 def markdown(results: dict) -> str:
     """Two grids, lengths by projected sizes: speed, and memory with the largest batch that it leaves."""
     rows = {(row["name"], row["length"]): row for row in results["results"] if row["task"] == "forward"}
-    rows = {place: row for place, row in rows.items() if "seconds" in row}
-    lengths = sorted({length for _, length in rows})
+    rows = {place: row for place, row in rows.items() if "seconds" in row and row.get("peak_bytes")}
+    lengths = sorted({length for _, length in rows} & FASTER.keys())
     times, memory = [], []
     for length in lengths:
         stored = next((name for name in (STORED, BY_HEAD) if (name, length) in rows), None)
@@ -60,7 +60,7 @@ def markdown(results: dict) -> str:
         times.append([f"{length:,}", *faster])
         memory.append([f"{length:,}", *larger])
     header = ["tokens", *(f"k = {size:,}" for size in PROJECTED_SIZES)]
-    least = min(row["seconds"]["n"] for row in rows.values())
+    least = min((row["seconds"]["n"] for row in rows.values()), default=0)
     return paragraphs(
         f"{described(results['machine'])} One encoder layer. In each cell: against fused attention, against attention "
         "that stores its scores (* a head at a time, where all at once did not fit), and in brackets the paper's "

@@ -304,6 +304,14 @@ class TestCompareProgram:
         assert results["variants"]["softmax"] == first["variants"]["softmax"] and len(results["variants"]["conv"]) > 9
         assert results["sweep"]["softmax"] == first["sweep"]["softmax"] and len(results["sweep"]["conv"]) == 2
         assert results["earlier"] == [{"machine": first["machine"], "variants": ["softmax"]}]
+
+        # what was tried otherwise is tried again, and what was chosen by it trained again
+        less = json.loads(path.read_text())
+        del less["sweep"]["softmax"][0]
+        (tmp_path / "less.json").write_text(json.dumps(less))
+        count = len(ran)
+        again = [*argv, "--earlier", str(tmp_path / "less.json"), "--output_dir", str(tmp_path / "less")]
+        assert compare_program.main([*again, "--only", "softmax"]) == 0 and len(ran) == count + 4
         assert "Trained earlier: softmax." in capsys.readouterr().out
 
         # a file that has taken over is itself taken over, and says who has trained what
@@ -319,6 +327,7 @@ class TestCompareProgram:
             (["--pretrain", "max_steps=4"], 'was made with pretrain .*"max_steps": 3.*, not .*"max_steps": 4'),
             (["--seeds", "0"], r"was made with seeds \[0, 1\], not \[0\]: leave it out"),
             (["--variants", "softmax={model_type: softmax_lm}"], "was made with variant softmax "),
+            (["--earlier", str(tmp_path / "no.json")], "no.json cannot be read .*name a results.json"),
             (["--earlier", str(tmp_path / "out" / "settings.json")], "is no results.json of this program with ngrams"),
         ):
             with pytest.raises(ScriptError, match=message):

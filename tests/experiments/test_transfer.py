@@ -127,6 +127,8 @@ def test_variants_now_and_later_on_another_machine(argv, tmp_path, monkeypatch, 
     one = ["--task_name", "sst2"]
     assert transfer_program.main([*argv, *earlier, *one, "--only", "conv", "--output_dir", third]) == 0
     assert len(ran) == 2 and "conv taken over" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "third" / "results.json").read_text())["variants"].values()
+    assert list(found["tasks"]) == ["sst2"]
 
     monkeypatch.setattr(pretraining, "run", None)
     for wrong, message in (

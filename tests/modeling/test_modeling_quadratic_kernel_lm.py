@@ -407,3 +407,13 @@ def test_cuda_equals_cpu(dtype):
     got = model.to("cuda", dtype)(ids.cuda()).logits.float().cpu()
     assert (got - expected).norm() / expected.norm() < (1e-3 if dtype == torch.float32 else 3e-2)
     assert model.generate(ids[:, :9].cuda(), max_new_tokens=5, pad_token_id=PAD).shape == (2, 14)
+
+
+@torch.no_grad()
+def test_mixing_weights_are_those_of_pairs_without_a_gate():
+    """In float32, and where scores are near a zero of the kernel: rows of weights >= 0 that sum to one."""
+    model = build(head_dim=16, decay_gate=False, qk_norm=False, kernel="square", dtype=torch.float32).eval()
+    mixer = model.model.layers[0].mixer
+    weights = mixer.mixing_weights(10 * torch.randn(1, 120, model.config.hidden_size))
+    assert (weights >= 0).all() and not weights.triu(1).any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)

@@ -397,3 +397,28 @@ def test_short_rows_need_no_features_unless_a_chunk_size_is_stated(d, chunk_size
     query, key, value, decay, *_ = make_inputs(d=d)
     quadratic_kernel(query, key, value, KERNELS["odd"], decay, chunk_size=chunk_size)
     assert bool(made) == needed
+
+
+def test_an_empty_batch_is_one():
+    query = torch.randn(0, 5, 2, 4)
+    output, state = quadratic_kernel(query, query, query, KERNELS["odd"], chunk_size=2, return_state=True)
+    assert output.shape == (0, 5, 2, 4) and state.shape == (0, 2, 5, num_features(5))
+
+
+@torch.no_grad()
+def test_a_row_of_least_weights_stays_near_a_mean_of_values():
+    """Keys that are all alike and queries across them: their weights are small differences of large features.
+
+    What rounding takes from the sum of the weights is bounded, since none is below the least; also after a state.
+    """
+    N, d = 1000, 16
+    key = torch.nn.functional.normalize(torch.randn(d), dim=0)
+    query = torch.randn(1, N, 1, d)
+    query = 10 * torch.nn.functional.normalize(query - (query @ key)[..., None] * key, dim=-1)
+    tokens = query, (10 * key).expand(1, N, 1, d), torch.randn(1, N, 1, 3)
+    expected, _ = quadratic_kernel(*(x.double() for x in tokens), KERNELS["square"], chunk_size=2 * N)
+    whole, _ = quadratic_kernel(*tokens, KERNELS["square"])
+    _, state = quadratic_kernel(*(x[:, :400] for x in tokens), KERNELS["square"], return_state=True)
+    parts, _ = quadratic_kernel(*(x[:, 400:] for x in tokens), KERNELS["square"], state=state)
+    for output in (whole[:, 400:], parts):
+        assert (output - expected[:, 400:]).abs().max() < 0.5
