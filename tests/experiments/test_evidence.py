@@ -192,6 +192,19 @@ class TestRecallProgram:
         with pytest.raises(ScriptError, match='variant conv .*"kernel_size": 4.*, not .*"kernel_size": 5'):
             recall_program.main([*argv, "--variants", "conv={model_type: conv_lm, kernel_size: 5}"])
 
+    def test_some_of_the_variants_now_and_the_others_later(self, argv, tmp_path, monkeypatch):
+        argv += ["--seeds", "0"]
+        trained, train = [], recall.train
+        monkeypatch.setattr(
+            recall,
+            "train",
+            lambda options, config, seed: trained.append(config.model_type) or train(options, config, seed),
+        )
+        recall_program.main([*argv, "--only", "softmax"])
+        recall_program.main(argv)
+        assert trained == ["softmax_lm", "conv_lm"]
+        assert set(json.loads((tmp_path / "out" / "results.json").read_text())["variants"]) == set(VARIANTS)
+
 
 class TestCompareProgram:
     @pytest.fixture

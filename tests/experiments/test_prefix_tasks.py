@@ -159,6 +159,7 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
     "wrong, message",
     [
         (["--symbols", "1"], "--symbols must be at least 2"),
+        (["--only", "cubic"], "--only changes which variant is the dearest: give --equal_compute false"),
         (["--hops", "0"], "--hops must be at least 1"),
         (["--task", "triplets", "--sequence_length", "3"], "--sequence_length 3 must exceed --symbols 3"),
         (["--seeds", "1", "1"], "different numbers"),
