@@ -88,7 +88,7 @@ def together(order, most):
 
     group = []
     for step in order:
-        if group and not (len(group) < most and form(*step) is not None and form(*step) == form(*group[0])):
+        if group and (len(group) >= most or form(*step) is None or form(*step) != form(*group[0])):
             yield group
             group = []
         group.append(step)

@@ -270,7 +270,8 @@ def run(options: CompareOptions) -> int:
     for name in options.variants if options.sweep else ():
         ratio = variants[name + EQUAL][1] if name in options.equal_compute_only else 1.0
         choices[name] = sweep.grid({**options.sweep, **lengthened(options.sweep, ratio)})
-    tried = earlier.tried(choices)
+    known = earlier.tried(choices)
+    tried = dict(known)
     taken = earlier.trained(variants, {name: own.get("max_steps") for name, own in lengths.items()})
     # what was chosen by other tries than these is not the same model
     taken = {name: found for name, found in taken.items() if not choices or name.removesuffix(EQUAL) in tried}
@@ -326,7 +327,7 @@ def run(options: CompareOptions) -> int:
     }
     if tried:
         results["sweep"] = tried
-    if taken or earlier.tried(choices):
-        results["earlier"] = earlier.origins(dict.fromkeys([*taken, *earlier.tried(choices)]))
+    if taken or known:
+        results["earlier"] = earlier.origins(dict.fromkeys([*taken, *known]))
     write_results(output_dir, results, markdown, positions=plot)
     return 0
