@@ -44,8 +44,12 @@ class TrainingOptions(VariantOptions):
     weight_decay: float = option(0.0, "AdamW's weight decay, for matrices.")
     warmup_steps: int = option(100, "Steps of linear warm-up.")
     training_by_variant: str | None = option(
-        None, "learning_rate and max_steps of single variants, by variant, which win.", action=MergeKeyValues
+        None,
+        "learning_rate and max_steps of single variants, by variant, which win; of prefix-tasks hops and queries too.",
+        action=MergeKeyValues,
     )
+
+    variants_own = {"learning_rate", "max_steps"}  # what `training_by_variant` may set
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,10 +57,10 @@ class TrainingOptions(VariantOptions):
         for name, own in self.training_by_variant.items():
             if name not in self.variants:
                 raise ScriptError(f"--training_by_variant {name} must be one of {', '.join(self.variants)}")
-            if unknown := set(own) - {"learning_rate", "max_steps"}:
+            if unknown := set(own) - self.variants_own:
                 raise ScriptError(
                     f"--training_by_variant {name}: {min(unknown)} is the same for all; a variant's own are "
-                    "learning_rate and max_steps"
+                    + ", ".join(sorted(self.variants_own))
                 )
             if own.get("max_steps", self.max_steps) < self.max_steps:
                 raise ScriptError(
@@ -70,8 +74,8 @@ class TrainingOptions(VariantOptions):
         self.training_by_variant = {name: value for name, value in own.items() if name not in others}
 
     def of_variant(self, name: str):
-        """These options with the variant's own in place."""
-        return replace(self, **self.training_by_variant.get(name, {}))
+        """These options with the variant's own in place, and none of single variants any more."""
+        return replace(self, **self.training_by_variant.get(name, {}), training_by_variant=None)
 
 
 @dataclass(kw_only=True)
@@ -117,8 +121,17 @@ class TaskOptions(TrainingOptions):
     evaluations: int = option(20, "Times to measure in the course of a run.", least=1)
     equal_compute: bool = option(True, "Let the cheaper variants go on to the FLOPs of the dearest.")
 
+    variants_own = TrainingOptions.variants_own | {"hops", "queries"}
+
     def __post_init__(self):
         super().__post_init__()
+        for name, own in self.training_by_variant.items():
+            for size in ("hops", "queries"):
+                if not 1 <= own.get(size, 1) <= getattr(self, size):
+                    raise ScriptError(
+                        f"--training_by_variant {name}: {size} ({own[size]}) must be from 1 to that of all "
+                        f"({getattr(self, size)}), which models have places and tokens for"
+                    )
         if self.only and self.equal_compute:
             raise ScriptError("--only changes which variant is the dearest: give --equal_compute false with it")
         if self.task == "triplets" and self.sequence_length <= self.symbols:

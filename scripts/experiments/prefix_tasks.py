@@ -154,14 +154,15 @@ def train_and_measure(options: TaskOptions, config: PreTrainedConfig, seed: int,
     spaced = np.geomspace(max(1, options.max_steps / options.evaluations), steps, options.evaluations)
     due = {*np.round(spaced).astype(int).tolist(), options.max_steps, steps}
     random = np.random.default_rng(seed)
+    own = options.of_variant(path.stem.rpartition("-seed")[0])
     job = Drawn(
         config,
         steps,
-        draw=lambda step: draw(options, options.batch_size, random),
-        measure=lambda model: accuracy(options, model),
+        draw=lambda step: draw(own, own.batch_size, random),
+        measure=lambda model: accuracy(own, model),
         measured=due,
     )
-    loop, curve = fit(options.of_variant(path.stem.rpartition("-seed")[0]), seed, job), job.curve
+    loop, curve = fit(own, seed, job), job.curve
     result = {"parameters": loop.parameters, "curve": curve, "last_losses": float(np.mean(job.losses[-100:]))}
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
@@ -192,15 +193,30 @@ def collect(options: TaskOptions, flops: int, runs: list[dict]) -> dict:
     }
 
 
+SIZES = {"hops": "hops", "queries": "answers a sequence"}  # which variants may have of their own, as they are shown
+
+
+def varied(settings: dict) -> list[str]:
+    """Those of `SIZES` that a variant has its own of."""
+    return [size for size in SIZES if any(size in own for own in settings["training_by_variant"].values())]
+
+
+def size_of(settings: dict, name: str, size: str) -> int:
+    return settings["training_by_variant"].get(name, {}).get(size, settings[size])
+
+
 def markdown(results: dict) -> str:
     """The table of a results dictionary."""
-    settings, machine = results["settings"], results["machine"]
+    settings, machine, own = results["settings"], results["machine"], varied(results["settings"])
     hops = range(1, settings["hops"] + 1) if settings["task"] == "pointer" else []
-    header = ["variant", "parameters", "MFLOPs a step", "steps", "seconds", "answers right"]
+    header = ["variant", *(SIZES[size] for size in own)]
+    header += ["parameters", "MFLOPs a step", "steps", "seconds", "answers right"]
     header += [f"{k} hop" + "s" * (k > 1) for k in hops] + ["sequences right"]
+    header += ["right with fewer hops, at best"] if "hops" in own else []
     body = [
         [
             name,
+            *(str(size_of(settings, name, size)) for size in own),
             f"{result['parameters']:,}",
             f"{result['flops_per_step'] / 1e6:,.0f}",
             f"{point['step']:,}",
@@ -208,15 +224,16 @@ def markdown(results: dict) -> str:
             estimate(point["answers"], 3),
             *(estimate(point["answers_by_hops"][k - 1], 3) for k in hops),
             estimate(point["sequences"], 3),
+            *([f"{max(result.get('fewer_hops', results['fewer_hops'])):.3f}"] if "hops" in own else []),
         ]
         for which in ("equal_steps", "equal_compute")
         for name, result in results["variants"].items()
         for point in [result[which]]
         if which == "equal_steps" or point["step"] != result["equal_steps"]["step"]
     ]
-    sizes = ("symbols", "sequence_length") if settings["task"] == "triplets" else ("symbols", "hops", "queries")
+    sizes = ("symbols", "sequence_length") if settings["task"] == "triplets" else ("symbols", *SIZES)
     longer = "the FLOPs of the dearest" if settings["equal_compute"] else "its own number of steps"
-    task = ", ".join(f"{name} {settings[name]}" for name in sizes)
+    task = ", ".join(f"{name} {settings[name]}" for name in sizes if name not in own)
     return paragraphs(
         f"{settings['task']}, {task}: {seeds_described(results['seeds'])}, at equal steps and, where a variant "
         f"appears twice, at {longer}. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
@@ -250,21 +267,54 @@ def plot(results: dict, image: Path):
     figure.savefig(image, dpi=150)
 
 
+def plot_sizes(results: dict, image: Path):
+    """Share of right answers at the end against what variants have their own of, a line a family, a dot a seed."""
+    settings = results["settings"]
+    families = of_variants(settings)
+    panels = varied(settings)
+    figure, axes = new_figure(1, len(panels), figsize=(6.5 * len(panels), 4.6), sharey=True, squeeze=False)
+    drawn = styles({family: family for family in families.values()})
+    for panel, size in zip(axes[0], panels):
+        for family, style in drawn.items():
+            points = sorted(
+                (size_of(settings, name, size), result["equal_compute"]["answers"]["values"])
+                for name, result in results["variants"].items()
+                if families[name] == family
+            )
+            places = [place for place, _ in points]
+            panel.plot(places, [np.mean(values) for _, values in points], label=family, **style)
+            for place, values in points:
+                panel.plot([place] * len(values), values, ".", color=style["color"], alpha=0.5)
+        if size == "hops" and "fewer_hops" in results:
+            best = {
+                size_of(settings, name, size): max(result.get("fewer_hops", results["fewer_hops"]))
+                for name, result in results["variants"].items()
+            }
+            panel.plot(*zip(*sorted(best.items())), "r--", linewidth=1, label="fewer hops, at best")
+        panel.axhline(1 / settings["symbols"], color="red", linestyle=":", linewidth=1, label="at random")
+        panel.set(xlabel=SIZES[size], ylabel="share of answers that are right")
+        panel.grid(alpha=0.3)
+    legend_below(figure, axes[0])
+    figure.savefig(image, dpi=150)
+
+
 def run(options: TaskOptions) -> int:
     """Train and measure all variants and write the results; returns the exit status."""
     shared = {"max_position_embeddings": options.tokens, **options.config_overrides}
     configs = variant_configs(options.variants, shared, vocab_size=options.vocab_size)
-    flops = {name: step_flops(options, config) for name, config in configs.items()}
+    own = {name: options.of_variant(name) for name in configs}
+    flops = {name: step_flops(own[name], config) for name, config in configs.items()}
     dearest = max(flops.values()) if options.equal_compute else 0
-    steps = {
-        name: max(options.of_variant(name).max_steps, options.max_steps * dearest // cost)
-        for name, cost in flops.items()
-    }
+    steps = {name: max(own[name].max_steps, options.max_steps * dearest // cost) for name, cost in flops.items()}
     results, runs = train_all(
         options, configs, lambda name, seed, path: train_and_measure(options, configs[name], seed, steps[name], path)
     )
     results["variants"] = {name: collect(options, flops[name], runs[name]) for name in configs}
     if options.task == "function":
         results["fewer_hops"] = fewer_hops(options)
-    write_results(options.output_dir, results, markdown, accuracy=plot)
+        for name, result in results["variants"].items():
+            if own[name].hops != options.hops:
+                result["fewer_hops"] = fewer_hops(own[name])
+    figure = plot_sizes if varied(results["settings"]) else plot
+    write_results(options.output_dir, results, markdown, accuracy=figure)
     return 0

@@ -61,7 +61,7 @@ def test_a_variant_has_its_own_rate_and_steps(monkeypatch):
         output_dir="none", task="function", variants=VARIANTS, max_steps=3, equal_compute=False, training_by_variant=own
     )
     assert (options.of_variant("softmax").learning_rate, options.of_variant("softmax").max_steps) == (0.5, 7)
-    assert options.of_variant("cubic") == options
+    assert (options.of_variant("cubic").learning_rate, options.of_variant("cubic").max_steps) == (1e-3, 3)
     seen = {}
 
     def train_all(options, configs, run):
@@ -155,6 +155,35 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
         program.main([*argv, "--variants", "cubic3={model_type: cubic_prefix_lm, num_hidden_layers: 3}"])
 
 
+def test_variants_have_hops_and_answers_of_their_own(argv, tmp_path, monkeypatch):
+    own = "cubic={hops: 1, queries: 2},softmax={queries: 3}"
+    sizes = ["--task", "function", "--symbols", "5", "--hops", "2", "--seeds", "0", "--training_by_variant", own]
+    drawn, draw = {"train": set(), "measure": set()}, prefix_tasks.draw
+
+    def recorded(options, count, random):
+        tokens, labels = draw(options, count, random)
+        asked, answers = tokens[:, 5:] - 5, labels[:, 5:]
+        for _ in range(options.hops):
+            asked = np.take_along_axis(tokens[:, :5], asked, 1)
+        assert (asked == answers).all()
+        drawn["measure" if count == 50 else "train"].add((options.hops, options.queries))
+        return tokens, labels
+
+    monkeypatch.setattr(prefix_tasks, "draw", recorded)
+    program.main([*argv, *sizes])
+    assert {(1, 2), (2, 3)} <= drawn["train"] and {(1, 2), (2, 3)} <= drawn["measure"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    cubic, softmax = (results["variants"][name] for name in ("cubic", "softmax"))
+    assert cubic["parameters"] == softmax["parameters"]  # places for the most answers, whoever asks for fewer
+    assert len(cubic["fewer_hops"]) == 1 and len(results["fewer_hops"]) == 2 and "fewer_hops" not in softmax
+    assert cubic["equal_steps"]["step"] < cubic["equal_compute"]["step"]
+    header, _, *rows = [line for line in (tmp_path / "out" / "results.md").read_text().splitlines() if line[:1] == "|"]
+    assert header.startswith("| variant | hops | answers a sequence |") and header.endswith("fewer hops, at best |")
+    assert rows[0].startswith("| cubic | 1 | 2 |") and rows[1].startswith("| softmax | 2 | 3 |")
+    assert f"| {max(results['fewer_hops']):.3f} |" in rows[1] and f"| {cubic['fewer_hops'][0]:.3f} |" in rows[0]
+    assert (tmp_path / "out" / "accuracy.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -169,6 +198,10 @@ def test_program_from_end_to_end(argv, tmp_path, capsys):
             ["--training_by_variant", "cubic={max_steps: 9}"],
             r"max_steps \(9\) must be at least that of all \(60\)",
         ),
+        (
+            ["--training_by_variant", "cubic={hops: 2}"],
+            r"hops \(2\) must be from 1 to that of all \(1\)",
+        ),
     ],
 )
 def test_wrong_options_are_refused_in_words(argv, wrong, message):
@@ -182,6 +215,8 @@ def test_shipped_tables_make_models_of_equal_size():
         ("tasks_pointer", TaskOptions),
         ("tasks_function", TaskOptions),
         ("tasks_function_more", TaskOptions),
+        ("tasks_function_hops", TaskOptions),
+        ("tasks_function_answers", TaskOptions),
         ("tasks_triplets", TaskOptions),
         ("tasks_triplets_short", TaskOptions),
         ("compare_cubic", CompareOptions),
