@@ -197,8 +197,9 @@ SIZES = {"hops": "hops", "queries": "answers a sequence"}  # which variants may 
 
 
 def varied(settings: dict) -> list[str]:
-    """Those of `SIZES` that a variant has its own of."""
-    return [size for size in SIZES if any(size in own for own in settings["training_by_variant"].values())]
+    """Those of `SIZES` that a variant has its own of; older files have no `training_by_variant`."""
+    own_of = settings.get("training_by_variant", {}).values()
+    return [size for size in SIZES if any(size in own for own in own_of)]
 
 
 def size_of(settings: dict, name: str, size: str) -> int:

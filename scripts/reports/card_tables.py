@@ -30,12 +30,14 @@ from ordnung.scripts.reports import (
 from ordnung.scripts.reports import mixing as plot_mixing
 from ordnung.scripts.reports.findings import LOW_RANK
 from ordnung.scripts.reports.results import (
+    ANSWERS,
     CAUSAL_BENCHMARKS,
     CONV_BENCHMARKS,
     ENCODER_BENCHMARKS,
     FEED_FORWARD,
     FUNCTION,
     GRID,
+    HOPS,
     PROTOCOL,
     Timings,
     has_results,
@@ -170,6 +172,13 @@ def function_table() -> str:
     lines = f"A walk along a random function soon goes round, so fewer hops give many answers too: {shares}."
     figure = f"![Share of right answers against steps and FLOPs](../figures/{FUNCTION}.png)"
     return f"{prefix_tasks.markdown(results)}\n\n{lines}\n\n{figure}"
+
+
+def sizes_table(name: str, recipe: str, size: str) -> str:
+    """A task at several sizes at the end of each training, and the figure; in words that it is not run yet."""
+    if not has_results(name):
+        return f"Not run yet: `ordnung prefix-tasks --config {recipe}`."
+    return f"{prefix_tasks.markdown(load(name))}\n\n![Share of right answers against {size}](../figures/{name}.png)"
 
 
 def headline_claims() -> str:
@@ -338,6 +347,8 @@ TABLES = {
     "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
     "prefix_pointer": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_pointer")),
     "prefix_function": function_table,
+    "prefix_hops": partial(sizes_table, HOPS, "tasks_function_hops", "hops"),
+    "prefix_answers": partial(sizes_table, ANSWERS, "tasks_function_answers", "answers a sequence"),
     "prefix_memory": partial(benchmark_table, "cubic_prefix_lm_memory"),
     "prefix_claims": prefix_claims,
     "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),
@@ -390,6 +401,8 @@ FIGURES = {
     "linformer_lm_recall": lambda image: recall.plot(load("linformer_lm_recall"), image),
     "linformer_lm_spectrum": lambda image: plot_mixing.draw_spectrum(load("linformer_lm_spectrum"), image),
     "cubic_prefix_lm_function": lambda image: prefix_tasks.plot(load(FUNCTION), image),
+    HOPS: lambda image: prefix_tasks.plot_sizes(load(HOPS), image),
+    ANSWERS: lambda image: prefix_tasks.plot_sizes(load(ANSWERS), image),
     "cubic_prefix_lm_pointer": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_pointer"), image),
     "cubic_prefix_lm_triplets_short": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets_short"), image),
     "cubic_prefix_lm_triplets": lambda image: prefix_tasks.plot(load("cubic_prefix_lm_triplets"), image),

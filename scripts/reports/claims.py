@@ -31,10 +31,12 @@ from ordnung.scripts.reports.findings import (
     steady_decode,
 )
 from ordnung.scripts.reports.results import (
+    ANSWERS,
     CONV_BENCHMARKS,
     ENCODER_BENCHMARKS,
     FEED_FORWARD,
     FUNCTION,
+    HOPS,
     PROTOCOL,
     Timings,
     commits,
@@ -165,8 +167,16 @@ def prefix_claims() -> list[Claim]:
     name, same = "cubic_prefix_lm", "same inference cost as today O(N²)"
     at_end, control = ("cubic", "equal_compute"), ("softmax", "equal_compute")
     function = best_control(FUNCTION)
+
+    def sized(file: str, size: int, against: str) -> Finding:
+        """Of hops or answers, at the end of training: variants are named by family and size."""
+        own, other = ((f"{which}_{size}", "equal_compute") for which in ("cubic", "softmax"))
+        return answers(file, own, other, MARGIN, against)
+
     stronger = [
         answers(FUNCTION, at_end, function, MARGIN, f"7 hops, 3× the steps for attention ({function[0]})"),
+        *(sized(HOPS, hops, f"{hops} hops, 3× the steps for attention") for hops in (3, 5, 9)),
+        *(sized(ANSWERS, count, f"7 hops, {count} answers a sequence, equal FLOPs") for count in (2, 3, 5, 10)),
         answers("cubic_prefix_lm_pointer", at_end, control, MARGIN, "3 hops, ten answers, equal FLOPs"),
         answers("cubic_prefix_lm_triplets_short", at_end, control, MARGIN, "triplets of 10 tokens, equal FLOPs"),
         *protocol("cubic")[1:],
