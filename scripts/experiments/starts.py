@@ -17,6 +17,8 @@ from ordnung.scripts.common.models import check_overrides
 from ordnung.scripts.common.options import arguments, parse_options
 from ordnung.scripts.linearizing import report
 from ordnung.scripts.linearizing import run as linearizing
+from ordnung.scripts.linearizing.data import load_pairs
+from ordnung.scripts.linearizing.measure import similarity
 from ordnung.scripts.linearizing.options import LinearizeOptions
 
 # What the table of a variant holds besides fields of its config.
@@ -58,12 +60,16 @@ def start(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Pa
     if "distill" in variant:
         return linearizing.run(options_of(name, variant, shared, folder))
     if not (folder / report.RESULTS).exists():
-        convert(name, variant, folder)
+        convert(name, variant, shared, folder)
     return 0
 
 
-def convert(name: str, variant: dict[str, Any], folder: Path):
-    """Write the variant as its source is converted, without a head."""
+def convert(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path):
+    """Write the variant as its source is converted, without a head.
+
+    Args:
+        shared: of these options of linearize.py those that measure sentence similarity count.
+    """
     source = variant["source"]
     try:
         model = ordnung.convert(source, variant["model_type"], head="Model", **fields_of(name, variant))
@@ -74,6 +80,10 @@ def convert(name: str, variant: dict[str, Any], folder: Path):
     model.save_pretrained(folder)
     limits.fit_tokenizer(tokenizer, model).save_pretrained(folder)
     made = {"source": Path(source).name, "model_type": variant["model_type"], "parameters": model.num_parameters()}
+    if "similarity_file" in shared:
+        pairs = load_pairs(shared["similarity_file"])
+        longest = shared.get("block_size", model.config.max_position_embeddings)
+        made["student"] = {"similarity": similarity(model.eval(), tokenizer, pairs, 32, longest)}
     write_json(folder / report.RESULTS, made | {"tokens": 0, "seconds": 0.0, "machine": machine_info()})
 
 

@@ -86,7 +86,7 @@ def share(results: dict[str, Any], start: int = 0) -> float | None:
         if start or "similarity" not in results["student"]:
             return None
         floor, teacher = results["converted"]["floor"]["similarity"], results["teacher"]["similarity"]
-        return (results["student"]["similarity"] - floor) / (teacher - floor)
+        return None if teacher == floor else (results["student"]["similarity"] - floor) / (teacher - floor)
     forms = (results["converted"]["student"], results["student"], results["teacher"])
     converted, student, teacher = (measure.loss_from(found, start) for found in forms)
     return None if converted in (None, teacher) else 1 - (student - teacher) / (converted - teacher)

@@ -186,7 +186,11 @@ def started(argv, bert, tmp_path):
         "converted": {"source": str(bert), **linformer},
         "distilled": {"source": str(bert), **linformer, "distill": {"transfer_steps": 2, "distill_steps": 2}},
     }
+    texts = (("no", "the sea"), ("a ship", "the ship"), ("whales", "a whale"), ("yes", "an old book"))
+    pairs = [{"sentence1": a, "sentence2": b, "label": i} for i, (a, b) in enumerate(texts)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     steps = {"block_size": 16, "per_device_train_batch_size": 4, "use_cpu": True, "validation_fraction": 0.2}
+    steps["similarity_file"] = str(tmp_path / "pairs.jsonl")
     recipe["linearize"] = {"train_file": recipe.pop("pretrain")["train_file"], **steps}
     recipe |= {"task_name": ["sst2"], "seeds": [0], "finetune_by_task": {}}
     del recipe["config_overrides"]
@@ -207,6 +211,10 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
     name = "layers.0.mixer.v_proj.weight"
     assert states[0][name].shape == states[1][name].shape and not torch.equal(states[0][name], states[1][name])
     assert 0 <= variants["teacher"]["tasks"]["sst2"]["score"]["mean"] <= 1
+    similar = {name: variant["start"]["student"]["similarity"] for name, variant in variants.items()}
+    measured = variants["distilled"]["start"]
+    assert similar["teacher"] == pytest.approx(measured["teacher"]["similarity"])
+    assert similar["converted"] == pytest.approx(measured["converted"]["student"]["similarity"])
     shown = capsys.readouterr().out
     assert "distillation tokens" in shown and "held-out bits per byte" not in shown
     # again: everything is kept
