@@ -25,13 +25,17 @@ def finetune_options(options: TransferOptions, task: str, model: Path, output_di
     return parse_options(FinetuneOptions, words)
 
 
+# What baselines have of the fine-tuned models' options: which rows there are.
+SHARED = ("dataset_name", "max_train_samples", "max_eval_samples")
+
+
 def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str, Any]:
     """The scores of a task without a neural network, computed once."""
     path = output_dir / "results.json"
     if not path.exists():
         own = {"task_name": [task], "dataset_path": options.data_path(task), "output_dir": str(output_dir)}
         shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
-        own |= {name: shared[name] for name in ("dataset_name", "max_train_samples") if name in shared}
+        own |= {name: shared[name] for name in SHARED if name in shared}
         baselines.run(parse_options(BaselineOptions, arguments(own)))
     return read_json(path)["tasks"][task]
 
@@ -105,7 +109,7 @@ def run(options: TransferOptions) -> int:
     earlier.check_data(scores)
     taken = earlier.finished(options.variants, options.task_name)
     variants, folders = {name: {"tasks": {}} for name in options.variants}, {}
-    if options.pretrained:
+    if set(options.pretrained) - set(taken):
         data = compare_data.prepare_data(output_dir, shared)
         own = {name: value for name, value in options.pretrain.items() if name not in compare_data.DATA_OPTIONS}
         common = own | data

@@ -30,7 +30,7 @@ def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Data
     """
     needed = ("train", *task.evaluation)
     if task.splits:
-        return _sample(dict(task.splits), options)
+        return _sample(dict(task.splits), task, options)
     if options.dataset_path:
         source, found = _load_folder(Path(options.dataset_path), task)
     else:
@@ -55,15 +55,17 @@ def load_splits(task: Task, options: FinetuneOptions) -> dict[str, datasets.Data
         _check(data, f"{source} ({split})", task, labelled)
         used = [*task.columns, "idx", *(["label"] if labelled else [])]
         splits[split] = data.select_columns([name for name in used if name in data.column_names])
-    return _sample(splits, options)
+    return _sample(splits, task, options)
 
 
-def _sample(splits: dict[str, datasets.Dataset], options: FinetuneOptions) -> dict[str, datasets.Dataset]:
-    """The splits with so many training rows as are wanted."""
-    if options.max_train_samples is not None:
-        # at random, as IMDB's rows come sorted by label; the same whatever the seed of a run
-        order = np.random.default_rng(0).permutation(len(splits["train"]))
-        splits["train"] = splits["train"].select(np.sort(order[: options.max_train_samples]))
+def _sample(splits: dict[str, datasets.Dataset], task: Task, options: FinetuneOptions) -> dict[str, datasets.Dataset]:
+    """The splits with so many rows to train on and to score as are wanted."""
+    wanted = {"train": options.max_train_samples, **dict.fromkeys(task.evaluation, options.max_eval_samples)}
+    for split, count in wanted.items():
+        if count is not None:
+            # at random, as IMDB's rows come sorted by label; the same whatever the seed of a run
+            order = np.random.default_rng(0).permutation(len(splits[split]))
+            splits[split] = splits[split].select(np.sort(order[:count]))
     return splits
 
 

@@ -70,6 +70,7 @@ class FinetuneOptions(LoopOptions, HubOptions):
         "What is kept of a longer text: head, tail, or head_tail, a quarter from the head and the rest from the tail.",
     )
     max_train_samples: int | None = option(None, "Train on so many examples, chosen at random.", least=1)
+    max_eval_samples: int | None = option(None, "Score on so many of each split, chosen at random.", least=1)
     validation_fraction: float | None = option(
         None,
         "Share of the training data that checkpoints are compared on; default: 0 (the validation split) for GLUE, 0.1 "

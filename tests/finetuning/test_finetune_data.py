@@ -1,6 +1,7 @@
 """What fine-tuning makes of data: texts cut and padded, local files, bad input."""
 
 import shutil
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -11,9 +12,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ordnung.scripts.common import limits
 from ordnung.scripts.common.errors import ScriptError
+from ordnung.scripts.experiments import baselines
+from ordnung.scripts.experiments.options import BaselineOptions
 from ordnung.scripts.finetuning import data as finetune_data
 from ordnung.scripts.finetuning import run as finetune
 from ordnung.scripts.finetuning import tasks as text_tasks
+from ordnung.scripts.finetuning.options import FinetuneOptions
 
 
 class TestCutting:
@@ -108,6 +112,20 @@ class TestBatches:
             assert (np.concatenate(epochs[0]) != np.concatenate(epochs[1])).any()
             spreads.append(np.mean([np.ptp(each.task_data.train.lengths[rows]) for rows in epochs[0]]))
         assert spreads[0] < spreads[1] / 2
+
+
+def test_so_many_rows_are_trained_on_and_scored(tasks):
+    options = FinetuneOptions(model_name_or_path="any", output_dir="any", task_name=["rte"], dataset_path=str(tasks))
+    whole = finetune_data.load_splits(text_tasks.TASKS["rte"], options)
+    some = finetune_data.load_splits(
+        text_tasks.TASKS["rte"], replace(options, max_train_samples=11, max_eval_samples=7)
+    )
+    assert (len(some["train"]), len(some["validation"])) == (11, 7) and len(whole["validation"]) > 7
+    order = [list(whole["validation"]["sentence1"]).index(text) for text in some["validation"]["sentence1"]]
+    assert order == sorted(order) != list(range(7))  # at random, in their order
+    own = {"task_name": ["rte"], "dataset_path": str(tasks), "output_dir": "any", "max_eval_samples": 7}
+    scored = baselines.load_splits(text_tasks.TASKS["rte"], BaselineOptions(**own))
+    assert scored["validation"].to_dict() == some["validation"].to_dict() and len(scored["train"]) > 11
 
 
 def test_tokenized_data_are_cached(run_task, monkeypatch):
