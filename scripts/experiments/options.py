@@ -250,6 +250,7 @@ class TransferOptions(VariantOptions):
     finetune_by_task: str | None = option(None, "Those of single tasks, by task, which win.", action=MergeKeyValues)
     glue_path: str | None = option(None, "Local folder with a folder for each GLUE task; default: the Hub.")
     imdb_path: str | None = option(None, "Local folder of IMDB; default: the Hub.")
+    baseline: str | None = option(None, "Variant that scores are held against, seed by seed.")
     earlier: str | None = option(
         None,
         "results.json of an earlier run with the same settings, seeds and data: variants that it has fine-tuned on all "
@@ -258,6 +259,8 @@ class TransferOptions(VariantOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.baseline is not None and self.baseline not in self.variants:
+            raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
         self.finetune, self.finetune_by_task = self.finetune or {}, self.finetune_by_task or {}
         self.linearize = self.linearize or {}
         self.started = {
@@ -273,6 +276,10 @@ class TransferOptions(VariantOptions):
             own = [name for name in OWN_OPTIONS if name in options]
             if own:
                 raise ScriptError(f"--finetune {own[0]}: it is set for each run, leave it out")
+
+    def leave_out(self, others: set[str]):
+        super().leave_out(others)
+        self.baseline = None if self.baseline in others else self.baseline
 
     def data_path(self, task: str) -> str | None:
         return self.imdb_path if task == "imdb" else self.glue_path

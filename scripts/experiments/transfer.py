@@ -11,7 +11,7 @@ from ordnung.scripts.experiments import baselines, compare, compare_data, starts
 from ordnung.scripts.experiments.earlier import EarlierTransfer, trained_earlier
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
-from ordnung.scripts.experiments.verdicts import estimate, seeds_described
+from ordnung.scripts.experiments.verdicts import estimate, interval, seeds_described
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.training.runs import claim_output_dir
@@ -66,6 +66,13 @@ def markdown(results: dict[str, Any]) -> str:
                 for task in tasks
                 if result["tasks"][task]["score"]["mean"] <= results["baselines"][task][name]["score"]
             ]
+    if baseline := results.get("baseline"):
+        held = results["variants"][baseline]["tasks"]
+        for variant, result in results["variants"].items():
+            if variant != baseline:
+                pairs = [zip(*(one[task]["score"]["values"] for one in (result["tasks"], held))) for task in tasks]
+                differences = [interval([100 * (a - b) for a, b in pair]).text(1) for pair in pairs]
+                scores.append([f"{variant} - {baseline}, points", *differences])
     tables = []
     if costs:
         header = ["model", "parameters", "pretraining tokens", "s", "held-out bits per byte", "fine-tuning s, all runs"]
@@ -145,6 +152,8 @@ def run(options: TransferOptions) -> int:
         "baselines": scores,
         "variants": variants,
     }
+    if options.baseline is not None:
+        results["baseline"] = options.baseline
     if taken:
         results["earlier"] = earlier.origins(taken)
     write_results(output_dir, results, markdown)

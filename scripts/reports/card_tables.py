@@ -254,6 +254,10 @@ def pooling_table() -> str:
     return pooling.markdown(load("pooling"))
 
 
+MINILM = "transfer_minilm"
+MORE_TASKS = f"transfer --config {MINILM} --task_name imdb qnli qqp mnli"
+
+
 def if_run(name: str, told: Callable[[dict], str], shown: str | None = None, command: str | None = None) -> str:
     """The tables of a recipe's results and a picture of `shown`, if any; in words that it is not run yet."""
     if not has_results(name):
@@ -329,6 +333,8 @@ TABLES = {
     "pooling": pooling_table,
     "transfer": transfer_table,
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
+    "transfer_minilm": partial(if_run, MINILM, transfer.markdown),
+    "transfer_minilm_more": partial(if_run, f"{MINILM}_more", transfer.markdown, command=MORE_TASKS),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
     "linformer_transfer": partial(transfer_table, "linformer", "softmax"),
     "prefix_transfer": partial(transfer_table, "cubic_stride_32", "softmax"),

@@ -155,6 +155,7 @@ def test_variants_now_and_later_on_another_machine(argv, tmp_path, monkeypatch, 
         (["--task_name", "sst"], "unknown --task_name 'sst'; did you mean 'sst2'"),
         (["--finetune_by_task", "sst={}"], "unknown --task_name 'sst'"),
         (["--seeds", "1", "1"], "different numbers"),
+        (["--baseline", "gru"], "--baseline gru must be one of the variants"),
         (["--imdb_path", "nowhere"], "nowhere: there is no such folder"),
     ],
 )
@@ -192,7 +193,7 @@ def started(argv, bert, tmp_path):
     steps = {"block_size": 16, "per_device_train_batch_size": 4, "use_cpu": True, "validation_fraction": 0.2}
     steps["similarity_file"] = str(tmp_path / "pairs.jsonl")
     recipe["linearize"] = {"train_file": recipe.pop("pretrain")["train_file"], **steps}
-    recipe |= {"task_name": ["sst2"], "seeds": [0], "finetune_by_task": {}}
+    recipe |= {"task_name": ["sst2"], "seeds": [0], "finetune_by_task": {}, "baseline": "teacher"}
     del recipe["config_overrides"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return argv
@@ -216,6 +217,10 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
     assert similar["teacher"] == pytest.approx(measured["teacher"]["similarity"])
     assert similar["converted"] == pytest.approx(measured["converted"]["student"]["similarity"])
     shown = capsys.readouterr().out
+    scores = {name: found["tasks"]["sst2"]["score"]["mean"] for name, found in variants.items()}
+    (row,) = (line.split("|")[1:3] for line in shown.splitlines() if "converted - teacher, points" in line)
+    assert row[1].strip() == f"{100 * (scores['converted'] - scores['teacher']):.1f} (n = 1)"
+    assert "teacher - teacher" not in shown
     assert "distillation tokens" in shown and "held-out bits per byte" not in shown
     # again: everything is kept
     monkeypatch.setattr(starts, "convert", None)
