@@ -61,7 +61,7 @@ def plot(image: Path):
     figure, panels = new_figure(1, 2, figsize=(10, 3.4), sharey=True)
     for panel, found, label in (
         (panels[0], text(), "perplexity above the dot product's, %"),
-        (panels[1], recall(), "right answers more than the dot product, %"),
+        (panels[1], recall(), "right answers above, %"),
     ):
         panel.axvspan(-100 * MARGIN, 100 * MARGIN, color="#DDDDDD")
         panel.axvline(0, color=COLOURS["softmax_lm"], linewidth=1)

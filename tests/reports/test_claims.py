@@ -123,7 +123,7 @@ def test_decode_speed_waits_for_a_static_cache(files):
 
 def test_a_universal_claim_fails_by_one_case(files):
     unnecessary = claim("content-dependent scores are unnecessary")
-    assert {finding.verdict for finding in unnecessary.findings} == {FAILS, OPEN} and unnecessary.verdict == FAILS
+    assert {FAILS, HOLDS} <= {finding.verdict for finding in unnecessary.findings} and unnecessary.verdict == FAILS
 
 
 def test_hops_along_a_function_count_once_they_are_there(files):
