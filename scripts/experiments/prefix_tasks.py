@@ -203,7 +203,7 @@ def varied(settings: dict) -> list[str]:
 
 
 def size_of(settings: dict, name: str, size: str) -> int:
-    return settings["training_by_variant"].get(name, {}).get(size, settings[size])
+    return settings.get("training_by_variant", {}).get(name, {}).get(size, settings[size])
 
 
 def markdown(results: dict) -> str:
@@ -213,7 +213,8 @@ def markdown(results: dict) -> str:
     header = ["variant", *(SIZES[size] for size in own)]
     header += ["parameters", "MFLOPs a step", "steps", "seconds", "answers right"]
     header += [f"{k} hop" + "s" * (k > 1) for k in hops] + ["sequences right"]
-    header += ["right with fewer hops, at best"] if "hops" in own else []
+    fewer = "hops" in own and "fewer_hops" in results
+    header += ["right with fewer hops, at best"] if fewer else []
     body = [
         [
             name,
@@ -223,9 +224,12 @@ def markdown(results: dict) -> str:
             f"{point['step']:,}",
             estimate(point["seconds"], 0),
             estimate(point["answers"], 3),
-            *(estimate(point["answers_by_hops"][k - 1], 3) for k in hops),
+            *(
+                estimate(point["answers_by_hops"][k - 1], 3) if k <= size_of(settings, name, "hops") else ""
+                for k in hops
+            ),
             estimate(point["sequences"], 3),
-            *([f"{max(result.get('fewer_hops', results['fewer_hops'])):.3f}"] if "hops" in own else []),
+            *([f"{max(result.get('fewer_hops', results['fewer_hops'])):.3f}"] if fewer else []),
         ]
         for which in ("equal_steps", "equal_compute")
         for name, result in results["variants"].items()

@@ -186,6 +186,16 @@ def test_variants_have_hops_and_answers_of_their_own(argv, tmp_path, monkeypatch
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 1000
 
 
+def test_pointers_of_fewer_hops_have_no_answers_of_more(argv, tmp_path):
+    own = "softmax={hops: 1}"
+    program.main([*argv, "--hops", "2", "--seeds", "0", "--max_steps", "2", "--training_by_variant", own])
+    lines = [line for line in (tmp_path / "out" / "results.md").read_text().splitlines() if line[:1] == "|"]
+    header, _, cubic, softmax, *_ = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    last = header.index("2 hops")
+    assert cubic[last].endswith("(n = 1)") and softmax[last] == "" and softmax[last - 1].endswith("(n = 1)")
+    assert header[-1] == "sequences right"
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
