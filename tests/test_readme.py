@@ -97,7 +97,8 @@ def test_make_targets_exist():
 
 
 def test_readme_is_short():
-    assert len(PAGES["README.md"].splitlines()) <= 150
+    written = re.sub(r"<!-- table: .*?<!-- end -->", "", PAGES["README.md"], flags=re.S)
+    assert len(written.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("command", commands("ordnung "))
@@ -144,7 +145,8 @@ def all_commands():
     experiments = yaml.safe_load((ROOT / "scripts/configs/claims.yaml").read_text())["experiments"]
     for one in experiments.values():
         words = f"{one['command']} {one.get('cuda') or ''}"
-        found.append(words.format(out="out", books="a.jsonl", one_book="b.jsonl", encoder="c", reviews="d.parquet"))
+        inputs = {"books": "a.jsonl", "one_book": "b.jsonl", "encoder": "c", "reviews": "d.parquet"}
+        found.append(words.format(out="out", **inputs, glue=".", imdb="."))
     return sorted({" ".join(line.split()) for line in found})
 
 

@@ -40,17 +40,24 @@ def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str,
     return read_json(path)["tasks"][task]
 
 
+NAMES = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression"}  # the baselines as they are shown
+
+
+def score_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Of each baseline and variant its name and its scores by task, in %."""
+    tasks, rows = results["task_name"], []
+    for name, shown in NAMES.items():
+        rows.append([shown, *(f"{100 * results['baselines'][task][name]['score']:.1f}" for task in tasks)])
+    for variant, result in results["variants"].items():
+        rows.append([variant, *(estimate(result["tasks"][task]["score"], 1, 100) for task in tasks)])
+    return rows
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The tables of a results dictionary."""
-    tasks = results["task_name"]
-    names = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression"}
-    scores = [
-        [shown, *(f"{100 * results['baselines'][task][name]['score']:.1f}" for task in tasks)]
-        for name, shown in names.items()
-    ]
-    costs, begun, below = [], [], {name: [] for name in names}
+    tasks, scores = results["task_name"], score_rows(results)
+    costs, begun, below = [], [], {name: [] for name in NAMES}
     for variant, result in results["variants"].items():
-        scores.append([variant, *(estimate(result["tasks"][task]["score"], 1, 100) for task in tasks)])
         seconds = sum(sum(t["seconds"]["values"]) for t in result["tasks"].values())
         trained = result.get("pretraining") or result["start"]
         row = [variant, f"{trained['parameters']:,}", f"{trained['tokens']:,}", f"{trained['seconds']:,.0f}"]
@@ -81,7 +88,7 @@ def markdown(results: dict[str, Any]) -> str:
         header = ["model", "from", "parameters", "distillation tokens", "s"]
         header += ["similarity without training", "its teacher's", "without mixing", "fine-tuning s, all runs"]
         tables.append(markdown_table(header, begun))
-    remarks = [f"Not above {names[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]
+    remarks = [f"Not above {NAMES[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]
     return paragraphs(
         f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
         "fine-tuning one pretrained model each. "

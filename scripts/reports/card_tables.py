@@ -12,7 +12,7 @@ from ordnung.scripts.benchmarks import sparse as bench_sparse
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table, ranged
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
-from ordnung.scripts.experiments.verdicts import changes, estimate
+from ordnung.scripts.experiments.verdicts import changes, estimate, seeds_described
 from ordnung.scripts.linearizing import report
 from ordnung.scripts.reports import (
     claims,
@@ -217,11 +217,24 @@ def benchmark_table(*names: str) -> str:
     return bench_report.markdown(load_benchmark(*names)).strip()
 
 
+MINILM = "transfer_minilm"
+MORE_TASKS = f"transfer --config {MINILM} --task_name imdb qnli qqp mnli"
+
+
 def transfer_table(*names: str, file: str = "transfer") -> str:
     """Fine-tuned on tasks: these variants, or all."""
     results = load(file)
     names = names or tuple(results["variants"])
     return transfer.markdown({**results, "variants": {name: results["variants"][name] for name in names}})
+
+
+def glue_table() -> str:
+    """Scores of the encoder with real weights alone, without costs; in words that it is not measured yet."""
+    if not has_results(MINILM):
+        return f"Not run yet: `ordnung transfer --config {MINILM}`."
+    results = load(MINILM)
+    seeds = f"Scores in %, {seeds_described(results['seeds'])} of fine-tuning. {described(results['machine'])}"
+    return f"{markdown_table(['', *results['task_name']], transfer.score_rows(results))}\n\n{seeds}"
 
 
 def throughput_table() -> str:
@@ -252,10 +265,6 @@ def pooling_table() -> str:
     if not has_results("pooling"):
         return "Not run to its end yet: `ordnung transfer --config transfer_pooling --glue_path data/glue`."
     return pooling.markdown(load("pooling"))
-
-
-MINILM = "transfer_minilm"
-MORE_TASKS = f"transfer --config {MINILM} --task_name imdb qnli qqp mnli"
 
 
 def if_run(name: str, told: Callable[[dict], str], shown: str | None = None, command: str | None = None) -> str:
@@ -334,6 +343,7 @@ TABLES = {
     "transfer": transfer_table,
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "transfer_minilm": partial(if_run, MINILM, transfer.markdown),
+    "glue": glue_table,
     "transfer_minilm_more": partial(if_run, f"{MINILM}_more", transfer.markdown, command=MORE_TASKS),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
     "linformer_transfer": partial(transfer_table, "linformer", "softmax"),
