@@ -9,6 +9,9 @@ VARIANTS = {
 }
 
 
-def write_config(path, **options):
+def write_config(path, **own):
+    """Write a table of the variants, two seeds and options of the test's own; returns the words that name it."""
+    shared = {"output_dir": str(path.parent / "out"), "variants": VARIANTS, "config_overrides": TINY, "seeds": [0, 1]}
+    options = {**shared, **own}
     path.write_text(yaml.safe_dump(options))
     return ["--config", str(path)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny_variants import TINY, VARIANTS, write_config
+from tiny_variants import VARIANTS, write_config
 from transformers import AutoModelForCausalLM
 
 from ordnung.scripts import compare as compare_program
@@ -40,10 +40,6 @@ class TestCompareProgram:
         (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
         return write_config(
             tmp_path / "compare.yaml",
-            output_dir=str(tmp_path / "out"),
-            variants=VARIANTS,
-            config_overrides=TINY,
-            seeds=[0, 1],
             baseline="softmax",
             pretrain={
                 "train_file": str(tmp_path / "text.jsonl"),

@@ -124,10 +124,6 @@ class TestRecallProgram:
     def argv(self, tmp_path):
         return write_config(
             tmp_path / "recall.yaml",
-            output_dir=str(tmp_path / "out"),
-            variants=VARIANTS,
-            config_overrides=TINY,
-            seeds=[0, 1],
             sequence_length=24,
             num_pairs=[2, 4],
             num_queries=8,
