@@ -215,8 +215,8 @@ class BaselineOptions:
     task_name: list[str] = required(f"One or more of {', '.join(TASKS)}; all: GLUE's.", section="data")
     dataset_path: str | None = option(None, "Local folder: a folder for each task, or the files of a single one.")
     dataset_name: str | None = option(None, "Data set of the Hub in place of the task's own.")
-    max_train_samples: int | None = option(None, "Train on so many examples, chosen at random.")
-    max_eval_samples: int | None = option(None, "Score on so many of each split, chosen at random.")
+    max_train_samples: int | None = option(None, "Train on so many examples, chosen at random.", least=1)
+    max_eval_samples: int | None = option(None, "Score on so many of each split, chosen at random.", least=1)
     output_dir: str = required("Folder for results.json.", section="output")
 
 

@@ -11,7 +11,7 @@ from ordnung.scripts.experiments import baselines, compare, compare_data, starts
 from ordnung.scripts.experiments.earlier import EarlierTransfer, trained_earlier
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
-from ordnung.scripts.experiments.verdicts import estimate, interval, seeds_described
+from ordnung.scripts.experiments.verdicts import difference, estimate, seeds_described
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.training.runs import claim_output_dir
@@ -77,9 +77,9 @@ def markdown(results: dict[str, Any]) -> str:
         held = results["variants"][baseline]["tasks"]
         for variant, result in results["variants"].items():
             if variant != baseline:
-                pairs = [zip(*(one[task]["score"]["values"] for one in (result["tasks"], held))) for task in tasks]
-                differences = [interval([100 * (a - b) for a, b in pair]).text(1) for pair in pairs]
-                scores.append([f"{variant} - {baseline}, points", *differences])
+                pairs = [[one[task]["score"]["values"] for one in (result["tasks"], held)] for task in tasks]
+                cells = [difference(*pair).text(1, 100) for pair in pairs]
+                scores.append([f"{variant} - {baseline}, points", *cells])
     tables = []
     if costs:
         header = ["model", "parameters", "pretraining tokens", "s", "held-out bits per byte", "fine-tuning s, all runs"]
@@ -89,9 +89,11 @@ def markdown(results: dict[str, Any]) -> str:
         header += ["similarity without training", "its teacher's", "without mixing", "fine-tuning s, all runs"]
         tables.append(markdown_table(header, begun))
     remarks = [f"Not above {NAMES[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]
+    first = next(iter(results["variants"].values()))["tasks"]
+    rows = ", ".join(f"{task} {first[task]['training_rows']:,}" for task in tasks)
     return paragraphs(
         f"Scores in %, the mean of a task's metrics as GLUE averages them; {seeds_described(results['seeds'])} of "
-        "fine-tuning one pretrained model each. "
+        f"fine-tuning one pretrained model each. Training rows: {rows}. "
         f"{described(results['machine'])}",
         *trained_earlier(results),
         markdown_table(["model", *tasks], scores),

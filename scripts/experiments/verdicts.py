@@ -36,6 +36,11 @@ def changes(own: Sequence[float], reference: Sequence[float]) -> Interval:
     return Interval(*(math.exp(min(value, 700)) - 1 for value in (logs.mean, logs.low, logs.high)), logs.n)
 
 
+def difference(own: Sequence[float], reference: Sequence[float]) -> Interval:
+    """By how much values exceed others of the same seeds."""
+    return interval([a - b for a, b in zip(own, reference)])
+
+
 def at_least(found: Interval, bound: float) -> str:
     """Whether a quantity is `bound` or more: its whole interval must be, or must not."""
     if found.low >= bound:

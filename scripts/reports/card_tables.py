@@ -163,22 +163,11 @@ def prefix_claims() -> str:
     return markdown_table(["insanely more powerful?", "measured"], body)
 
 
-def function_table() -> str:
-    """Hops along a function, with what fewer hops would answer, and the figure; in words that it is not there yet."""
-    if not has_results(FUNCTION):
-        return "Not run to its end yet: `python scripts/prefix_tasks.py --config scripts/configs/tasks_function.yaml`."
-    results = load(FUNCTION)
+def function_table(results: dict) -> str:
+    """Hops along a function, with what fewer hops would answer."""
     shares = ", ".join(f"{hops} hops {share:.2f}" for hops, share in enumerate(results["fewer_hops"]))
     lines = f"A walk along a random function soon goes round, so fewer hops give many answers too: {shares}."
-    figure = f"![Share of right answers against steps and FLOPs](../figures/{FUNCTION}.png)"
-    return f"{prefix_tasks.markdown(results)}\n\n{lines}\n\n{figure}"
-
-
-def sizes_table(name: str, recipe: str, size: str) -> str:
-    """A task at several sizes at the end of each training, and the figure; in words that it is not run yet."""
-    if not has_results(name):
-        return f"Not run yet: `ordnung prefix-tasks --config {recipe}`."
-    return f"{prefix_tasks.markdown(load(name))}\n\n![Share of right answers against {size}](../figures/{name}.png)"
+    return f"{prefix_tasks.markdown(results)}\n\n{lines}"
 
 
 def headline_claims() -> str:
@@ -228,11 +217,8 @@ def transfer_table(*names: str, file: str = "transfer") -> str:
     return transfer.markdown({**results, "variants": {name: results["variants"][name] for name in names}})
 
 
-def glue_table() -> str:
-    """Scores of the encoder with real weights alone, without costs; in words that it is not measured yet."""
-    if not has_results(MINILM):
-        return f"Not run yet: `ordnung transfer --config {MINILM}`."
-    results = load(MINILM)
+def glue_table(results: dict) -> str:
+    """Scores on tasks alone, without costs."""
     seeds = f"Scores in %, {seeds_described(results['seeds'])} of fine-tuning. {described(results['machine'])}"
     return f"{markdown_table(['', *results['task_name']], transfer.score_rows(results))}\n\n{seeds}"
 
@@ -260,19 +246,28 @@ def recipes_table() -> str:
     return f"{described(results['machine'])}\n\n{markdown_table(header, body)}"
 
 
-def pooling_table() -> str:
-    """What a classifier had better read of a sentence encoder; in words that it is not measured yet."""
-    if not has_results("pooling"):
-        return "Not run to its end yet: `ordnung transfer --config transfer_pooling --glue_path data/glue`."
-    return pooling.markdown(load("pooling"))
+def if_run(
+    name: str,
+    told: Callable[[dict], str],
+    shown: str | None = None,
+    command: str | None = None,
+    figures: str = "figures",
+) -> str:
+    """The tables of a recipe's results and a picture of `shown`, if any; in words that it is not run yet.
 
-
-def if_run(name: str, told: Callable[[dict], str], shown: str | None = None, command: str | None = None) -> str:
-    """The tables of a recipe's results and a picture of `shown`, if any; in words that it is not run yet."""
+    Args:
+        figures: the folder of pictures, from the card.
+    """
     if not has_results(name):
         command = command or f"{name.partition('_')[0]} --config {name}"
         return f"Not run yet: `ordnung {command}`."
-    return told(load(name)) + (f"\n\n![{shown}](figures/{name}.png)" if shown else "")
+    return told(load(name)) + (f"\n\n![{shown}]({figures}/{name}.png)" if shown else "")
+
+
+def task_table(name: str, told: Callable[[dict], str], against: str, recipe: str) -> Callable[[], str]:
+    """`if_run` of prefix_tasks.py, in a folder beside that of the figures."""
+    shown, command = f"Share of right answers against {against}", f"prefix-tasks --config {recipe}"
+    return partial(if_run, name, told, shown, command, "../figures")
 
 
 # Linearizations of SmolLM2-135M by the name to show; the first is told at length.
@@ -339,11 +334,11 @@ TABLES = {
     "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
     "finetune_recipes": recipes_table,
-    "pooling": pooling_table,
+    "pooling": partial(if_run, "pooling", pooling.markdown, command="transfer --config transfer_pooling"),
     "transfer": transfer_table,
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "transfer_minilm": partial(if_run, MINILM, transfer.markdown),
-    "glue": glue_table,
+    "glue": partial(if_run, MINILM, glue_table),
     "transfer_minilm_more": partial(if_run, f"{MINILM}_more", transfer.markdown, command=MORE_TASKS),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
     "linformer_transfer": partial(transfer_table, "linformer", "softmax"),
@@ -362,9 +357,9 @@ TABLES = {
     "linformer_spectrum": lambda: plot_mixing.markdown(load("linformer_lm_spectrum")),
     "prefix_benchmark": lambda: bench_prefix.markdown(load("cubic_prefix_lm_benchmark")),
     "prefix_pointer": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_pointer")),
-    "prefix_function": function_table,
-    "prefix_hops": partial(sizes_table, HOPS, "tasks_function_hops", "hops"),
-    "prefix_answers": partial(sizes_table, ANSWERS, "tasks_function_answers", "answers a sequence"),
+    "prefix_function": task_table(FUNCTION, function_table, "steps and FLOPs", "tasks_function"),
+    "prefix_hops": task_table(HOPS, prefix_tasks.markdown, "hops", "tasks_function_hops"),
+    "prefix_answers": task_table(ANSWERS, prefix_tasks.markdown, "answers a sequence", "tasks_function_answers"),
     "prefix_memory": partial(benchmark_table, "cubic_prefix_lm_memory"),
     "prefix_claims": prefix_claims,
     "prefix_triplets_short": lambda: prefix_tasks.markdown(load("cubic_prefix_lm_triplets_short")),

@@ -13,6 +13,7 @@ from ordnung.scripts.experiments.verdicts import (
     at_most,
     beyond_counting,
     changes,
+    difference,
     equal,
     interval,
 )
@@ -104,7 +105,7 @@ def answers(file: str, own: tuple[str, str], other: tuple[str, str], least: floa
     variants, values = load(file)["variants"], []
     for name, point in (own, other):
         values.append(variants[name][point]["answers"]["values"])
-    found = interval([a - b for a, b in zip(*values)])
+    found = difference(*values)
     means = [sum(shares) / len(shares) for shares in values]
     number = f"{means[0]:.3f} and {means[1]:.3f} right: {found.text(3)} more"
     verdict = at_least(found, least)
@@ -131,7 +132,7 @@ def recall(file: str, name: str, other: str, pairs: int, what: str = "", worse: 
     results = load(file)
     row = results["settings"]["num_pairs"].index(pairs)
     own, reference = (results["variants"][which]["accuracy"][row]["values"] for which in (name, other))
-    found = interval([a - b for a, b in zip(own, reference)])
+    found = difference(own, reference)
     means = f"{sum(own) / len(own):.3f} and {sum(reference) / len(reference):.3f} right"
     where = f"variants, {name} and {other}, accuracy[{row}]"
     verdict = at_least(found, -MARGIN) if worse else equal(found)
@@ -256,7 +257,7 @@ def on_par(file: str, name: str, other: str, tasks: Sequence[str]) -> list[Findi
     variants, found = load(file)["variants"], []
     for task in tasks:
         own, reference = (variants[which]["tasks"][task]["score"]["values"] for which in (name, other))
-        change = interval([a - b for a, b in zip(own, reference)])
+        change = difference(own, reference)
         number = f"{change.text(1, 100, ' points')}"
         where = f"variants, {name} and {other}, tasks, {task}"
         found.append(Finding(f"{name} on {task}", number, at_least(change, -MARGIN), file, where))

@@ -4,7 +4,7 @@ from typing import Any
 
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table, paragraphs
-from ordnung.scripts.experiments.verdicts import at_least, estimate, everywhere, interval, seeds_described
+from ordnung.scripts.experiments.verdicts import at_least, difference, estimate, everywhere, seeds_described
 
 
 def markdown(results: dict[str, Any], name: str = "mean") -> str:
@@ -17,9 +17,8 @@ def markdown(results: dict[str, Any], name: str = "mean") -> str:
     for other in variants:
         if other == name:
             continue
-        pairs = [zip(scores[name][task]["values"], scores[other][task]["values"]) for task in tasks]
-        found = [interval([100 * (a - b) for a, b in pair]) for pair in pairs]
-        body.append([f"{name} - {other}, points", *(each.text(1) for each in found)])
+        found = [difference(scores[name][task]["values"], scores[other][task]["values"]) for task in tasks]
+        body.append([f"{name} - {other}, points", *(each.text(1, 100) for each in found)])
         verdicts = [at_least(each, 0) for each in found]
         by_task = ", ".join(f"{task} {verdict}" for task, verdict in zip(tasks, verdicts))
         said.append(f'"{name} scores higher than {other} on every task": {everywhere(verdicts)} ({by_task}).')

@@ -221,6 +221,7 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
     (row,) = (line.split("|")[1:3] for line in shown.splitlines() if "converted - teacher, points" in line)
     assert row[1].strip() == f"{100 * (scores['converted'] - scores['teacher']):.1f} (n = 1)"
     assert "teacher - teacher" not in shown
+    assert f"Training rows: sst2 {variants['teacher']['tasks']['sst2']['training_rows']}." in shown
     assert "distillation tokens" in shown and "held-out bits per byte" not in shown
     # again: everything is kept
     monkeypatch.setattr(starts, "convert", None)
