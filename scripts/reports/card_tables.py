@@ -170,38 +170,6 @@ def function_table(results: dict) -> str:
     return f"{prefix_tasks.markdown(results)}\n\n{lines}"
 
 
-def headline_claims() -> str:
-    """The bold claim of each idea's source, beside what was measured; all of it is in the cards."""
-    conv, encoder = Timings(*CONV_BENCHMARKS), Timings(*ENCODER_BENCHMARKS)
-    body = []
-    for part, what in (("mixer", "the mixer"), ("model", "the whole model")):
-        for kind, other in (("eager", "attention that stores its scores"), ("sdpa", "fused attention")):
-            ratio = conv.ratio("mixer", f"source_{part}_conv", f"source_{part}_{kind}", 2048)
-            body.append([f"ConvLM, 5.5× faster at 2048 tokens: {what}", other, ratio])
-    for name, which in (("conv_source", "the article's mixer"), ("conv_gated", "gated")):
-        for other, what in (("softmax_no_positions", "without positions"), ("softmax_rope", "with rope")):
-            change = perplexity_change(load("conv_lm_compare"), name, other)
-            body.append([f"ConvLM, 3.2 % lower perplexity: {which}", f"attention {what}", change])
-    sdpa, stored = "softmax_encoder_sdpa", "softmax_encoder_eager"
-    ratio = encoder.ratio("forward", "linformer_encoder", sdpa, 65536)
-    body.append(["LinformerLM, 20× faster at 65,536 tokens", "fused attention", ratio])
-    for name, how in ((sdpa, "fused attention"), (f"{stored}_by_head", "stored scores, a head at a time")):
-        ratio = encoder.ratio("forward", "linformer_encoder", name, 16384)
-        body.append(["LinformerLM, the same at 16,384 tokens", how, ratio])
-    for length, name, how in ((65536, sdpa, "fused attention"), (4096, stored, "attention that stores its scores")):
-        share = encoder.memory("forward", "linformer_encoder", name, length)
-        body.append(["LinformerLM, 60× less memory at 65,536 tokens", f"{how}, {length:,} tokens", f"{share} of it"])
-    tasks, text = load("cubic_prefix_lm_pointer")["variants"], load("cubic_prefix_lm_compare")
-    for when, how in (("equal_steps", "steps"), ("equal_compute", "FLOPs")):
-        cubic, softmax = (tasks[name][when]["answers_by_hops"][-1] for name in ("cubic", "softmax"))
-        result = f"{estimate(cubic, 3)} of answers right; attention {estimate(softmax, 3)}"
-        body.append(["CubicPrefixLM, insanely more powerful: pointers", f"attention, equal {how}", result])
-    for name, how in (("softmax_rope", "steps"), ("softmax_rope_equal_compute", "FLOPs")):
-        change = perplexity_change(text, "cubic", name)
-        body.append(["CubicPrefixLM, insanely more powerful: perplexity", f"attention, equal {how}", change])
-    return markdown_table(["claim", "against", "measured; speed-ups with the ratio of FLOPs in brackets"], body)
-
-
 def benchmark_table(*names: str) -> str:
     return bench_report.markdown(load_benchmark(*names)).strip()
 
@@ -306,7 +274,7 @@ def decoders_table() -> str:
         parts.append(f"Not run yet: {'; '.join(left)}.")
     if found:
         name, run = next(iter(found.items()))
-        parts += [f"The first of these, {name}:", linearized.one_decoder(run)]
+        parts += [f"In more detail, {name}:", linearized.one_decoder(run)]
         parts.append("![Loss by position, and against tokens trained on](figures/linearized_decoder.png)")
     return "\n\n".join(parts)
 
@@ -331,7 +299,6 @@ def packing_table(name: str) -> str:
 TABLES = {
     "packing_sentences": partial(packing_table, "packing_sentences"),
     "packing_reviews": partial(packing_table, "packing_reviews"),
-    "headline_claims": headline_claims,
     "finetune_throughput": throughput_table,
     "finetune_recipes": recipes_table,
     "pooling": partial(if_run, "pooling", pooling.markdown, command="transfer --config transfer_pooling"),

@@ -1,6 +1,7 @@
 """Measurements of claims, each from a results file with a verdict that follows from an interval and a bound."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -68,18 +69,23 @@ def speed(files: Sequence[str], task: str, name: str, other: str, length: int, b
     if not pairs:
         return Finding(f"{against}, {length:,} tokens", "could not be run", OPEN, files[0], where)
     number, verdict = ratio([(a["seconds"], b["seconds"]) for a, b in pairs], bound)
-    file = [name for name, run in zip(files, Timings(*files).runs) if (task, other, length) in run]
+    file = [stem for stem, run in zip(files, Timings(*files).runs) if (task, name, length) in run]
     return Finding(f"{against}, {length:,} tokens: {bound:g}×", number, verdict, file[-1], where)
 
 
 def memory(files: Sequence[str], name: str, other: str, length: int, times: float, against: str) -> Finding:
-    """Whether the peak of `name` is `times` below that of `other`; a peak is the same in every run, so one decides."""
-    rows, where = Timings(*files).rows, f"forward, peak_bytes, {name} and {other}, N = {length}"
-    if ("forward", other, length) not in rows:
-        return Finding(f"{against}, {length:,} tokens: {times:g}×", "could not be run", OPEN, files[0], where)
-    ratio = rows["forward", other, length]["peak_bytes"] / rows["forward", name, length]["peak_bytes"]
-    verdict = at_least(Interval(ratio, ratio, ratio, 1), times)
-    return Finding(f"{against}, {length:,} tokens: {times:g}×", f"{ratio:.1f}× less", verdict, files[0], where)
+    """Whether the peak of `name` is `times` below that of `other`: in every run that has both."""
+    pairs = Timings(*files).ratios("forward", name, other, length)
+    against, where = (
+        f"{against}, {length:,} tokens: {times:g}×",
+        f"forward, peak_bytes, {name} and {other}, N = {length}",
+    )
+    if not pairs:
+        return Finding(against, "could not be run", OPEN, files[0], where)
+    ratios = [b["peak_bytes"] / a["peak_bytes"] for a, b in pairs]
+    number, n = " and ".join(f"{ratio:.1f}×" for ratio in ratios) + f" less (n = {len(ratios)})", len(ratios)
+    verdict = at_least(Interval(ratios[-1], min(ratios), max(ratios), n), times) if n > 1 else OPEN
+    return Finding(against, number, verdict, files[0], where)
 
 
 def perplexity(file: str, name: str, other: str, bound: float, against: str) -> Finding:
@@ -95,6 +101,26 @@ def perplexity(file: str, name: str, other: str, bound: float, against: str) -> 
         means = [sum(values) / len(values) for values in (own, reference)]
         verdict = beyond_counting(at_most(found, bound), means, trigram)
         number += f"; perplexity {means[0]:.3g} and {means[1]:.3g}, trigram {trigram:.3g}"
+    return Finding(against, number, verdict, file, f"variants, {name} and {other}, eval_perplexity")
+
+
+def steadier(file: str, name: str, other: str, against: str) -> Finding:
+    """Whether losses of `name` differ less between seeds than those of `other`: by the ratio's 95 % F-interval."""
+    from scipy.special import fdtri
+
+    if not has_results(file) or not {name, other} <= set(load(file)["variants"]):
+        return not_run(against, file)
+    results = load_compare(file)
+    perplexities = [results["variants"][which]["eval_perplexity"]["values"] for which in (name, other)]
+    a, b = (statistics.stdev(map(math.log, values)) for values in perplexities)
+    n = len(perplexities[0])
+    edge = math.sqrt(fdtri(n - 1, n - 1, 0.975))
+    found = Interval(a / b, a / b / edge, a / b * edge, n)
+    number = f"standard deviation of the loss {a:.3f} and {b:.3f}: {found.text(2)} of it"
+    verdict = OPEN
+    if "ngrams" in results:
+        means = [statistics.fmean(values) for values in perplexities]
+        verdict = beyond_counting(at_most(found, 1.0), means, results["ngrams"]["trigram"]["mean"])
     return Finding(against, number, verdict, file, f"variants, {name} and {other}, eval_perplexity")
 
 
@@ -186,10 +212,13 @@ def sparse_growth(name: str) -> Finding:
 
 
 def squared_faster(head_size: int, length: int) -> Finding:
-    (row,) = [row for row in load(SQUARED)["lengths"] if (row["head_size"], row["length"]) == (head_size, length)]
+    """Whether the squared kernel's forward is faster than fused attention's, at the first such length or later."""
+    rows = [row for row in load(SQUARED)["lengths"] if row["head_size"] == head_size and row["length"] >= length]
+    row = min(rows, key=lambda row: row["length"])
     number, verdict = ratio([(row["forward"]["squared"], row["forward"]["softmax"])], 1)
-    where = f"lengths, head size {head_size}, N = {length}, forward"
-    return Finding(f"fused attention, head size {head_size}, {length:,} tokens", number, verdict, SQUARED, where)
+    where = f"lengths, head size {head_size}, N = {row['length']}, forward"
+    against = f"fused attention, head size {head_size}, {row['length']:,} tokens"
+    return Finding(against, number, verdict, SQUARED, where)
 
 
 def squared_steady(head_size: int) -> Finding:

@@ -212,6 +212,58 @@ def test_what_the_squared_kernel_costs_is_read_from_its_counts(files):
     assert claim("attention is an O(d²) problem").findings[0].verdict == HOLDS
 
 
+def test_faster_from_d_squared_on_is_asked_there(files):
+    quote = "faster from d² tokens on"
+    for head_size, finding in zip((16, 32, 64), claim(quote).findings):
+        rows = results.load("quadratic_kernel_lm_bench")["lengths"]
+        first = min(row["length"] for row in rows if row["head_size"] == head_size and row["length"] >= head_size**2)
+        assert f"N = {first}," in finding.key and finding.verdict == FAILS
+    assert claim("faster than fused attention at 16,384").verdict == HOLDS
+
+    def faster(value):
+        for row in value["lengths"]:
+            row["forward"]["squared"] = {
+                key: v if key == "n" else v / 10 for key, v in row["forward"]["squared"].items()
+            }
+
+    change(files, "quadratic_kernel_lm_bench", faster)
+    assert claim(quote).verdict == HOLDS
+
+
+def test_memory_takes_more_than_one_run(files):
+    quote = "14× less memory"
+    assert all("(n = 1)" in finding.number for finding in claim(quote).findings if "less" in finding.number)
+    assert claim(quote).verdict == OPEN
+
+    def run(factor):
+        value = results.load("linformer_lm_encoder")
+        for row in value["results"]:
+            if row["name"] == "linformer_encoder" and "peak_bytes" in row:
+                row["peak_bytes"] *= factor
+        (files / "linformer_lm_grid.json").write_text(json.dumps(value))
+        return {finding.against: finding.verdict for finding in claim(quote).findings}
+
+    stored = "stored scores, all heads at once, 4,096 tokens: 14×"
+    assert run(1.1)[stored] == HOLDS and run(2)[stored] == OPEN  # 19.9 times and 18.1, then 9.9
+    assert run(1)["fused, 4,096 tokens: 14×"] == FAILS
+
+
+def test_robust_training_is_told_by_the_spread_below_the_trigram(files):
+    quote = "more robust to train"
+    assert [finding.verdict for finding in claim(quote).findings] == [OPEN, OPEN]
+
+    def spread(name, ratio):
+        def edit(value):
+            value["variants"][name]["eval_perplexity"]["values"] = [5.9 * ratio**i for i in range(5)]
+
+        change(files, "compare_protocol", edit)
+        return claim(quote).findings[1].verdict
+
+    assert spread("conv_source", 1.0001) == HOLDS and spread("conv_source", 1.05) == FAILS
+    change(files, "compare_protocol", lambda value: value["ngrams"]["trigram"].update(mean=1.0))
+    assert claim(quote).findings[1].verdict == OPEN  # counting is better than both
+
+
 def test_times_of_sparse_attention_follow_their_samples(files):
     quote = "each kind is faster than fused attention"
     rows = results.load("sparse_attention_lm_bench")["attention"]
