@@ -364,6 +364,7 @@ TABLES = {
     "ladder": ladder.markdown,
     "linformer_lowrank": lambda: lowrank.markdown(load(LOW_RANK)),
     "all_claims": lambda: claims.markdown(claims.all_claims()),
+    "claims_effort": claims.effort,
     "claims_evidence": lambda: claims.evidence(claims.all_claims()),
     **{f"verdicts_{family}": partial(claims.of_family, family) for family in claims.FAMILIES},
 }

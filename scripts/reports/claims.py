@@ -3,7 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import yaml
+
 from ordnung.scripts.benchmarks.variants import copies_its_cache
+from ordnung.scripts.common.options import CONFIGS
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.compare import EQUAL
 from ordnung.scripts.experiments.verdicts import MARGIN, everywhere, together
@@ -53,6 +56,7 @@ PROPOSAL = "Yam Peleg"
 PULLBACK = "Lee 2026, The d² Pullback Theorem, [zenodo 18842724](https://doi.org/10.5281/zenodo.18842724)"
 LONGFORMER = "Beltagy et al. 2020, [arXiv 2004.05150](https://arxiv.org/abs/2004.05150)"
 BIGBIRD = "Zaheer et al. 2020, [arXiv 2007.14062](https://arxiv.org/abs/2007.14062)"
+LONG = 90  # minutes of one core: 45 of two
 CONTENT_SCORES = ("additive", "bilinear", "distance", "mlp")  # of the ladder, beside the dot product
 
 
@@ -290,6 +294,18 @@ def evidence(claims: Sequence[Claim]) -> str:
                 if row not in body:
                     body.append(row)
     return markdown_table(["claim", "results", "command", "commit"], body, padded=False)
+
+
+def effort() -> str:
+    """How long the experiments behind the page take, by their estimates."""
+    experiments = yaml.safe_load((CONFIGS / "claims.yaml").read_text(encoding="utf-8"))["experiments"]
+    minutes = {name: experiment["minutes"] for name, experiment in experiments.items()}
+    longer = sorted((name for name in minutes if minutes[name] > LONG), key=lambda name: -minutes[name])
+    named = ", ".join(f"{name} ({minutes[name] / 60:.1f})" for name in longer)
+    return (
+        f"{len(minutes)} experiments, {sum(minutes.values()) / 60:.0f} hours of one CPU core in all by the estimates "
+        f"of claims.yaml; those of more than {LONG} minutes, in hours: {named}."
+    )
 
 
 def of_family(family: str) -> str:

@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -66,8 +67,11 @@ model: do not compare across pictures.</p>
 <fieldset id="pick-mixer"><legend>mixer</legend></fieldset>
 <div id="heatmaps"></div>
 <h2>Claims and verdicts</h2>
-<p>A verdict follows from an interval and a bound. How, and where each number stands, is in model_cards/claims.md.</p>
+<p>A verdict follows from an interval and a bound: “holds” where the whole interval is on the claim's side, “does not
+hold” where all of it is on the other, else “not decided”; the rule in full is in model_cards/claims.md.</p>
 {verdicts}
+<h2>Where each number stands</h2>
+{evidence}
 <script>
 const options = {{renderer: "svg", actions: false}};
 window.drawn = Promise.all([vegaEmbed("#curves", {curves}, options), vegaEmbed("#heatmaps", {heatmaps}, options)]);
@@ -111,7 +115,7 @@ def counted() -> Iterator[dict]:
 
 
 def timed() -> Iterator[dict]:
-    """Rows of benchmark.py: time of a token, and peak memory; of the later where two runs have the same."""
+    """Rows of benchmark.py: time of a token, and peak memory."""
     for file in (*CONV_BENCHMARKS, *CAUSAL_BENCHMARKS, "linformer_lm_training", *ENCODER_BENCHMARKS):
         results = load(file)
         shape = results["settings"]["shape"]
@@ -182,15 +186,18 @@ def learned() -> Iterator[dict]:
 
 
 def told_apart(points: Sequence[dict]) -> list[dict]:
-    """The points, the last of those at one place, with `dash`: which member of its family a curve is in a picture."""
-    latest = {(one["metric"], one["name"], one["x"]): one for one in points}
+    """The points, with `dash`: which member of its family a curve is in a picture; a second run is a curve too."""
+    runs: Counter[tuple[str, str, float]] = Counter()
     members: dict[tuple[str, str], list[str]] = {}
-    for one in latest.values():
+    for one in points:
+        runs[place := (one["metric"], one["name"], one["x"])] += 1
+        if runs[place] > 1:
+            one["name"] += f", run {runs[place]}"
         names = members.setdefault((one["metric"], one["family"]), [])
         if one["name"] not in names:
             names.append(one["name"])
         one["dash"] = names.index(one["name"]) % len(DASHES)
-    return list(latest.values())
+    return list(points)
 
 
 def pick(name: str, value, label: str, element: str, kind: str = "select", **more) -> dict:
@@ -314,10 +321,9 @@ def heatmaps(mixers: Sequence[dict]) -> dict:
     }
 
 
-def verdicts() -> str:
-    """The table of claims, as HTML."""
-
-    header, _, *body = (line.strip("| ").split(" | ") for line in claims.markdown(claims.all_claims()).split("\n"))
+def html_table(markdown: str) -> str:
+    """A table in Markdown as HTML, without its links."""
+    header, _, *body = (line.strip("| ").split(" | ") for line in markdown.split("\n"))
     rows = [[f"<th>{cell}</th>" for cell in header], *([f"<td>{cell}</td>" for cell in line] for line in body)]
     table = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
     return "<table>" + LINK.sub(r"\1", table) + "</table>"
@@ -338,13 +344,14 @@ def write(path: str | Path):
         import vl_convert
     except ImportError as error:
         raise ScriptError(f'{error}: pip install "ordnung[page]"') from error
-    mixers = [load(f"mixing_{name}") for name in FAMILIES]
+    mixers, every = [load(f"mixing_{name}") for name in FAMILIES], claims.all_claims()
     cost = told_apart([*counted(), *timed(), *timed_alone()])
     libraries = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
     text = PAGE.format(
         libraries=libraries,
         mixers=MIXERS.format(mixers[0]["tokens"], html.escape(mixers[0]["text"])),
-        verdicts=verdicts(),
+        verdicts=html_table(claims.markdown(every)),
+        evidence=html_table(claims.evidence(every)),
         curves=embedded(curves(cost, told_apart(list(learned())))),
         heatmaps=embedded(heatmaps(mixers)),
     )

@@ -9,7 +9,7 @@ import pytest
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts import make_cards
-from ordnung.scripts.reports import page, results
+from ordnung.scripts.reports import claims, page, results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Picks as a reader does, and notes what is drawn after each.
@@ -73,10 +73,15 @@ def test_points_are_those_of_the_files():
     assert recalled == [pytest.approx(accuracy, rel=1e-4)]
 
 
-def test_a_later_run_takes_the_place_of_an_earlier_one():
+def test_a_later_run_stands_beside_an_earlier_one():
     first, other = ({"metric": "m", "family": "f", "name": name, "x": 1, "y": 1} for name in "ab")
-    kept = page.told_apart([first, other, {**first, "y": 2}])
-    assert [(one["name"], one["y"], one["dash"]) for one in kept] == [("a", 2, 0), ("b", 1, 1)]
+    kept = page.told_apart([first, other, {**first, "y": 2}, {**first, "x": 3}])
+    assert [(one["name"], one["y"], one["dash"]) for one in kept] == [
+        ("a", 1, 0),
+        ("b", 1, 1),
+        ("a, run 2", 2, 2),
+        ("a", 1, 0),
+    ]
 
 
 def test_page_holds_all_that_it_needs(written):
@@ -85,6 +90,8 @@ def test_page_holds_all_that_it_needs(written):
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.S)  # the libraries of Vega hold words of markup
     assert not re.search(r"<(script|link|img|iframe)\b|@import|url\(", own)
     assert all(name in text for name in FAMILIES) and "holds in part" in text
+    (finding, *_) = claims.all_claims()[0].findings
+    assert finding.key in text and results.machines(finding.file)[0]["command"] in text
 
 
 def test_a_browser_draws_what_is_picked(written):

@@ -8,8 +8,8 @@ import yaml
 from ordnung.scripts import claims as program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import CONFIGS
-from ordnung.scripts.reports import reproduce
-from ordnung.scripts.reports.results import RESULTS
+from ordnung.scripts.reports import claims, reproduce
+from ordnung.scripts.reports.results import CAUSAL_BENCHMARKS, CONV_BENCHMARKS, ENCODER_BENCHMARKS, RESULTS
 
 MADE = "{{out}}/{}.json"
 GROWTH = "growth --shortest 8 --longest {{longest}} --output_file {{out}}/{}.json"
@@ -94,3 +94,10 @@ def test_every_experiment_has_its_place():
     to_come = {"compare_feed_forward", "compare_sizes", "linformer_lm_grid"}
     to_come |= {"cubic_prefix_lm_hops", "linformer_lm_table2"}
     assert {name for name in experiments if not (RESULTS / f"{name}.json").exists()} <= to_come
+
+
+def test_every_file_that_a_claim_rests_on_has_an_experiment():
+    experiments = yaml.safe_load((CONFIGS / "claims.yaml").read_text())["experiments"]
+    cited = {finding.file for claim in claims.all_claims() for finding in claim.findings if finding.file}
+    benchmarks = {*CONV_BENCHMARKS, *ENCODER_BENCHMARKS, *CAUSAL_BENCHMARKS}
+    assert cited | benchmarks <= set(experiments)
