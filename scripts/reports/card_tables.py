@@ -400,4 +400,5 @@ FIGURES = {
     widths.SIZES: lambda image: widths.sizes_plot(load(widths.SIZES), image),
     widths.CAPACITY: lambda image: widths.capacity_plot(load(widths.CAPACITY), image),
     "growth": lambda image: growth.plot(load("growth"), image),
+    "growth_measured": growing.plot,
 }

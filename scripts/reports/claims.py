@@ -19,6 +19,7 @@ from ordnung.scripts.reports.findings import (
     grows,
     low_rank,
     memory,
+    mixes,
     no_experiment,
     on_par,
     perplexity,
@@ -129,14 +130,17 @@ def conv_claims() -> list[Claim]:
     ]
     without = [recall("conv_lm_recall", "conv", "softmax_rope", pairs) for pairs in (2, 16)]
     without += protocol("conv_source", MARGIN)[:1] + ladder(("position", "convolution"))
-    alone = [perplexity(FEED_FORWARD, "feed_forward", "both", MARGIN, "alone against with attention, equal parameters")]
+    alone = [
+        perplexity(FEED_FORWARD, "feed_forward", "both", MARGIN, "alone against with attention, equal parameters"),
+        mixes(FEED_FORWARD, "feed_forward", "alone, below a bigram that counts"),
+    ]
     return [
         Claim(name, "5.5× faster at 2,048 tokens", ARTICLE, "one run, attention that stores N×N scores", faster),
         Claim(name, "3.2 % lower perplexity", ARTICLE, "one unseeded run, attention without positions", lower),
         Claim(name, "more robust to train", ARTICLE, reading, robust),
         Claim(name, "content-dependent scores are unnecessary", ARTICLE, "that perplexity", without, everywhere),
         Claim(name, "the dot product is not special", ARTICLE, reading, ladder(CONTENT_SCORES)),
-        Claim(name, "the FFN does the mixing", ARTICLE, reading, alone),
+        Claim(name, "the FFN does the mixing", ARTICLE, reading, alone, everywhere),
         *decode_claims(name, "conv_lm_benchmark_decode", 32768),
         ours(name, "gated: no worse than attention on text", protocol("conv_gated")),
         ours(name, "attention in every second layer: no worse than attention on text", protocol("conv_hybrid")[:1]),

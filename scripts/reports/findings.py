@@ -104,6 +104,17 @@ def perplexity(file: str, name: str, other: str, bound: float, against: str) -> 
     return Finding(against, number, verdict, file, f"variants, {name} and {other}, eval_perplexity")
 
 
+def mixes(file: str, name: str, against: str) -> Finding:
+    """Whether the perplexity of `name` is below that of counted pairs: what sees no other token cannot be."""
+    if not has_results(file):
+        return not_run(against, file)
+    results = load_compare(file)
+    own, pairs = results["variants"][name]["eval_perplexity"]["values"], results["ngrams"]["bigram"]["values"]
+    found = changes(own, pairs)
+    number = f"{found.text(1, 100, ' %')}; perplexity {statistics.fmean(own):.3g}, bigram {statistics.fmean(pairs):.3g}"
+    return Finding(against, number, at_most(found, 0.0), file, f"variants, {name}, eval_perplexity; ngrams, bigram")
+
+
 def steadier(file: str, name: str, other: str, against: str) -> Finding:
     """Whether losses of `name` differ less between seeds than those of `other`: by the ratio's 95 % F-interval."""
     from scipy.special import fdtri

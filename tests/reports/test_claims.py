@@ -7,8 +7,9 @@ from statistics import median
 
 import pytest
 
+from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.experiments.verdicts import FAILS, HOLDS, OPEN, PART
-from ordnung.scripts.reports import claims, results
+from ordnung.scripts.reports import claims, growing, results
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,8 +56,17 @@ def test_evidence_names_key_command_and_commit(files):
     assert "`0123456789`, `fedcba9876`" in row and "<br>`ordnung older`" in row
 
 
-def test_a_claim_without_an_experiment_is_not_decided():
-    assert claim("the FFN does the mixing").verdict == OPEN
+def test_what_mixes_is_below_the_bigram(files):
+    quote = "the FFN does the mixing"
+    assert [finding.verdict for finding in claim(quote).findings] == [OPEN, FAILS] and claim(quote).verdict == FAILS
+
+    def mixing(value):
+        value["variants"]["feed_forward"]["eval_perplexity"]["values"] = [5.8] * 5
+
+    change(files, "compare_feed_forward", mixing)
+    assert claim(quote).verdict == HOLDS
+    (files / "compare_feed_forward.json").unlink()
+    assert {finding.number for finding in claim(quote).findings} == {"not run yet"} and claim(quote).verdict == OPEN
 
 
 def test_speed_follows_the_quartiles_of_all_runs(files):
@@ -119,6 +129,18 @@ def test_decode_speed_waits_for_a_static_cache(files):
 
     change(files, "conv_lm_benchmark_decode", static)
     assert claim(*quote).verdict == FAILS  # held against the better form
+
+
+def test_growth_is_told_of_every_family_and_not_against_a_cache_that_is_copied(files):
+    told = growing.series()
+    assert {one.family for one in told} == set(FAMILIES) - {"softmax_lm"}
+    for one in told:
+        both = sorted(set(one.own) & set(one.reference))
+        if both and one.from_on() == f"all from {both[0]:,}":
+            assert all(one.reference[n]["median"] >= one.own[n]["median"] for n in both)
+    change(files, "conv_lm_benchmark_decode", without_static)
+    (decode,) = (one for one in growing.series() if (one.name, one.task) == ("conv_lm", "decode, one token"))
+    assert not decode.reference and decode.from_on() == "a cache that is copied"
 
 
 def test_a_universal_claim_fails_by_one_case(files):
