@@ -85,7 +85,9 @@ def collect(folders: list[Path], shared: PretrainOptions, held_out: HeldOut) -> 
         "parameters": runs[0]["parameters"],
         "steps": runs[0]["steps"],
         "tokens": runs[0]["tokens"],
-        "forward_flops_per_token": model.flops(shared.block_size) / shared.block_size,
+        "forward_flops_per_token": model.flops(shared.block_size) / shared.block_size
+        if hasattr(model, "flops")
+        else None,
         "receptive_field": getattr(model.config, "receptive_field", None),
         **summaries,
         "training_seconds": summarise([run["seconds"] for run in runs]),
@@ -147,7 +149,7 @@ def markdown(results: dict) -> str:
             estimate(result["eval_bits_per_byte"], 4),
             estimate(result["training_seconds"], 0),
             estimate(result["tokens_per_second"], 0),
-            f"{result['forward_flops_per_token'] / 1e6:.3f}",
+            f"{result['forward_flops_per_token'] / 1e6:.3f}" if result["forward_flops_per_token"] else "-",
             "all" if result["receptive_field"] is None else str(result["receptive_field"]),
         ]
         for name, result in variants.items()
@@ -157,7 +159,7 @@ def markdown(results: dict) -> str:
         for line, result in zip(body, variants.values()):
             pair = (each["eval_perplexity"]["values"] for each in (result, variants[results["baseline"]]))
             line.insert(4, changes(*pair).text(1, 100, " %"))
-    steps = {name: result.get("steps", settings["max_steps"]) for name, result in variants.items()}
+    steps = {name: result["steps"] if "steps" in result else settings["max_steps"] for name, result in variants.items()}
     lengths = set(steps.values())
     if len(lengths) > 1:
         header.insert(2, "steps")
@@ -224,8 +226,9 @@ def plot(results: dict, image: Path):
 
 
 def _plot_course(panel, variants: dict[str, dict], drawn: dict[str, dict]):
-    """Held-out loss against training FLOPs, a line for each seed and one for their mean."""
-    for name, result in variants.items():
+    """Held-out loss against training FLOPs, a line for each seed and one for their mean; of models that count them."""
+    counted = {name: result for name, result in variants.items() if result["forward_flops_per_token"]}
+    for name, result in counted.items():
         flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
         curve = result["curve"][1:]  # without the loss before training
         places, losses = [flops * point["step"] for point in curve], [point["eval_loss"] for point in curve]
@@ -260,7 +263,7 @@ def run(options: CompareOptions) -> int:
             check_pretrain({**options.pretrain, **choice})
         settings["sweep"] = options.sweep
     earlier = EarlierComparison(options.earlier, settings | {"seeds": options.seeds}, options.variants)
-    claim_output_dir(output_dir, settings, options.variants)
+    claim_output_dir(output_dir, settings | {"sweep": options.sweep or {}}, options.variants)
     data = prepare_data(output_dir, shared)
     common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data
     tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])

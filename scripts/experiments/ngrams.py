@@ -108,8 +108,8 @@ def ngram_lines(shared: PretrainOptions, data: dict[str, str], seeds: list[int])
     values, tokens = {name: [] for name in names.values()}, []
     for seed in seeds:
         source = training_blocks(replace(shared, seed=seed), train, tokenizer)
-        steps = shared.max_steps or int(np.ceil(shared.num_train_epochs * len(source)))
-        wanted = steps * shared.step_rows(processes=1)
+        rows = shared.step_rows(processes=1)
+        wanted = rows * (shared.max_steps or int(np.ceil(shared.num_train_epochs * len(source) / rows)))
         seen = np.unique(source.take(min(wanted, len(source)))[0], axis=0)
         tokens.append(seen.size)
         for order, name in names.items():

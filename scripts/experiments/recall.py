@@ -232,7 +232,9 @@ def run(options: RecallOptions) -> int:
     """Train and measure all variants and write the results; returns the exit status."""
     configs = variant_configs(options.variants, options.config_overrides, vocab_size=options.vocab_size)
     shared, runs = train_all(
-        options, configs, lambda name, seed, path: train_and_measure(options, configs[name], seed, path)
+        options,
+        configs,
+        lambda name, seed, path: train_and_measure(options.of_variant(name), configs[name], seed, path),
     )
     results = {
         **shared,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -23,6 +24,8 @@ from ordnung.scripts.linearizing.options import LinearizeOptions
 
 # What the table of a variant holds besides fields of its config.
 OWN = ("source", "model_type", "distill", "keep_attention")
+# Options of linearize.py that a variant's table gives, and no table of options.
+OF_VARIANT = ("source", "model_type", "keep_attention", "config_overrides", "output_dir")
 
 
 def fields_of(name: str, variant: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +48,14 @@ def fields_of(name: str, variant: dict[str, Any]) -> dict[str, Any]:
 
 
 def options_of(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> LinearizeOptions:
-    """The options of linearize.py for a variant."""
+    """The options of linearize.py for a variant.
+
+    Raises:
+        ScriptError: wrong options, or such that the variant itself gives.
+    """
+    for table, given in (("--linearize", shared), (f"variant {name}: distill", variant["distill"] or {})):
+        if found := [option for option in OF_VARIANT if option in given]:
+            raise ScriptError(f"{table} {found[0]}: each variant's own table gives it, leave it out there")
     own = {"source": variant["source"], "model_type": variant["model_type"], "output_dir": str(folder)}
     own |= {"config_overrides": fields_of(name, variant), "keep_attention": variant.get("keep_attention")}
     return parse_options(LinearizeOptions, arguments({**shared, **(variant["distill"] or {}), **own}))
@@ -71,6 +81,7 @@ def convert(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: 
         shared: of these options of linearize.py those that measure sentence similarity count.
     """
     source = variant["source"]
+    set_seed(0)  # of what the source does not have
     try:
         model = ordnung.convert(source, variant["model_type"], head="Model", **fields_of(name, variant))
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -82,7 +93,7 @@ def convert(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: 
     made = {"source": Path(source).name, "model_type": variant["model_type"], "parameters": model.num_parameters()}
     if "similarity_file" in shared:
         pairs = load_pairs(shared["similarity_file"])
-        longest = shared.get("block_size", model.config.max_position_embeddings)
+        longest = shared.get("eval_block_size") or shared.get("block_size", model.config.max_position_embeddings)
         made["student"] = {"similarity": similarity(model.eval(), tokenizer, pairs, 32, longest)}
     write_json(folder / report.RESULTS, made | {"tokens": 0, "seconds": 0.0, "machine": machine_info()})
 

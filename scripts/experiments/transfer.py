@@ -109,7 +109,8 @@ def run(options: TransferOptions) -> int:
     if options.pretrained:
         shared = compare_data.check_pretrain(options.pretrain)
         variant_configs(options.pretrained, options.config_overrides)
-    for name, variant in options.started.items():
+    started = {name: {**options.config_overrides, **variant} for name, variant in options.started.items()}
+    for name, variant in started.items():
         starts.fields_of(name, variant)
         if "distill" in variant:
             starts.options_of(name, variant, options.linearize, Path("any"))
@@ -136,7 +137,7 @@ def run(options: TransferOptions) -> int:
             continue
         if name in options.started:
             folders[name] = output_dir / "start" / name
-            status = starts.start(name, variant, options.linearize, folders[name])
+            status = starts.start(name, started[name], options.linearize, folders[name])
         else:
             folders[name] = output_dir / "pretrain" / name
             status = compare.pretrain(options, variant, common, folders[name])

@@ -153,6 +153,11 @@ class FinetuneOptions(LoopOptions, HubOptions):
         for name in OWN_DATA:
             if self.task_name and getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ScriptError(f"--{name} is for data of your own: leave out --task_name, or it")
+        if self.dataset_config_name and self.task_name:
+            raise ScriptError(
+                f"--dataset_config_name {self.dataset_config_name} is for data of your own; a task is the "
+                "configuration of its name: leave it out"
+            )
         if self.dataset_path and not self.task_name:
             raise ScriptError("--dataset_path is for --task_name; data of your own go to --train_file")
         if self.dataset_name and self.dataset_path:

@@ -108,6 +108,9 @@ class LinearizeOptions(LoopOptions, TextOptions, HubOptions):
                 f"--keep_attention {self.keep_attention} and layer_types in --config_overrides both say which layers "
                 "stay: give one of them"
             )
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(self, name) != self.__dataclass_fields__[name].default and not self.use_peft:
+                raise ScriptError(f"--{name}: adapters need --use_peft")
         if not self.kl_weight and not self.lm_weight and not self.hidden_weight and self.distill_steps:
             raise ScriptError("--kl_weight, --lm_weight and --hidden_weight are 0: nothing is left to train on")
 

@@ -158,6 +158,8 @@ class Linearization:
         if path.exists():
             before = read_json(path)
             self._set_layers(before["layer_types"])
+            if self.similar is not None and "similarity" not in before["floor"]:  # it was not asked for then
+                self._add_similarities(before)
             return before
         pair, before = self.pair, {"layer_types": None}
         logger.info(f"measuring on {len(self.text.held_out_tokens):,} held-out tokens")
@@ -264,6 +266,8 @@ def check_kind(options: LinearizeOptions, encoder: bool):
         if value != default:
             kind, other = ("an encoder", "language models") if encoder else ("a language model", "encoders")
             raise ScriptError(f"--{name} {value} is for {other}, and {options.source} is {kind}: leave it out")
+    if encoder and options.hidden_weight == options.cosine_weight == 0 and options.distill_steps:
+        raise ScriptError("--hidden_weight and --cosine_weight are 0: nothing is left to train on")
 
 
 def restore_dropout(student, teacher, options: LinearizeOptions):

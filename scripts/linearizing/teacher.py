@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,8 +137,10 @@ def load_tokenizer(options: LinearizeOptions, teacher: PreTrainedModel):
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of a model's weights: their names, shapes and values."""
-    digest = hashlib.sha256()
+    """Of a model's config, where it is not the default, and of its weights: their names, shapes and values."""
+    told = model.config.to_diff_dict()
+    config = {name: told[name] for name in told.keys() - {"_name_or_path", "transformers_version", "dtype"}}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -53,8 +53,8 @@ def run(options) -> int:
         raise ScriptError(f"--results_dir {results}: there is no such folder; run this in a clone, or make it")
     log.parent.mkdir(parents=True, exist_ok=True)
     done = read_json(log) if log.exists() else {}
-    status = run_all(options, done, log)
-    names = [name for name in options.only or options.experiments if name in done]
+    status, finished = run_all(options, done, log)
+    names = [name for name in options.only or options.experiments if name in finished]
     for name in names:
         made = made_by(options.experiments[name], options)
         write_text(results / f"{name}.json", made.read_text(encoding="utf-8"))
@@ -63,21 +63,22 @@ def run(options) -> int:
     return status
 
 
-def run_all(options, done: dict, log: Path) -> int:
+def run_all(options, done: dict, log: Path) -> tuple[int, list[str]]:
     """Run what `done` has not, and tell how long the rest takes; `done` and its file `log` hold what was.
 
     The time left is that of the estimates, times how much longer than theirs the experiments so far have taken.
 
     Returns:
-        0, or the exit status of the first that failed.
+        0, or the exit status of the first that failed; the names of those that are finished as the options ask.
     """
-    ordnung, names, left = program_path(), options.only or options.experiments, []
+    ordnung, names, left, finished = program_path(), options.only or options.experiments, [], []
     for name in names:
         experiment = options.experiments[name]
         if lacks := missing(experiment["command"], options.inputs):
             print(f"{name}: left out, it needs --inputs {','.join(f'{each}=...' for each in lacks)}")
         elif done.get(name, {}).get("words") == words_of(experiment, options) and made_by(experiment, options).exists():
             print(f"{name}: finished, kept")
+            finished.append(name)
         else:
             left.append(name)
             if options.device == "cuda" and not experiment.get("cuda"):
@@ -89,12 +90,14 @@ def run_all(options, done: dict, log: Path) -> int:
         words = words_of(experiment, options)
         print(f"[{i + 1}/{len(left)}, about {minutes:.0f} min left] ordnung {shlex.join(words)}", flush=True)
         done.pop(name, None)
+        write_json(log, done)  # what it writes is not what was there, should it be stopped
         begin = time.perf_counter()
         if status := subprocess.run([ordnung, *words]).returncode:
             print(f"{name}: exit status {status}; the same command goes on here", file=sys.stderr)
-            return status
+            return status, finished
         taken = time.perf_counter() - begin
         spent, estimated = spent + taken / 60, estimated + experiment["minutes"]
         done[name] = {"words": words, "seconds": taken}
         write_json(log, done)
-    return 0
+        finished.append(name)
+    return 0, finished

@@ -23,6 +23,7 @@ from ordnung.scripts.experiments.scores import SCORES
 from ordnung.scripts.experiments.variants import variant_configs
 from ordnung.scripts.pretraining import run as pretraining
 from ordnung.scripts.reports import widths
+from ordnung.scripts.reports.results import RESULTS
 from ordnung.scripts.training.loop import NotFiniteError
 from ordnung.scripts.training.runs import claim_output_dir
 
@@ -209,8 +210,21 @@ class TestCompareProgram:
 
         monkeypatch.setattr(pretraining, "run", diverges)
         assert compare_program.main(argv) == 0  # all is kept
+        with pytest.raises(ScriptError, match="holds runs with sweep .*, not {}"):
+            compare_program.main(argv[: argv.index("--sweep")])
         with pytest.raises(ScriptError, match="no loss of the sweep stayed finite"):
             compare_program.main([*argv, "--output_dir", str(tmp_path / "other")])
+
+    def test_models_that_count_no_flops_and_runs_of_epochs_have_their_rows(self, tmp_path):
+        results = json.loads((RESULTS / "compare_protocol.json").read_text())
+        del results["settings"]["pretrain"]["max_steps"]
+        results["variants"]["linformer"]["forward_flops_per_token"] = None
+        (row,) = (
+            line for line in compare.markdown(results).splitlines() if line.startswith("| linformer ") and "116" in line
+        )
+        assert row.split("|")[-3].strip() == "-" and "| 1,500 |" in row
+        compare.plot(results, tmp_path / "course.png")
+        assert (tmp_path / "course.png").stat().st_size
 
     def test_a_stopped_run_stops_the_comparison(self, argv, tmp_path, monkeypatch):
         ran = []

@@ -88,3 +88,11 @@ def test_program_counts_what_the_runs_saw(tmp_path):
     assert program.main(["--results", str(results), "--output_file", str(output), *more]) == 0
     lines = json.loads(output.read_text())["ngrams"]
     assert lines["bigram"]["values"][0] == pytest.approx(5, rel=0.1)
+    # half an epoch is half of the blocks
+    del pretrain["max_steps"]
+    results.write_text(json.dumps({"settings": {"pretrain": pretrain}, "seeds": [3]}))
+    for epochs in (0.5, 1):
+        more = ["--pretrain", f"num_train_epochs={epochs}"]
+        assert program.main(["--results", str(results), "--output_file", str(output), *more]) == 0
+        (counted,) = json.loads(output.read_text())["ngrams"]["training_tokens"]
+        assert counted == pytest.approx(epochs * lines["training_tokens"][0], rel=0.02)

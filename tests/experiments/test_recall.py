@@ -164,6 +164,18 @@ class TestRecallProgram:
         with pytest.raises(ScriptError, match='variant conv .*"kernel_size": 4.*, not .*"kernel_size": 5'):
             recall_program.main([*argv, "--variants", "conv={model_type: conv_lm, kernel_size: 5}"])
 
+    def test_a_variant_may_have_options_of_its_own(self, argv, tmp_path, monkeypatch):
+        seen, train = {}, recall.train
+        monkeypatch.setattr(
+            recall,
+            "train",
+            lambda options, config, seed: (
+                seen.update({config.model_type: options.max_steps}) or train(options, config, seed)
+            ),
+        )
+        recall_program.main([*argv, "--seeds", "0", "--training_by_variant", "conv={max_steps: 30}"])
+        assert seen == {"softmax_lm": 20, "conv_lm": 30}
+
     def test_some_of_the_variants_now_and_the_others_later(self, argv, tmp_path, monkeypatch):
         argv += ["--seeds", "0"]
         trained, train = [], recall.train

@@ -234,6 +234,7 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
         ({"projekted_size": 4}, "variant converted: .*did you mean 'projected_size'"),
         ({"model_type": "bert"}, "variant converted: model_type 'bert' is none of"),
         ({"keep_attention": 1}, "variant converted: keep_attention .* add distill"),
+        ({"distill": {"keep_attention": 1}}, "variant converted: distill keep_attention: each variant's own table"),
         ({"source": None}, "variant converted is pretrained: give --pretrain, or the source"),
     ],
 )
@@ -246,6 +247,31 @@ def test_wrong_starts_are_told(started, tmp_path, change, message):
     with pytest.raises(ScriptError, match=message):
         transfer_program.main(started)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--config_overrides", "projekted_size=4"], "variant converted: .*'projekted_size'"),
+        (
+            ["--linearize", "keep_attention=1,train_file=any.txt"],
+            "--linearize keep_attention: each variant's own table",
+        ),
+    ],
+)
+def test_what_is_given_for_all_variants_reaches_those_that_start(started, tmp_path, wrong, message):
+    with pytest.raises(ScriptError, match=message):
+        transfer_program.main([*started, *wrong])
+    assert not (tmp_path / "out").exists()
+
+
+def test_new_weights_of_a_converted_variant_are_the_same_whatever_was_drawn_before(bert, tmp_path):
+    variant = {"source": str(bert), "model_type": "conv_lm", "kernel_size": 3, "gate": "input_output"}
+    for i in range(2):
+        torch.manual_seed(i)
+        starts.convert("any", variant, {}, tmp_path / str(i))
+    states = [AutoModel.from_pretrained(tmp_path / str(i)).state_dict() for i in range(2)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_the_recipe_of_pooling_differs_in_nothing_else():

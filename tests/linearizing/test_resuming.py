@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import SCRIPTS, launch, launch_sharded
 from linear_runs import SPARSE, assert_same, encoder, metrics, results, weights
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.linearizing import measure
@@ -62,6 +62,15 @@ def check_resumed(run, data, tmp_path, monkeypatch, options, steps):
     assert_same(whole, run(**options))
 
 
+def test_similarity_may_be_asked_for_when_a_run_goes_on(run, data, tmp_path):
+    options = encoder(data, transfer_steps=1, distill_steps=1)
+    out = run(**options)
+    (out / "linearize_results.json").unlink()  # as if it had stopped before its end
+    found = results(run(**options, similarity_file=data / "pairs.jsonl"))
+    assert {"floor", "student", "teacher"} <= found["converted"].keys() | {"teacher"}
+    assert -1 <= found["converted"]["floor"]["similarity"] <= 1 and found["teacher"]["similarity"]
+
+
 def once(function):
     calls = []
 
@@ -113,6 +122,15 @@ def test_kept_outputs_of_another_teacher_are_refused(run, data, tmp_path):
     model = LlamaForCausalLM.from_pretrained(other)
     model.model.norm.weight.data[0] += 1
     model.save_pretrained(other)
+    with pytest.raises(ScriptError, match="holds outputs with teacher .* name another folder"):
+        run("second", source=other, teacher_outputs=tmp_path / "kept", **short)
+    config = LlamaConfig.from_pretrained(other)
+    model.model.norm.weight.data[0] -= 1
+    model.save_pretrained(other)
+    (other / "config.json").write_text(
+        (data / "llama" / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1')
+    )
+    assert LlamaConfig.from_pretrained(other).rms_norm_eps != config.rms_norm_eps  # weights alike, another result
     with pytest.raises(ScriptError, match="holds outputs with teacher .* name another folder"):
         run("second", source=other, teacher_outputs=tmp_path / "kept", **short)
     shutil.copytree(tmp_path / "out", tmp_path / "third")

@@ -1,6 +1,7 @@
 """The linearization program on tiny random teachers: what it trains, measures and refuses."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,12 +158,38 @@ def test_the_floor_is_a_model_whose_mixers_give_zero(run, arguments, tmp_path):
         ({"mlm_probability": 0.2}, "--mlm_probability 0.2 is for encoders, and .* is a language model: leave it out"),
         ({"eval_block_size": 4096}, "held-out text holds .* than one block of 4096: give more by --validation_file"),
         ({"transfer_steps": -1}, "--transfer_steps must be at least 0"),
+        ({"config_overrides": f"layer_types=[{','.join(4 * [LAYER])}]"}, "has 4 entries for `num_hidden_layers` .3."),
+        ({"lora_rank": 4}, "--lora_rank: adapters need --use_peft"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_before_training(run, tmp_path, options, message):
     with pytest.raises(ScriptError, match=message):
         run(**options)
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_of_encoders_is_told_before_training(run, data, tmp_path):
+    with pytest.raises(ScriptError, match="--hidden_weight and --cosine_weight are 0: nothing is left to train on"):
+        run(**encoder(data, hidden_weight=0, cosine_weight=0))
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ScriptError, match="empty.jsonl holds no text in its column 'text'"):
+        run(**encoder(data) | {"train_file": tmp_path / "empty.jsonl"})
+    with pytest.raises(
+        ScriptError, match="quadratic_kernel_lm is causal here and the teacher bidirectional: take another family"
+    ):
+        run(**encoder(data) | {"model_type": "quadratic_kernel_lm", "config_overrides": None})
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(ScriptError, match="--teacher_outputs .*kept is a file; name a folder"):
+        run(**encoder(data, teacher_outputs=tmp_path / "kept"))
+
+
+def test_a_quantized_teacher_without_its_library_is_refused(run, data, tmp_path):
+    folder = shutil.copytree(data / "llama", tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ScriptError, match="AWQ quantized model requires gptqmodel. Please install it"):
+        run(source=folder)
 
 
 def test_a_tokenizer_of_another_model_is_refused(run, data, tmp_path):

@@ -1,6 +1,7 @@
 """The experiments of the page of claims are run by one program, and its state survives what stops it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -101,3 +102,15 @@ def test_every_file_that_a_claim_rests_on_has_an_experiment():
     cited = {finding.file for claim in claims.all_claims() for finding in claim.findings if finding.file}
     benchmarks = {*CONV_BENCHMARKS, *ENCODER_BENCHMARKS, *CAUSAL_BENCHMARKS}
     assert cited | benchmarks <= set(experiments)
+
+
+def test_what_was_stopped_is_not_taken_for_what_was_there(run, monkeypatch, capfd):
+    assert run({"first": GROWTH}, inputs="longest=16") == 0
+    (run.results / "first.json").unlink()
+    with monkeypatch.context() as patched:
+        stopped = SimpleNamespace(returncode=130)
+        patched.setattr(reproduce.subprocess, "run", lambda *args, **kwargs: stopped)
+        assert run({"first": GROWTH}, inputs="longest=32") == 130
+    assert not (run.results / "first.json").exists()  # it is of other inputs
+    assert run({"first": GROWTH}, inputs="longest=16") == 0
+    assert "first: finished, kept" not in capfd.readouterr().out
