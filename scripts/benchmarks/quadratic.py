@@ -17,7 +17,7 @@ from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks.measure import in_turns, summarise, thread_timer
 from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import legend_below, new_figure
+from ordnung.scripts.common.figures import MARKERS, legend_below, new_figure, shades
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -237,22 +237,30 @@ def claims(results: dict) -> str:
 
 
 def plot(results: dict, image: Path) -> None:
-    """Speed against fused softmax, and time of a decoded token, by length."""
+    """Speed against fused softmax, and time of a decoded token, by length; bars are quartiles."""
     sizes = results["settings"]["head_sizes"]
+    drawn, softmax = (shades(family, len(sizes)) for family in ("quadratic_kernel_lm", "softmax_lm"))
     figure, panels = new_figure(1, 3, figsize=(13, 4.6))
     for panel, (task, title) in zip(panels, TASKS.items()):
         for i, d in enumerate(sizes):
             rows = [row for row in results["lengths"] if row["head_size"] == d]
-            line = [row["length"] for row in rows], [faster(row, task) for row in rows]
-            panel.plot(*line, marker="o", markersize=3, color=f"C{i}", label=f"d = {d}")
+            pairs = [(row[task]["softmax"], row[task]["squared"]) for row in rows]
+            ratios = [faster(row, task) for row in rows]
+            ends = [(slow["q1"] / own["q3"], slow["q3"] / own["q1"]) for slow, own in pairs]
+            bars = [[y - low for y, (low, _) in zip(ratios, ends)], [high - y for y, (_, high) in zip(ratios, ends)]]
+            look = {"color": drawn[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
+            panel.errorbar([row["length"] for row in rows], ratios, bars, label=f"d = {d}", **look)
         panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
         panel.set(title=title, ylabel="times as fast as fused softmax", xlabel="tokens", xscale="log", yscale="log")
     for i, d in enumerate(sizes):
         rows = [row for row in results["decoding"] if row["head_size"] == d]
         for name, line in zip(CACHES, ("-", ":", "--")):
             label = f"d = {d}" + ("" if name == "state" else f", softmax, {name} cache")
-            times = [1e6 * row[name]["median"] for row in rows]
-            panels[2].plot([row["length"] for row in rows], times, line, color=f"C{i}", label=label)
+            times = [[1e6 * row[name][key] for row in rows] for key in ("median", "q1", "q3")]
+            bars = [[y - end for y, end in zip(times[0], times[1])], [end - y for y, end in zip(times[0], times[2])]]
+            look = {"color": (drawn if name == "state" else softmax)[i], "marker": MARKERS[i], "markersize": 4}
+            where = [row["length"] for row in rows]
+            panels[2].errorbar(where, times[0], bars, linestyle=line, label=label, capsize=2, **look)
     panels[2].set(title="One decoded token", ylabel="µs", xlabel="tokens before", xscale="log", yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3)

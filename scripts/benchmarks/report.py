@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from ordnung.scripts.benchmarks.mixer import PARTS
 from ordnung.scripts.benchmarks.variants import STATIC, copies_its_cache
 from ordnung.scripts.common.figures import family_of, legend_below, new_figure, styles
@@ -121,17 +123,23 @@ def markdown(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Log-log panels against N: time per token of every task, peak memory of forward and training, generation state."""
+    """Log-log panels against N: time per token of every task, peak memory of forward and training, generation state.
+
+    Bars are quartiles.
+    """
     rows = [row for row in results["results"] if row["status"] == "ok"]
     panels = []
     for task, title in TITLES.items():
         timed = [row for row in rows if row["task"] == task and "seconds" in row]
-        times = [(row, row["seconds"]["median"] * 1e6 / row["tokens"]) for row in timed]
+        times = [(row, *(row["seconds"][key] * 1e6 / row["tokens"] for key in ("median", "q1", "q3"))) for row in timed]
+        if task == "decode" and copies_its_cache(row["name"] for row in timed):
+            title += "\n(attention's cache is copied to grow)"
         panels.append((title, "µs per token", times))
     for task in ("forward", "train"):
-        peaks = [(row, row["peak_bytes"] / 2**20) for row in rows if row["task"] == task and row["peak_bytes"]]
+        found = [row for row in rows if row["task"] == task and row["peak_bytes"]]
+        peaks = [(row, *3 * [row["peak_bytes"] / 2**20]) for row in found]
         panels.append((f"{TITLES[task]}: memory", "peak MiB above the weights", peaks))
-    states = [(row, row["state_bytes"] / 2**20) for row in rows if "state_bytes" in row]
+    states = [(row, *3 * [row["state_bytes"] / 2**20]) for row in rows if "state_bytes" in row]
     panels.append(("Generation state of one sequence", "MiB", states))
     panels = [panel for panel in panels if panel[-1]]
     if not panels:
@@ -141,14 +149,15 @@ def plot(results: dict, path: Path) -> None:
     lines = -(-len(panels) // columns)
     figure, axes = new_figure(lines, columns, figsize=(5.2 * columns, 4 * lines + 0.6))
     axes = [axes] if len(panels) == 1 else list(axes.flat)
-    names = dict.fromkeys(row["name"] for *_, points in panels for row, _ in points)
+    names = dict.fromkeys(row["name"] for *_, points in panels for row, *_ in points)
     drawn = styles({name: family_of(name) for name in names})
     for axis, (title, label, points) in zip(axes, panels):
-        for name in dict.fromkeys(row["name"] for row, _ in points):
-            line = sorted((row["length"], value) for row, value in points if row["name"] == name)
-            axis.plot(*zip(*line), label=name, **drawn[name])
+        for name in dict.fromkeys(row["name"] for row, *_ in points):
+            line = sorted((row["length"], *values) for row, *values in points if row["name"] == name)
+            where, middles, lows, highs = (np.array(column) for column in zip(*line))
+            axis.errorbar(where, middles, [middles - lows, highs - middles], label=name, capsize=2, **drawn[name])
         axis.set(title=title, xlabel="tokens N", ylabel=label, xscale="log", yscale="log")
-        axis.set_xticks(lengths := sorted({row["length"] for row, _ in points}), map(str, lengths))
+        axis.set_xticks(lengths := sorted({row["length"] for row, *_ in points}), map(str, lengths))
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:

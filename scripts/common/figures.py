@@ -44,9 +44,23 @@ def styles(families: Mapping[str, str]) -> dict[str, dict]:
     return chosen
 
 
+def shades(family: str, count: int) -> list[tuple[float, float, float]]:
+    """So many shades of a family's colour, the first the lightest and the last the colour itself."""
+    from matplotlib.colors import to_rgb
+
+    parts = [1.0] if count == 1 else [0.4 + 0.6 * i / (count - 1) for i in range(count)]
+    return [tuple(1 - part * (1 - value) for value in to_rgb(COLOURS[family])) for part in parts]
+
+
 def of_variants(settings: dict) -> dict[str, str]:
-    """The family of each variant of an experiment, from the settings in its results; of those trained longer too."""
-    families = {name: variant["model_type"] for name, variant in settings["variants"].items()}
+    """The family of each variant of an experiment, from the settings in its results; of those trained longer too.
+
+    The controls of experiments are softmax attention where their weights are.
+    """
+    families = {}
+    for name, variant in settings["variants"].items():
+        control = variant["model_type"] == "control_attention_lm" and variant.get("weights", "softmax") == "softmax"
+        families[name] = "softmax_lm" if control else variant["model_type"]
     return families | {f"{name}_equal_compute": family for name, family in families.items()}
 
 

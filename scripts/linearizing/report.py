@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ordnung.scripts.common.figures import new_figure
+from ordnung.scripts.common.figures import COLOURS, new_figure, shades
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -206,31 +206,35 @@ DECODERS = ("student", "teacher", "teacher_static_cache")
 
 def draw(made: dict[str, Any], image: str | Path):
     """Draw loss against position, and against tokens trained."""
-    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.6))
+    light, own = shades(made["model_type"], 2)
     if made["encoder"]:
         found = made["layers"]
-        for name, color in (("converted", "C1"), ("student", "C0")):
+        for name, color, line in (("converted", light, "--"), ("student", own, "-")):
             layers = [layer["layer"] for layer in found[name]]
-            left.plot(layers, [layer["relative_error"] for layer in found[name]], f"{color}o-", label=name)
+            errors = [layer["relative_error"] for layer in found[name]]
+            left.plot(layers, errors, line, marker="o", color=color, label=name)
         left.set(xlabel="layer", ylabel="error of the mixer's output over its variance")
     else:
-        lines = {"teacher": made["teacher"], "student": made["student"], "as converted": made["converted"]["student"]}
-        for name, found in lines.items():
+        lines = {"teacher": (made["teacher"], COLOURS["softmax_lm"], "-")}
+        lines |= {"student": (made["student"], own, "-"), "as converted": (made["converted"]["student"], light, "--")}
+        for name, (found, color, line) in lines.items():
             buckets = found["loss_by_position"]
             middles = [np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets]
-            left.plot(middles, [bucket["loss"] for bucket in buckets], marker="o", label=name)
+            left.plot(middles, [bucket["loss"] for bucket in buckets], line, marker="o", color=color, label=name)
         left.set(xlabel="position in the text (tokens)", ylabel="loss (nats per token)", xscale="log")
-    for stage, color in (("transfer", "C2"), ("distill", "C0")):
+    for stage, color, line in (("transfer", light, "--"), ("distill", own, "-")):
         points = [point for point in made["curve"] if point["stage"] == stage]
         if points:
             tokens = [point["tokens"] for point in points]
-            right.plot(tokens, [point["loss"] for point in points], f"{color}o-", label=stage)
+            right.plot(tokens, [point["loss"] for point in points], line, marker="o", color=color, label=stage)
     if not made["encoder"]:
-        right.axhline(made["teacher"]["loss"], color="0.5", linestyle="--", label="teacher")
-    right.set(xlabel="tokens trained on", ylabel="held-out loss")
+        right.axhline(made["teacher"]["loss"], color=COLOURS["softmax_lm"], label="teacher")
+    unit = "error of the states over their variance" if made["encoder"] else "nats per token"
+    right.set(xlabel="tokens trained on", ylabel=f"held-out loss ({unit})")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     figure.savefig(image, dpi=130)
 
 

@@ -130,7 +130,7 @@ def plot(image: Path):
             curves[f"{one.control}, beside {one.name}"] = ("softmax_lm", one.reference, one.control_peaks)
     drawn = styles({name: family for name, (family, *_) in curves.items()})
     figure, panels = new_figure(1, 2, figsize=(13, 6))
-    for panel, title in zip(panels, ("time of a row", "peak memory of a row")):
+    for panel, title in zip(panels, ("time of a row", "peak memory of a row, above the weights")):
         lengths, highest = set(), 1.0
         for name, (_, seconds, peaks) in curves.items():
             if panel is panels[0]:

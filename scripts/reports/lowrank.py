@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ordnung.scripts.common.figures import COLOURS, new_figure
+from ordnung.scripts.common.figures import COLOURS, OTHER, new_figure
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.verdicts import interval
@@ -48,7 +48,7 @@ def plot(results: dict, image: Path):
     figure, panel = new_figure(figsize=(6, 4.6))
     for ranks, label, colour, line in (
         (own, "attention of the encoder", COLOURS["softmax_lm"], "-"),
-        (shuffled, "its weights, each row shuffled", COLOURS["linformer_lm"], "--"),
+        (shuffled, "its weights, each row shuffled", OTHER, "--"),
     ):
         found = [interval(list(ranks[:, i])) for i in range(len(lengths))]
         bars = [each.high - each.mean if each.n > 1 else 0 for each in found]

@@ -14,13 +14,14 @@ from ordnung import QuadraticKernelLMConfig, QuadraticKernelLMModel
 from ordnung.modeling.mixers.attention import Attention
 from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import new_figure
+from ordnung.scripts.common.figures import COLOURS, LINES, MARKERS, new_figure, shades
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.linearizing.teacher import Mixed, watched
 from ordnung.scripts.reports.mixing import load, mixing_weights
 
+SQUARED = "quadratic_kernel_lm"
 KERNELS = ("softmax", "shifted", "square")
 
 
@@ -213,18 +214,22 @@ def shown(values: list[int]) -> str:
 
 def plot(results: dict, image: Path) -> None:
     """Ranks against n for random and for trained heads; FLOPs of a token against n and against d."""
-    figure, axes = new_figure(2, 2, figsize=(11, 8.5))
+    figure, axes = new_figure(2, 2, figsize=(15, 8.5))
     (random, trained), (by_length, by_size) = axes
     settings = results["settings"]
-    for i, d in enumerate(settings["head_sizes"]):
+    sizes = settings["head_sizes"]
+    drawn = {family: shades(family, len(sizes)) for family in ("softmax_lm", SQUARED)}
+    for i, d in enumerate(sizes):
         rows = [row for row in results["random"] if row["d"] == d]
-        for kernel, line in zip(KERNELS, ("-", "--", ":")):
+        for kernel, line in zip(KERNELS, LINES):  # ranks that are alike show through each other
             means = [sum(row[kernel]) / len(row[kernel]) for row in rows]
-            random.plot([row["n"] for row in rows], means, line, marker="o", markersize=3, color=f"C{i}",
+            colour = drawn["softmax_lm" if kernel == "softmax" else SQUARED][i]
+            random.plot([row["n"] for row in rows], means, line, marker=MARKERS[i], markersize=4, color=colour,
                         label=f"{kernel}, d = {d}")  # fmt: skip
     random.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], color="grey", linewidth=0.8, label="n / 2")
     random.set(title="random queries and keys", ylabel="rank of the block")
     for i, model in enumerate(results["models"]):
+        softmax = any("shifted" in row for row in model["lengths"])  # what the squared kernel would give too
         for kind, line in (("own", "-"), ("shifted", "--")):
             rows = [row for row in model["lengths"] if kind in row]
             if not rows:
@@ -232,21 +237,25 @@ def plot(results: dict, image: Path) -> None:
             heads = [[value for layer in row[kind] for value in layer] for row in rows]
             lengths = [row["n"] for row in rows]
             label = model["model"] if kind == "own" else f"{model['model']}: squared kernel on its q, k"
-            trained.plot(lengths, [sum(x) / len(x) for x in heads], line, marker="o", markersize=3, color=f"C{i}",
-                         label=label)  # fmt: skip
-            trained.fill_between(lengths, [min(x) for x in heads], [max(x) for x in heads], color=f"C{i}", alpha=0.12)
-        trained.axhline(model["bound"], color=f"C{i}", linewidth=0.7, linestyle=":")
+            colour = COLOURS["softmax_lm" if softmax and kind == "own" else SQUARED]
+            trained.plot(lengths, [sum(x) / len(x) for x in heads], line, marker=MARKERS[i], markersize=5, color=colour,
+                         markerfacecolor="none", label=label)  # fmt: skip
+            trained.fill_between(lengths, [min(x) for x in heads], [max(x) for x in heads], color=colour, alpha=0.12)
+        bound = trained.axhline(model["bound"], color=COLOURS[SQUARED], linewidth=0.7, linestyle=":")
+    bound.set_label("(d + 1)(d + 2) / 2 of each")
     trained.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], color="grey", linewidth=0.8, label="n / 2")
     trained.set(title="heads of checkpoints: mean, least and most", ylabel="rank of the block")
     for i, d in enumerate(settings["cost_head_sizes"]):
         rows = [row for row in results["costs"] if row["d"] == d]
-        for name, line in (("counted", "-"), ("softmax", "--")):
-            label = f"{'squared' if name == 'counted' else name}, d = {d}"
-            by_length.plot([row["n"] for row in rows], [row[name] for row in rows], line, color=f"C{i}", label=label)
+        for name, family in (("counted", SQUARED), ("softmax", "softmax_lm")):
+            label, line = f"{'squared' if name == 'counted' else name}, d = {d}", LINES[i % len(LINES)]
+            colour = shades(family, len(settings["cost_head_sizes"]))[i]
+            by_length.plot([row["n"] for row in rows], [row[name] for row in rows], line, color=colour, label=label)
     by_length.set(title="FLOPs of a token and head, by length", ylabel="FLOPs")
     longest = [row for row in results["costs"] if row["n"] == max(settings["cost_lengths"])]
     sizes = [row["d"] for row in longest]
-    by_size.plot(sizes, [row["counted"] for row in longest], marker="o", label="squared kernel")
+    look = {"marker": "o", "color": COLOURS[SQUARED]}
+    by_size.plot(sizes, [row["counted"] for row in longest], label="squared kernel", **look)
     for power, line in ((2, ":"), (3, "--")):
         scale = longest[0]["counted"] / sizes[0] ** power
         by_size.plot(sizes, [scale * d**power for d in sizes], line, color="grey", label=f"grows as d^{power}")
@@ -254,7 +263,7 @@ def plot(results: dict, image: Path) -> None:
     for panel in axes.flat:
         panel.set(xscale="log", yscale="log")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         if panel is not by_size:
             panel.set_xlabel("n")
     by_size.set_xticks(sizes, map(str, sizes))

@@ -3,12 +3,13 @@
 Variants are named KIND_WIDTH.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ordnung.scripts.common.figures import new_figure, of_variants, styles
+from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import Interval, interval, markdown_table
 from ordnung.scripts.experiments.verdicts import changes
@@ -75,8 +76,12 @@ def sizes_markdown(results: dict[str, Any]) -> str:
     return f"{about}\n\n{markdown_table(header, body)}"
 
 
-def _plot(results: dict[str, Any], image: Path, place, value, **labels):
-    """A line a kind through its widths, with 95 % t-intervals over seeds."""
+def _plot(results: dict[str, Any], image: Path, place, value, level: float, what: str, **labels):
+    """A line a kind through its widths, with 95 % t-intervals over seeds, and the line that all must pass.
+
+    Args:
+        level: of that line; `what` it is.
+    """
     figure, panel = new_figure(figsize=(7, 4.5))
     models, kinds = of_variants(results["settings"]), by_kind(results)
     drawn = styles({kind: models[f"{kind}_{min(found)}"] for kind, found in kinds.items()})
@@ -93,9 +98,10 @@ def _plot(results: dict[str, Any], image: Path, place, value, **labels):
             capsize=3,
             **drawn[kind],
         )
+    panel.axhline(level, color="red", linestyle=":", label=what)
     panel.set(xscale="log", **labels)
     panel.grid(alpha=0.3)
-    panel.legend()
+    legend_below(figure, [panel])
     figure.savefig(image, dpi=120)
 
 
@@ -105,8 +111,10 @@ def capacity_plot(results: dict[str, Any], image: Path):
         image,
         lambda one: one["state_bytes"],
         right,
+        results["chance"],
+        "at random",
         xlabel="generation state at the end of a sequence (bytes)",
-        ylabel=f"share right of {results['settings']['num_pairs'][-1]} pairs (chance {results['chance']:.2f})",
+        ylabel=f"share right of {results['settings']['num_pairs'][-1]} pairs",
     )
 
 
@@ -116,6 +124,8 @@ def sizes_plot(results: dict[str, Any], image: Path):
         image,
         total_flops,
         lambda one: interval(one["eval_loss"]["values"]),
+        math.log(results["ngrams"]["trigram"]["mean"]),
+        "trigram, counted",
         xlabel="training FLOPs",
         ylabel="held-out loss (nats per byte)",
     )

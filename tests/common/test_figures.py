@@ -1,9 +1,15 @@
 """One colour a family, and curves that differ within it."""
 
+import json
+
+import pytest
+from matplotlib.colors import to_rgb
+
 from ordnung.modeling.registration import FAMILIES, REGISTERED
 from ordnung.scripts.benchmarks.mixer import PARTS
 from ordnung.scripts.benchmarks.variants import VARIANTS, with_static_forms
-from ordnung.scripts.common.figures import COLOURS, family_of, of_variants, styles
+from ordnung.scripts.common.figures import COLOURS, OTHER, family_of, of_variants, shades, styles
+from ordnung.scripts.reports.results import RESULTS
 
 
 def test_every_family_has_a_colour_of_its_own():
@@ -24,3 +30,30 @@ def test_members_of_a_family_differ_in_line_and_marker():
     assert {drawn[name]["color"] for name in "abc"} == {drawn["a_equal_compute"]["color"]} == {COLOURS["conv_lm"]}
     assert len({(drawn[name]["linestyle"], drawn[name]["marker"]) for name in "abc"}) == 3
     assert drawn["d"]["color"] == COLOURS["softmax_lm"]
+
+
+def test_softmax_attention_of_a_control_is_drawn_as_the_control():
+    control = {"model_type": "control_attention_lm"}
+    found = of_variants({"variants": {"a": control, "b": {**control, "weights": "elu"}}})
+    drawn = styles(found)
+    assert drawn["a"]["color"] == COLOURS["softmax_lm"] and drawn["b"]["color"] == OTHER
+
+
+def test_variants_of_published_results_can_be_told_apart():
+    compared = 0
+    for path in sorted(RESULTS.glob("*.json")):
+        results = json.loads(path.read_text())
+        settings = results.get("settings", {})
+        if isinstance(settings, dict) and isinstance(settings.get("variants"), dict):
+            typed = {name: v for name, v in settings["variants"].items() if isinstance(v, dict) and "model_type" in v}
+            drawn = styles(of_variants({"variants": typed}))
+            looks = [(drawn[name]["color"], drawn[name]["linestyle"], drawn[name]["marker"]) for name in typed]
+            assert len(set(looks)) == len(looks), path.name
+            compared += 1
+    assert compared > 5
+
+
+def test_shades_end_with_the_colour_itself():
+    light, own = shades("conv_lm", 2)
+    assert own == pytest.approx(to_rgb(COLOURS["conv_lm"])) and all(a > b for a, b in zip(light, own))
+    assert shades("conv_lm", 1) == [own]
