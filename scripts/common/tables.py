@@ -44,10 +44,19 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def spread(summary: dict[str, Any], decimals: int, scale: float = 1.0) -> str:
-    """A summary, times `scale`, as text: mean ± sample standard deviation."""
-    values = [value for value in (summary["mean"], summary["standard_deviation"]) if value is not None]
-    return " ± ".join(f"{value * scale:,.{decimals}f}" for value in values)
+def estimate(summary: dict[str, Any], decimals: int, scale: float = 1.0) -> str:
+    """A summary, times `scale`, as text: mean ± half its 95 % t-interval; of a single value, that there is but one."""
+    found = interval(summary["values"])
+    if found.n == 1:
+        return f"{found.mean * scale:,.{decimals}f} (n = 1)"
+    return f"{found.mean * scale:,.{decimals}f} ± {(found.high - found.mean) * scale:,.{decimals}f}"
+
+
+def seeds_described(seeds: Sequence[int]) -> str:
+    """What `estimate` shows, in words for the head of a table."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]} alone (n = 1)"
+    return f"mean ± half the 95 % t-interval over n = {len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
 
 def ranged(values: Sequence[float], decimals: int, more: str = "") -> str:

@@ -14,14 +14,21 @@ from ordnung.scripts.common.figures import legend_below, new_figure, of_variants
 from ordnung.scripts.common.files import read_json, read_json_lines
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import arguments, parse_options
-from ordnung.scripts.common.tables import markdown_table, paragraphs, summarise, write_results
+from ordnung.scripts.common.tables import (
+    estimate,
+    markdown_table,
+    paragraphs,
+    seeds_described,
+    summarise,
+    write_results,
+)
 from ordnung.scripts.experiments import sweep
 from ordnung.scripts.experiments.compare_data import DATA_OPTIONS, check_pretrain, prepare_data
 from ordnung.scripts.experiments.earlier import EarlierComparison, trained_earlier
 from ordnung.scripts.experiments.ngrams import NAMES, ngram_lines
 from ordnung.scripts.experiments.options import CompareOptions, VariantOptions
 from ordnung.scripts.experiments.variants import variant_configs
-from ordnung.scripts.experiments.verdicts import changes, estimate, interval, seeds_described
+from ordnung.scripts.experiments.verdicts import changes, interval
 from ordnung.scripts.pretraining import run as pretraining
 from ordnung.scripts.pretraining.data import HeldOut, held_out_blocks
 from ordnung.scripts.pretraining.losses import position_buckets, position_losses

@@ -9,11 +9,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, paragraphs, summarise, write_results
+from ordnung.scripts.common.tables import (
+    estimate,
+    markdown_table,
+    paragraphs,
+    seeds_described,
+    summarise,
+    write_results,
+)
 from ordnung.scripts.experiments.options import TaskOptions
 from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
-from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 
 # Sequences to measure on are drawn with this seed, those to train on with the run's.
 EVALUATION_SEED = 2**32

@@ -8,11 +8,10 @@ from transformers import PreTrainedConfig
 
 from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import markdown_table, summarise, write_results
+from ordnung.scripts.common.tables import estimate, markdown_table, seeds_described, summarise, write_results
 from ordnung.scripts.experiments.options import RecallOptions
 from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
-from ordnung.scripts.experiments.verdicts import estimate, seeds_described
 
 # Sequences to measure on are drawn with this seed and the number of pairs, those to train on with the run's seed.
 EVALUATION_SEED = 2**32

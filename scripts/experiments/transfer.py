@@ -6,12 +6,12 @@ from typing import Any
 from ordnung.scripts.common.files import read_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import arguments, parse_options
-from ordnung.scripts.common.tables import markdown_table, paragraphs, write_results
+from ordnung.scripts.common.tables import estimate, markdown_table, paragraphs, seeds_described, write_results
 from ordnung.scripts.experiments import baselines, compare, compare_data, starts
 from ordnung.scripts.experiments.earlier import EarlierTransfer, trained_earlier
 from ordnung.scripts.experiments.options import BaselineOptions, TransferOptions
 from ordnung.scripts.experiments.variants import variant_configs
-from ordnung.scripts.experiments.verdicts import difference, estimate, seeds_described
+from ordnung.scripts.experiments.verdicts import difference
 from ordnung.scripts.finetuning import run as finetuning
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.training.runs import claim_output_dir

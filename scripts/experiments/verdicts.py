@@ -6,25 +6,11 @@ both sides of what is claimed, there is but one run, or the measurement cannot t
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ordnung.scripts.common.tables import Interval, interval
 
 HOLDS, PART, FAILS, OPEN = "holds", "holds in part", "does not hold", "not decided"
 MARGIN = 0.02  # relative: closer than that counts as equal
-
-
-def estimate(summary: dict[str, Any], decimals: int, scale: float = 1.0) -> str:
-    """A summary, times `scale`, as text: mean ± half its 95 % t-interval; of a single value, that there is but one."""
-    found = interval(summary["values"])
-    if found.n == 1:
-        return f"{found.mean * scale:,.{decimals}f} (n = 1)"
-    return f"{found.mean * scale:,.{decimals}f} ± {(found.high - found.mean) * scale:,.{decimals}f}"
-
-
-def seeds_described(seeds: Sequence[int]) -> str:
-    """What `estimate` shows, in words for the head of a table."""
-    return f"mean ± half the 95 % t-interval over n = {len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
 
 def changes(own: Sequence[float], reference: Sequence[float]) -> Interval:

@@ -122,7 +122,8 @@ class FinetuneOptions(LoopOptions, HubOptions):
         None, "balanced: labels count in the loss as if each were as frequent as the others."
     )
     seeds: list[int] = option(
-        [0], "A run with each: the new classifier, data order and dropout. Scores are mean ± deviation."
+        [0],
+        "A run with each: the new classifier, data order and dropout. Scores are means with 95 % t-intervals.",
     )
 
     logging_steps: int = other_default(LoopOptions, "logging_steps", 20)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ordnung.scripts.common.files import read_json, write_text
 from ordnung.scripts.common.machine import described, machine_info
-from ordnung.scripts.common.tables import markdown_table, spread, summarise
+from ordnung.scripts.common.tables import estimate, markdown_table, seeds_described, summarise
 from ordnung.scripts.finetuning.options import FinetuneOptions
 from ordnung.scripts.finetuning.scores import mean_score, seed_interval
 from ordnung.scripts.finetuning.tasks import GLUE, TASKS, Task
@@ -92,17 +92,16 @@ def markdown(results: dict[str, Any]) -> str:
     for task, result in results["tasks"].items():
         for split, scores in result["metrics"].items():
             cut = result["truncated"][split]
-            shown = ", ".join(f"{name} {spread(score, 1, 100)}" for name, score in scores.items() if name != "loss")
+            shown = ", ".join(f"{name} {estimate(score, 1, 100)}" for name, score in scores.items() if name != "loss")
             rows = [f"{result['training_rows']:,}", f"{cut['cut']:,} of {cut['rows']:,}"]
-            body.append([task, split, shown, *rows, spread(result["seconds"], 0)])
+            body.append([task, split, shown, *rows, estimate(result["seconds"], 0)])
     average = results.get("glue_average")
     lines = [
-        f"{results['model']}, mean ± sample standard deviation over seeds {', '.join(map(str, results['seeds']))}. "
-        f"{described(results['machine'])}",
+        f"{results['model']}, {seeds_described(results['seeds'])}. {described(results['machine'])}",
         markdown_table(["task", "split", "score, %", "trained on", "cut", "training s"], body),
     ]
     if average and len(average["tasks"]) > 1:
-        lines.append(f"GLUE average over {len(average['tasks'])} of {len(GLUE)} tasks: {spread(average, 1, 100)}")
+        lines.append(f"GLUE average over {len(average['tasks'])} of {len(GLUE)} tasks: {estimate(average, 1, 100)}")
     return "\n\n".join(lines)
 
 

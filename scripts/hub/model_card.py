@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ordnung.modeling.mixers.mixer import MIXERS
 from ordnung.modeling.registration import AUTO_CLASSES, is_registered
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.tables import markdown_table, spread
+from ordnung.scripts.common.tables import estimate, markdown_table
 
 # class name ending -> the Hub's pipeline tag
 PIPELINE_TAGS = {
@@ -252,9 +252,9 @@ def _results(subject: Subject) -> str:
             f"{value:.4g}" if isinstance(value, float) else str(value),
         ]
         if several:
-            row.append(f"{spread(seeds, 4)} over {len(seeds['values'])} runs" if seeds else "one run")
+            row.append(f"{estimate(seeds, 4)} over {len(seeds['values'])} runs" if seeds else "one run")
         body.append(row)
-    return markdown_table(header + (["mean ± standard deviation of runs like it"] if several else []), body)
+    return markdown_table(header + (["mean ± half the 95 % t-interval of runs like it"] if several else []), body)
 
 
 def _cost(subject: Subject) -> str:

@@ -10,9 +10,9 @@ from ordnung.scripts.benchmarks import quadratic as bench_quadratic
 from ordnung.scripts.benchmarks import report as bench_report
 from ordnung.scripts.benchmarks import sparse as bench_sparse
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table, ranged
+from ordnung.scripts.common.tables import estimate, markdown_table, ranged, seeds_described
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
-from ordnung.scripts.experiments.verdicts import changes, estimate, seeds_described
+from ordnung.scripts.experiments.verdicts import changes
 from ordnung.scripts.linearizing import report
 from ordnung.scripts.reports import (
     claims,

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table, paragraphs
-from ordnung.scripts.experiments.verdicts import at_least, difference, estimate, everywhere, seeds_described
+from ordnung.scripts.common.tables import estimate, markdown_table, paragraphs, seeds_described
+from ordnung.scripts.experiments.verdicts import at_least, difference, everywhere
 
 
 def markdown(results: dict[str, Any], name: str = "mean") -> str:

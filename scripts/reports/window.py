@@ -4,8 +4,8 @@ from typing import Any
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import markdown_table, paragraphs, ranged
-from ordnung.scripts.experiments.verdicts import at_least, difference, estimate, seeds_described
+from ordnung.scripts.common.tables import estimate, markdown_table, paragraphs, ranged, seeds_described
+from ordnung.scripts.experiments.verdicts import at_least, difference
 
 MARGIN = 0.01  # of all rows: a difference of less is none
 

@@ -16,7 +16,7 @@ from ordnung.scripts import compare as compare_program
 from ordnung.scripts import recall as recall_program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
-from ordnung.scripts.common.tables import spread, summarise
+from ordnung.scripts.common.tables import estimate, seeds_described, summarise
 from ordnung.scripts.experiments import compare, starts, sweep
 from ordnung.scripts.experiments.options import CompareOptions, RecallOptions, TransferOptions
 from ordnung.scripts.experiments.scores import SCORES
@@ -292,8 +292,9 @@ def test_position_losses_of_a_model_that_knows_the_first_half():
 
 def test_summaries():
     assert summarise([1.0, 3.0]) == {"mean": 2.0, "standard_deviation": pytest.approx(2**0.5), "values": [1.0, 3.0]}
-    assert spread(summarise([1.0, 3.0]), 2) == "2.00 ± 1.41"
-    assert spread(summarise([0.5]), 1, scale=100) == "50.0"
+    assert estimate(summarise([1.0, 3.0]), 2) == "2.00 ± 12.71"
+    assert estimate(summarise([0.5]), 1, scale=100) == "50.0 (n = 1)"
+    assert seeds_described([3]) == "seed 3 alone (n = 1)" and "n = 2 seeds (0, 1)" in seeds_described([0, 1])
 
 
 def test_a_folder_of_other_things_is_not_claimed(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ordnung.scripts.common.tables import summarise
+from ordnung.scripts.common.tables import estimate, summarise
 from ordnung.scripts.experiments.verdicts import (
     FAILS,
     HOLDS,
@@ -18,7 +18,6 @@ from ordnung.scripts.experiments.verdicts import (
     beyond_counting,
     changes,
     equal,
-    estimate,
     interval,
     together,
 )
