@@ -66,7 +66,8 @@ def markdown(results: dict[str, Any]) -> str:
         else:
             measured = [trained.get("student"), trained.get("teacher"), trained.get("converted", {}).get("floor")]
             shown = [f"{found['similarity']:.3f}" if found and "similarity" in found else "" for found in measured]
-            begun.append([variant, trained["source"], *row[1:], *shown, f"{seconds:,.0f}"])
+            minutes = f"{trained['seconds'] / 60:,.1f}"
+            begun.append([variant, trained["source"], *row[1:3], minutes, *shown, f"{seconds:,.0f}"])
         for name, cells in below.items():
             cells += [
                 f"{variant} on {task}"
@@ -85,7 +86,7 @@ def markdown(results: dict[str, Any]) -> str:
         header = ["model", "parameters", "pretraining tokens", "s", "held-out bits per byte", "fine-tuning s, all runs"]
         tables.append(markdown_table(header, costs))
     if begun:
-        header = ["model", "from", "parameters", "distillation tokens", "s"]
+        header = ["model", "from", "parameters", "distillation tokens", "min"]
         header += ["similarity without training", "its teacher's", "without mixing", "fine-tuning s, all runs"]
         tables.append(markdown_table(header, begun))
     remarks = [f"Not above {NAMES[name]}: {', '.join(cells) or 'none'}." for name, cells in below.items()]

@@ -1,5 +1,6 @@
 """The tables and figures of README.md and the model cards by name, each made from files of model_cards/results."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,9 @@ from ordnung.scripts.benchmarks import quadratic as bench_quadratic
 from ordnung.scripts.benchmarks import report as bench_report
 from ordnung.scripts.benchmarks import sparse as bench_sparse
 from ordnung.scripts.common.machine import described
-from ordnung.scripts.common.tables import estimate, markdown_table, ranged, seeds_described
+from ordnung.scripts.common.tables import estimate, markdown_table, paragraphs, ranged, seeds_described
 from ordnung.scripts.experiments import compare, prefix_tasks, recall, transfer
+from ordnung.scripts.experiments.ngrams import NAMES as NGRAMS
 from ordnung.scripts.experiments.verdicts import changes
 from ordnung.scripts.linearizing import report
 from ordnung.scripts.reports import (
@@ -182,7 +184,23 @@ def transfer_table(*names: str, file: str = "transfer") -> str:
     """Fine-tuned on tasks: these variants, or all."""
     results = load(file)
     names = names or tuple(results["variants"])
-    return transfer.markdown({**results, "variants": {name: results["variants"][name] for name in names}})
+    chosen = {name: results["variants"][name] for name in names}
+    return paragraphs(transfer.markdown({**results, "variants": chosen}), *counted_text(file, chosen))
+
+
+def counted_text(file: str, variants: dict[str, dict]) -> list[str]:
+    """What n-grams that counted the pretraining tokens reach in bits per byte, where that was computed."""
+    if not has_results(f"{file}_ngrams"):
+        return []
+    found = {name: variant["pretraining"]["evaluation"] for name, variant in variants.items()}
+    any_one = next(iter(found.values()))
+    bits = any_one["eval_bits_per_byte"] / any_one["eval_loss"]  # of a nat a token
+    ngrams = load(f"{file}_ngrams")["ngrams"]
+    lines = {name: bits * math.log(ngrams[name]["mean"]) for name in NGRAMS.values() if name in ngrams}
+    below = [name for name, evaluation in found.items() if evaluation["eval_bits_per_byte"] < lines["trigram"]]
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in lines.items())
+    named = ", ".join(below) or "none"
+    return [f"Held-out bits per byte of what counted the same tokens: {shown}. Below its trigram: {named}."]
 
 
 def glue_table(results: dict) -> str:

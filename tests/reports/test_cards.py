@@ -13,6 +13,7 @@ from ordnung.modeling.registration import FAMILIES, heads_of
 from ordnung.scripts import make_cards
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.hub.model_card import PIPELINE_TAGS, head_of
+from ordnung.scripts.reports import card_tables
 from ordnung.scripts.reports import results as card_results
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +93,16 @@ def test_results_name_machine_versions_and_command():
         machine = json.loads(path.read_text())["machine"]
         for entry in ("cpu", "threads", "torch", "transformers", "ordnung", "command", "date"):
             assert machine[entry], (path.name, entry)
+
+
+def test_pretrained_variants_stand_beside_what_counted_their_text(project):
+    told = card_tables.TABLES["conv_transfer"]
+    assert "trigram 1.7251. Below its trigram: none." in told()
+    path = card_results.RESULTS / "transfer_ngrams.json"
+    counted = json.loads(path.read_text())
+    own = card_results.load("transfer")["variants"]["conv"]["pretraining"]["evaluation"]["eval_perplexity"]
+    counted["ngrams"]["trigram"]["mean"] = 1.05 * own  # between convolution and attention
+    path.write_text(json.dumps(counted))
+    assert "Below its trigram: conv." in told()
+    path.unlink()
+    assert "trigram" not in told()
