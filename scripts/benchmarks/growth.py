@@ -68,7 +68,9 @@ def cheaper_from(results: dict[str, Any], name: str, task: str, control: str = "
     lengths = results["lengths"]
     own, reference = (results["families"][which][task]["values"] for which in (name, control))
     found = crossover(lengths, [b / a if a else math.inf for a, b in zip(own, reference)])
-    return "not up to the longest" if found is None else f"{found:,.0f}" if found > lengths[0] else "all lengths"
+    if found is None:
+        return "not up to the longest"
+    return f"{found:,.0f}" if found > lengths[0] else f"all from {found:,}"
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -197,7 +197,7 @@ def plot(results: dict, image: Path):
     variants, baseline = results["variants"], results["baseline"]
     lengths = {result["steps"] for result in variants.values() if "curve" in result}
     count = 1 + bool(baseline) + (len(lengths) > 1)
-    figure, panels = new_figure(1, count, figsize=(6.5 * count, 5.6), squeeze=False)
+    figure, panels = new_figure(1, count, figsize=(7.5 * count, 6.5), squeeze=False)
     by_position = panels[0, : 1 + bool(baseline)]
     drawn = styles({name: of_variants(results["settings"])[name] for name in variants})
     buckets = next(iter(variants.values()))["loss_by_position"]
@@ -239,9 +239,9 @@ def _plot_course(panel, variants: dict[str, dict], drawn: dict[str, dict]):
         flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
         curve = result["curve"][1:]  # without the loss before training
         places, losses = [flops * point["step"] for point in curve], [point["eval_loss"] for point in curve]
-        style = {key: value for key, value in drawn[name].items() if "marker" not in key}
-        panel.plot(places, [loss["values"] for loss in losses], alpha=0.35, linewidth=0.8, **style)
-        panel.plot(places, [loss["mean"] for loss in losses], linewidth=2, **style)
+        each = {key: value for key, value in drawn[name].items() if "marker" not in key}
+        panel.plot(places, [loss["values"] for loss in losses], alpha=0.35, linewidth=0.8, **each)
+        panel.plot(places, [loss["mean"] for loss in losses], linewidth=2, **drawn[name])
     panel.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
 
 
