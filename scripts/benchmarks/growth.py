@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.benchmarks.variants import VARIANTS, Shape
-from ordnung.scripts.common.figures import LINES, MARKERS, legend_below, new_figure, styles
+from ordnung.scripts.common.figures import LINES, MARKERS, draw_slopes, legend_below, new_figure, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table, paragraphs
@@ -109,12 +109,7 @@ def plot(results: dict[str, Any], image: Path):
             panel.plot(lengths, of[task]["values"], label=name, **drawn[name])
         lowest = min(of[task]["values"][0] for of in families.values())
         highest = max(of[task]["values"][-1] for of in families.values())
-        for slope in (1, 2, 3):
-            ends = [lowest / 2, lowest / 2 * (lengths[-1] / lengths[0]) ** slope]
-            panel.plot([lengths[0], lengths[-1]], ends, color="#DDDDDD", linewidth=1, zorder=0)
-            if ends[1] < 2 * highest:
-                power = f"N^{slope}" if slope > 1 else "N"
-                panel.annotate(power, (lengths[-1], ends[1]), color="grey", fontsize=8, ha="right", va="top")
+        draw_slopes(panel, (lengths[0], lengths[-1]), lowest / 2, 2 * highest)
         panel.set(xscale="log", yscale="log", xlabel="tokens N", ylim=(lowest / 3, 3 * highest), title=title)
         panel.set_ylabel("bytes" if task == "state" else "FLOPs")
         panel.set_xticks(lengths[::2], [f"{n:,}" for n in lengths[::2]])

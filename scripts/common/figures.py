@@ -79,6 +79,21 @@ def new_figure(rows: int = 1, columns: int = 1, figsize: tuple[float, float] | N
     return figure, figure.subplots(rows, columns, **arguments)
 
 
+def draw_slopes(panel, ends: tuple[float, float], start: float, top: float):
+    """Lines of growth as N, N² and N³ into a log-log panel, to compare with, as far as its top.
+
+    Args:
+        ends: the shortest and the longest N.
+        start: where the lines begin, at the shortest.
+    """
+    for slope in (1, 2, 3):
+        last = min(ends[1], ends[0] * (top / start) ** (1 / slope))
+        height = start * (last / ends[0]) ** slope
+        panel.plot([ends[0], last], [start, height], color="#DDDDDD", linewidth=1, zorder=0)
+        power = f"N^{slope}" if slope > 1 else "N"
+        panel.annotate(power, (last, height), color="grey", fontsize=8, ha="right", va="bottom")
+
+
 def legend_below(figure, panels: Sequence, columns: int = 4):
     """One legend of all curves of the panels, below them."""
     labels = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}

@@ -8,7 +8,7 @@ from ordnung.scripts.benchmarks.growth import crossover, exponents
 from ordnung.scripts.benchmarks.measure import summarise
 from ordnung.scripts.benchmarks.report import TITLES
 from ordnung.scripts.benchmarks.variants import copies_its_cache
-from ordnung.scripts.common.figures import legend_below, new_figure, styles
+from ordnung.scripts.common.figures import draw_slopes, legend_below, new_figure, styles
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.reports.findings import SPARSE, SQUARED, competitors
 from ordnung.scripts.reports.results import CAUSAL_BENCHMARKS, CONV_BENCHMARKS, ENCODER_BENCHMARKS, Timings, load
@@ -146,12 +146,7 @@ def plot(image: Path):
                       for i, sign in ((0, 1), (1, -1))]  # fmt: skip
             panel.errorbar(list(values), y, yerr=spread, label=name, capsize=2, **drawn[name])
             highest = max(highest, *y)
-        start, end = min(lengths), max(lengths)
-        for slope in (1, 2, 3):
-            last = min(end, start * (2 * highest) ** (1 / slope))
-            panel.plot([start, last], [1, (last / start) ** slope], color="#DDDDDD", linewidth=1, zorder=0)
-            power = f"N^{slope}" if slope > 1 else "N"
-            panel.annotate(power, (last, (last / start) ** slope), color="grey", fontsize=9, ha="right", va="bottom")
+        draw_slopes(panel, (min(lengths), max(lengths)), 1, 2 * highest)
         ticks = sorted(n for n in lengths if n & (n - 1) == 0)
         panel.set(xscale="log", yscale="log", xlabel="tokens N", title=title)
         panel.set_ylabel("in units of its own at the shortest")
