@@ -267,10 +267,14 @@ def run(options: CompareOptions) -> int:
     settings = {"pretrain": options.pretrain, "config_overrides": options.config_overrides}
     if options.sweep:
         for choice in sweep.grid(options.sweep):
-            check_pretrain({**options.pretrain, **choice})
+            if not check_pretrain({**options.pretrain, **choice}).validation_fraction:
+                raise ScriptError(
+                    "--pretrain validation_fraction must be above 0, not 0: --sweep chooses on that share of what is "
+                    "trained on, whatever is held out besides"
+                )
         settings["sweep"] = options.sweep
     earlier = EarlierComparison(options.earlier, settings | {"seeds": options.seeds}, options.variants)
-    claim_output_dir(output_dir, settings | {"sweep": options.sweep or {}}, options.variants)
+    claim_output_dir(output_dir, settings | {"sweep": options.sweep}, options.variants, untold={"sweep": {}})
     data = prepare_data(output_dir, shared)
     common = {name: value for name, value in options.pretrain.items() if name not in DATA_OPTIONS} | data
     tokenizer = AutoTokenizer.from_pretrained(data["tokenizer_name"])

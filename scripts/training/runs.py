@@ -36,11 +36,15 @@ def hold(output_dir: Path):
         ) from None
 
 
-def claim_output_dir(output_dir: Path, settings: dict[str, Any], variants: dict[str, Any]):
+def claim_output_dir(
+    output_dir: Path, settings: dict[str, Any], variants: dict[str, Any], untold: dict[str, Any] | None = None
+):
     """Hold a folder, and record in settings.json what its runs are made with.
 
     A later call may add variants; what the finished runs were made with must be the same.
 
+    Args:
+        untold: what runs were made with where a folder of an earlier version does not tell.
     Raises:
         ScriptError: as `hold`; the folder holds runs that were made otherwise, or something else.
     """
@@ -54,7 +58,7 @@ def claim_output_dir(output_dir: Path, settings: dict[str, Any], variants: dict[
     if {entry.name for entry in output_dir.iterdir()} - {path.name, LOCK}:
         if not path.exists():
             raise ScriptError(f"--output_dir {output_dir} holds something else than runs of this program: name another")
-        recorded = read_json(path)
+        recorded = {**(untold or {}), **read_json(path)}
     for name in recorded.keys() & settings.keys():
         if recorded[name] != settings[name]:
             raise ScriptError(

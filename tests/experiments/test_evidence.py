@@ -212,6 +212,11 @@ class TestCompareProgram:
         assert compare_program.main(argv) == 0  # all is kept
         with pytest.raises(ScriptError, match="holds runs with sweep .*, not {}"):
             compare_program.main(argv[: argv.index("--sweep")])
+        settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+        assert settings.pop("sweep")  # as earlier versions left a folder without a sweep
+        (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+        with pytest.raises(ScriptError, match="holds runs with sweep {}, not .*learning_rate"):
+            compare_program.main(argv)
         with pytest.raises(ScriptError, match="no loss of the sweep stayed finite"):
             compare_program.main([*argv, "--output_dir", str(tmp_path / "other")])
 
@@ -240,6 +245,10 @@ class TestCompareProgram:
             (["--pretrain", "respect_document_boundaries=True"], "leave objective"),
             (["--pretrain", "max_step=3"], "did you mean 'max_steps'"),
             (["--pretrain", "validation_fraction=0"], "held-out text"),
+            (
+                ["--pretrain", "validation_fraction=0,validation_file=any.txt", "--sweep", "learning_rate=[0.1,0.2]"],
+                "validation_fraction must be above 0, not 0: --sweep chooses on",
+            ),
             (["--sweep", "learning_rate=0.1"], "--sweep has no list of values"),
             (["--sweep", "learning_rat=[0.1,0.2]"], "did you mean 'learning_rate'"),
             (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
