@@ -118,13 +118,17 @@ def find_checkpoint(output_dir: str | Path, resume_from: str | None, overwrite: 
         if found is not None:
             return found
         if checkpoint_folders(output_dir):
-            raise ScriptError(f"every checkpoint in {output_dir} is damaged; --overwrite_output_dir starts again")
+            raise ScriptError(
+                f"every checkpoint in {output_dir} is damaged: delete that folder to start again, or in pretrain itself "
+                "give --overwrite_output_dir"
+            )
         if "run.yaml" in contents:
             logger.warning(f"{output_dir} holds a run that left no checkpoint yet: starting at step 0")
             return None
         raise ScriptError(
             f"--output_dir {output_dir} is not empty ({', '.join(contents[:3])}, ...) and holds no checkpoint to "
-            "resume from; name a new folder, or clear an earlier run by --overwrite_output_dir"
+            "resume from: delete that folder to start again, or in pretrain itself name a new one or give "
+            "--overwrite_output_dir"
         )
     raise ScriptError(
         f"--output_dir {output_dir} is not empty ({', '.join(contents[:3])}, ...); go on with its run by "

@@ -94,7 +94,7 @@ def test_damaged_checkpoints_are_skipped_or_refused(run, caplog):
     assert not (out / ".tmp-checkpoint-5").exists()
     for folder in out.glob("checkpoint-*"):
         (folder / "manifest.json").unlink()
-    with pytest.raises(ScriptError, match="every checkpoint in .* is damaged; --overwrite_output_dir"):
+    with pytest.raises(ScriptError, match="is damaged: delete that folder to start again, or in pretrain itself"):
         run(max_steps=6, resume_from_checkpoint="auto")
 
 
