@@ -79,6 +79,11 @@ def prepare_task(task: Task, options: FinetuneOptions, tokenizer: PreTrainedToke
     Raises:
         ScriptError: data, model and options do not fit.
     """
+    if options.class_weights and task.problem_type in ("regression", "question_answering"):
+        kind = "numbers" if task.regression else "answers in a context"
+        raise ScriptError(
+            f"--class_weights {options.class_weights}: {task.name} has {kind}, no classes to weigh: leave it out"
+        )
     splits = load_splits(task, options)
     config = build_config(task, options, tokenizer)
     model = empty_model(options, config, task.head)

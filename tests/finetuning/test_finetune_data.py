@@ -203,6 +203,10 @@ def test_labels_in_another_order(run_task, tasks, tmp_path):
         ({"seeds": [1, 1]}, "different numbers"),
         ({"merge_adapter": True}, "need --use_peft"),
         ({"dataset_config_name": "sst2"}, "--dataset_config_name sst2 is for data of your own"),
+        (
+            {"task": "stsb", "class_weights": "balanced", "max_steps": 1},
+            "balanced: stsb has numbers, no classes to weigh",
+        ),
         ({"lora_rank": 4}, "--lora_rank: adapters need --use_peft"),
         ({"lora_alpha": 8}, "--lora_alpha: adapters need --use_peft"),
         ({"lora_dropout": 0.1}, "--lora_dropout: adapters need --use_peft"),

@@ -240,6 +240,12 @@ def test_an_answer_that_is_not_there(tmp_path):
     assert read(write_json_lines(tmp_path / "b.jsonl", rows), "qa").unanswerable
 
 
+def test_answers_have_no_classes_to_weigh(model, tmp_path):
+    path = write_json_lines(tmp_path / "a.jsonl", asked(12, 0))
+    with pytest.raises(ScriptError, match="--class_weights balanced: .* has answers in a context, no classes to weigh"):
+        tune(model, path, tmp_path / "out", task="qa", class_weights="balanced", max_steps=1)
+
+
 # Fine-tunes by each of the lists of arguments that a JSON file holds.
 EACH = """
 import json, sys
