@@ -340,13 +340,16 @@ def run(options: FinetuneOptions) -> int:
         width = getattr(prepared[0].config, "hidden_size", WIDTH)
         options.learning_rate = float(f"{LEARNING_RATE * WIDTH / width:.2g}")
         logger.info(f"--learning_rate {options.learning_rate:g}, as the model is {width} wide")
+    # seeds outside: after the first round every task has a score
+    runs = [(data, seed, output_dir / data.task.folder / f"seed-{seed}") for seed in options.seeds for data in prepared]
     if accelerator.is_main_process:
         made_of = source(options.model_name_or_path, prepared[0].config)
         made_of |= {f"sha256 of the data of {data.task.name}": data.digest() for data in prepared}
+        if not all(is_finished(folder) for *_, folder in runs):  # what is finished may be told or shared anywhere
+            rows = options.step_rows(accelerator.num_processes)
+            made_of |= {"rows a step": rows, "precision": accelerator.mixed_precision}
         claim_output_dir(output_dir, options.record() | made_of, {})
     accelerator.wait_for_everyone()
-    # seeds outside: after the first round every task has a score
-    runs = [(data, seed, output_dir / data.task.folder / f"seed-{seed}") for seed in options.seeds for data in prepared]
     status = 0
     try:
         for data, seed, folder in runs:

@@ -88,6 +88,28 @@ def test_seeds_learn_the_task_and_are_summarised(run_task, tasks):
         run_task("sst2", num_train_epochs=8, learning_rate=2e-3)
 
 
+def test_seeds_of_other_steps_are_not_averaged(run_task, tmp_path):
+    """Another number of processes gives other rows a step with the same options, and `auto` another precision."""
+    settings = tmp_path / "out" / "settings.json"
+
+    def run(seeds):
+        return run_task("sst2", max_steps=1, seeds=seeds)
+
+    run([0])
+    made_with = json.loads(settings.read_text())
+    assert made_with["precision"] == "no"
+    for name, other in (("rows a step", 2 * made_with["rows a step"]), ("precision", "bf16")):
+        settings.write_text(json.dumps({**made_with, name: other}))
+        run([0])  # finished: it is told wherever it was made
+        with pytest.raises(ScriptError, match=f"holds runs with {name} .*, not .*: name another folder, or delete"):
+            run([0, 1])
+    # folders of earlier versions do not tell
+    settings.write_text(
+        json.dumps({name: made_with[name] for name in made_with if name not in ("rows a step", "precision")})
+    )
+    run([0, 1])
+
+
 @pytest.fixture
 def own_copy(tasks, tmp_path):
     """The model and a task's data, to be changed; the function runs the program on them."""
