@@ -226,6 +226,7 @@ def parse_options(
     config_file = file_only.parse_known_args(argv)[0].config
     if config_file:
         argv = _yaml_arguments(config_file, known) + argv
+    argv = _take_nulls(parser, options_type, argv)
     options, _, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -273,14 +274,37 @@ def find_config(name: str) -> Path:
     return installed
 
 
+class _Null(str):
+    """The word after an option that is to be None: by its type, so that a text may be the same word."""
+
+
 def arguments(values: dict[str, Any]) -> list[str]:
-    """The words of a command line that give a program's options these values; an option with None is left out."""
+    """The words that give a program's options these values, for `parse_options`."""
     words = []
     for name, value in values.items():
-        if value is not None:
+        if value is None:
+            words += [f"--{name}", _Null("null")]
+        else:
             items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             words += [f"--{name}", *map(str, items)]
     return words
+
+
+def _take_nulls(parser: argparse.ArgumentParser, options_type: type, argv: list[str]) -> list[str]:
+    """The words without those that make an option None, which is then its default.
+
+    Raises:
+        ScriptError: an option that cannot be None.
+    """
+    hints, fields = typing.get_type_hints(options_type), options_type.__dataclass_fields__
+    nulls = [i for i, word in enumerate(argv) if isinstance(word, _Null) and argv[i - 1][2:] in fields]
+    for name in (argv[i - 1][2:] for i in nulls):
+        if type(None) not in typing.get_args(hints[name]):
+            default = parser.get_default(name)
+            cure = "give it a value" if default is None else f"leave it out for its default, {default}"
+            raise ScriptError(f"--{name} null: it cannot be nothing; {cure}")
+        parser.set_defaults(**{name: None})
+    return [word for i, word in enumerate(argv) if not {i, i + 1} & set(nulls)]
 
 
 def _yaml_arguments(path: str, known: set[str]) -> list[str]:

@@ -5,6 +5,8 @@ from tiny_runs import LINFORMER, TINY
 
 from ordnung.scripts import pretrain
 from ordnung.scripts.common.errors import ScriptError, run_script
+from ordnung.scripts.common.options import arguments, parse_options
+from ordnung.scripts.pretraining.options import PretrainOptions
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,24 @@ def test_unknown_keys_in_a_file_are_errors(run, tmp_path):
     (tmp_path / "run.yaml").write_text("- a\n- b\n")
     with pytest.raises(ScriptError, match="option: value"):
         run(config=tmp_path / "run.yaml")
+
+
+def test_null_is_no_value_or_refused(tmp_path):
+    words = ["--model_type=conv_lm", "--output_dir=any", "--train_file=any", "--tokenizer_name=any"]
+    file = tmp_path / "run.yaml"
+    file.write_text("eval_steps: null\nseed: 3\n")
+    found = parse_options(PretrainOptions, ["--config", str(file), *words])
+    assert found.eval_steps is None and found.seed == 3
+    assert parse_options(PretrainOptions, ["--config", str(file), *words, "--eval_steps=7"]).eval_steps == 7
+    assert parse_options(PretrainOptions, [*words, *arguments({"eval_steps": None})]).eval_steps is None
+    assert parse_options(PretrainOptions, [*words, *arguments({"run_name": "null"})]).run_name == "null"
+    for name, message in (
+        ("block_size", "--block_size null: it cannot be nothing; leave it out for its default, 512"),
+        ("output_dir", "--output_dir null: it cannot be nothing; give it a value"),
+        ("lerning_rate", "unknown option '--lerning_rate'; did you mean 'learning_rate'"),
+    ):
+        with pytest.raises(ScriptError, match=message):
+            parse_options(PretrainOptions, [*words, *arguments({name: None})])
 
 
 def test_errors_end_the_program_with_one_line(tmp_path):
