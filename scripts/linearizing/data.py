@@ -46,18 +46,26 @@ def mean_states(states: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
     return sums / number.bincount()[:, None]
 
 
-def encoder_blocks(documents, tokenizer, block_size: int, several: bool) -> PlacedBlocks:
+# What is said of a text without documents: which one, and where more is given.
+TRAINED = "the training data", "give more by --train_file"
+HELD_OUT = "the held-out text", "give more by --validation_file or --validation_fraction"
+
+
+def encoder_blocks(documents, tokenizer, block_size: int, several: bool, told: tuple[str, str]) -> PlacedBlocks:
     """Blocks of an encoder's documents: each with its special tokens, cut off at `block_size`.
 
+    Args:
+        told: `TRAINED` or `HELD_OUT`.
     Raises:
         ScriptError: no text.
     """
-    rows, texts = [], corpus.texts(documents)
+    rows, count, texts = [], 0, corpus.texts(documents)
     while group := list(islice(texts, GROUP)):
+        count += len(group)
         encoded = tokenizer(group, truncation=True, max_length=block_size, verbose=False)["input_ids"]
         rows += [np.array(ids, dtype=np.int32) for ids in encoded if len(ids) > 1]
     if not rows:
-        raise ScriptError("the text holds no document of two tokens or more; give more text")
+        raise ScriptError(f"{told[0]} holds {count:,} documents, none of two tokens or more: {told[1]}")
     return PlacedBlocks(rows, np.array([len(row) for row in rows]), block_size, True, several)
 
 
@@ -79,8 +87,8 @@ def load_blocks(
         measured = dataclasses.replace(options, block_size=options.eval_block_size)
         rest = pretraining.held_out_blocks(measured, held_out, tokenizer, several)
         return blocks, rest.blocks, rest.lengths
-    placed = encoder_blocks(train, tokenizer, options.block_size, several)
-    rest = encoder_blocks(held_out, tokenizer, options.eval_block_size, several)
+    placed = encoder_blocks(train, tokenizer, options.block_size, several, TRAINED)
+    rest = encoder_blocks(held_out, tokenizer, options.eval_block_size, several, HELD_OUT)
     # at random, as best fit puts the longest documents first
     some = np.random.default_rng(options.seed).permutation(len(rest))[: options.max_eval_blocks]
     return ShuffledBlocks(placed, placed.lengths, options.seed), rest[some], rest.lengths[some]

@@ -175,12 +175,28 @@ def test_bad_input_of_encoders_is_told_before_training(run, data, tmp_path):
     with pytest.raises(ScriptError, match="empty.jsonl holds no text in its column 'text'"):
         run(**encoder(data) | {"train_file": tmp_path / "empty.jsonl"})
     with pytest.raises(
-        ScriptError, match="quadratic_kernel_lm is causal here and the teacher bidirectional: take another family"
+        ScriptError,
+        match="quadratic_kernel_lm is causal here and the teacher bidirectional: .* or say is_decoder=True in --config",
     ):
         run(**encoder(data) | {"model_type": "quadratic_kernel_lm", "config_overrides": None})
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
+    few = "1 documents, none of two tokens or more: give more by"
+    for files, message in (
+        ({"train_file": tmp_path / "short.jsonl"}, f"the training data holds {few} --train_file"),
+        ({"validation_file": tmp_path / "short.jsonl"}, f"the held-out text holds {few} --validation_file or"),
+    ):
+        files = {"train_file": data / "documents.jsonl", "validation_file": data / "documents.jsonl", **files}
+        with pytest.raises(ScriptError, match=message):
+            run(**encoder(data) | files)
     (tmp_path / "kept").write_text("")
     with pytest.raises(ScriptError, match="--teacher_outputs .*kept is a file; name a folder"):
         run(**encoder(data, teacher_outputs=tmp_path / "kept"))
+
+
+def test_the_cure_of_a_wrong_direction_works(arguments, data):
+    family = {"model_type": "quadratic_kernel_lm", "config_overrides": "is_decoder=True"}
+    made = built(arguments(**encoder(data) | family))
+    assert made.pair.student.config.attends_causally and made.pair.encoder
 
 
 def test_a_quantized_teacher_without_its_library_is_refused(run, data, tmp_path):
