@@ -119,8 +119,8 @@ def find_checkpoint(output_dir: str | Path, resume_from: str | None, overwrite: 
             return found
         if checkpoint_folders(output_dir):
             raise ScriptError(
-                f"every checkpoint in {output_dir} is damaged: delete that folder to start again, or in pretrain itself "
-                "give --overwrite_output_dir"
+                f"every checkpoint in {output_dir} is damaged: delete that folder to start again, or in pretrain "
+                "itself give --overwrite_output_dir"
             )
         if "run.yaml" in contents:
             logger.warning(f"{output_dir} holds a run that left no checkpoint yet: starting at step 0")
