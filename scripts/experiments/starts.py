@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ordnung
@@ -16,11 +16,11 @@ from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.models import check_overrides
 from ordnung.scripts.common.options import arguments, parse_options
-from ordnung.scripts.linearizing import report
+from ordnung.scripts.linearizing import measure, report
 from ordnung.scripts.linearizing import run as linearizing
 from ordnung.scripts.linearizing.data import load_pairs
-from ordnung.scripts.linearizing.measure import similarity
 from ordnung.scripts.linearizing.options import LinearizeOptions
+from ordnung.scripts.linearizing.teacher import Pair, load_teacher, load_tokenizer
 
 # What the table of a variant holds besides fields of its config.
 OWN = ("source", "model_type", "distill", "keep_attention")
@@ -48,17 +48,20 @@ def fields_of(name: str, variant: dict[str, Any]) -> dict[str, Any]:
 
 
 def options_of(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> LinearizeOptions:
-    """The options of linearize.py for a variant.
+    """The options of linearize.py for a variant; one that is converted alone needs no text.
 
     Raises:
         ScriptError: wrong options, or such that the variant itself gives.
     """
-    for table, given in (("--linearize", shared), (f"variant {name}: distill", variant["distill"] or {})):
+    distill = variant.get("distill") or {}
+    for table, given in (("--linearize", shared), (f"variant {name}: distill", distill)):
         if found := [option for option in OF_VARIANT if option in given]:
             raise ScriptError(f"{table} {found[0]}: each variant's own table gives it, leave it out there")
     own = {"source": variant["source"], "model_type": variant["model_type"], "output_dir": str(folder)}
     own |= {"config_overrides": fields_of(name, variant), "keep_attention": variant.get("keep_attention")}
-    return parse_options(LinearizeOptions, arguments({**shared, **(variant["distill"] or {}), **own}))
+    if "distill" not in variant and not {"train_file", "dataset_name"} & shared.keys():
+        own["train_file"] = "any"
+    return parse_options(LinearizeOptions, arguments({**shared, **distill, **own}))
 
 
 def start(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> int:
@@ -78,24 +81,39 @@ def convert(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: 
     """Write the variant as its source is converted, without a head.
 
     Args:
-        shared: of these options of linearize.py those that measure sentence similarity count.
+        shared: of these options of linearize.py those count that say what is read and measure sentence similarity.
     """
-    source = variant["source"]
-    set_seed(0)  # of what the source does not have
+    options = options_of(name, variant, shared, folder)
+    set_seed(options.seed)  # of what the source does not have
+    own = {"head": "Model", "gguf_file": options.gguf_file, **options.config_overrides}
     try:
-        model = ordnung.convert(source, variant["model_type"], head="Model", **fields_of(name, variant))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (ImportError, OSError, ValueError, TypeError, StrictDataclassError) as error:
+        model = ordnung.convert(options.source, options.model_type, **own)
+        tokenizer = load_tokenizer(options, model)
+    except (ImportError, OSError, ValueError, TypeError, StrictDataclassError, ScriptError) as error:
         raise ScriptError(f"variant {name}: {' '.join(str(error).split())}") from error
-    limits.check_vocabulary(tokenizer, model.config)
     model.save_pretrained(folder)
     limits.fit_tokenizer(tokenizer, model).save_pretrained(folder)
-    made = {"source": Path(source).name, "model_type": variant["model_type"], "parameters": model.num_parameters()}
-    if "similarity_file" in shared:
-        pairs = load_pairs(shared["similarity_file"])
-        longest = shared.get("eval_block_size") or shared.get("block_size", model.config.max_position_embeddings)
-        made["student"] = {"similarity": similarity(model.eval(), tokenizer, pairs, 32, longest)}
+    made = {"source": Path(options.source).name, "model_type": options.model_type, "parameters": model.num_parameters()}
+    if options.similarity_file:
+        given = {"block_size", "eval_block_size"} & shared.keys()
+        longest = options.eval_block_size if given else model.config.max_position_embeddings
+        made |= similarities_of(options, model.eval(), tokenizer, longest)
     write_json(folder / report.RESULTS, made | {"tokens": 0, "seconds": 0.0, "machine": machine_info()})
+
+
+def similarities_of(options: LinearizeOptions, model: PreTrainedModel, tokenizer, longest: int) -> dict[str, Any]:
+    """How well a converted model tells similar texts; where its mixing replaces attention also what linearize.py tells
+    beside that: the teacher's, and the floor without mixing."""
+    how = (tokenizer, load_pairs(options.similarity_file), max(options.per_device_eval_batch_size, 16), longest)
+    try:
+        pair = Pair(load_teacher(options), model, [], "")
+    except ScriptError:  # a source that other families take, and softmax_lm does not
+        pair = None
+    if pair is None or not pair.encoder or not pair.replaced or model.config.encoder_generates:
+        return {"student": {"similarity": measure.similarity(model, *how)}}
+    found = {name: {"similarity": value} for name, value in measure.similarities(pair, *how).items()}
+    floor = found.pop("floor")
+    return {**found, "converted": {"student": found["student"], "floor": floor}}
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -112,9 +112,7 @@ def run(options: TransferOptions) -> int:
         variant_configs(options.pretrained, options.config_overrides)
     started = {name: {**options.config_overrides, **variant} for name, variant in options.started.items()}
     for name, variant in started.items():
-        starts.fields_of(name, variant)
-        if "distill" in variant:
-            starts.options_of(name, variant, options.linearize, Path("any"))
+        starts.options_of(name, variant, options.linearize, Path("any"))
     for task in options.task_name:
         finetune_options(options, task, Path("any"), Path("any"))
     settings = {name: getattr(options, name) for name in ("pretrain", "config_overrides", "finetune")}

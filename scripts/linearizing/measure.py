@@ -226,6 +226,14 @@ def similarity(model: PreTrainedModel, tokenizer, pairs, batch_size: int, max_le
     return float(spearmanr(cosines, np.array(pairs["label"], dtype=float)))
 
 
+def similarities(pair: Pair, tokenizer, pairs, batch_size: int, max_length: int) -> dict[str, float]:
+    """`similarity` of student and teacher, and of the student without mixing, the floor."""
+    how = (tokenizer, pairs, batch_size, max_length)
+    found = {"student": similarity(pair.student, *how), "teacher": similarity(pair.teacher, *how)}
+    with without_mixing(pair):
+        return found | {"floor": similarity(pair.student, *how)}
+
+
 @torch.no_grad()
 def long_losses(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     """Losses (N - 1,) of one text, read in pieces from the generation state, which is all that is kept of it.

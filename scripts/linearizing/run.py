@@ -209,16 +209,11 @@ class Linearization:
 
     def _add_similarities(self, found: dict[str, dict]):
         """How well each model's mean states tell similar texts, into `found`."""
-        options, pair = self.options, self.pair
-
-        def correlation(model):
-            size = max(options.per_device_eval_batch_size, 16)
-            return measure.similarity(model, self.tokenizer, self.similar, size, options.eval_block_size)
-
-        found["student"]["similarity"] = correlation(pair.student)
-        with measure.without_mixing(pair):
-            found["floor"]["similarity"] = correlation(pair.student)
-        found["teacher"] = {"similarity": correlation(pair.teacher)}
+        options = self.options
+        size = max(options.per_device_eval_batch_size, 16)
+        made = measure.similarities(self.pair, self.tokenizer, self.similar, size, options.eval_block_size)
+        for name, value in made.items():
+            found.setdefault(name, {})["similarity"] = value
 
     def _finish(self):
         """Write the student, its results, picture and card."""

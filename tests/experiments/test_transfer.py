@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from tiny_tasks import TINY, sentences
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 import ordnung
 from ordnung.modeling.registration import FAMILIES
@@ -216,6 +216,11 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
     measured = variants["distilled"]["start"]
     assert similar["teacher"] == pytest.approx(measured["teacher"]["similarity"])
     assert similar["converted"] == pytest.approx(measured["converted"]["student"]["similarity"])
+    # what is told of a distilled variant is told of one that is converted alone, and of the teacher's attention nothing
+    start = variants["converted"]["start"]
+    assert start["teacher"]["similarity"] == pytest.approx(measured["teacher"]["similarity"])
+    floors = [each["converted"]["floor"]["similarity"] for each in (start, measured)]
+    assert floors[0] == pytest.approx(floors[1]) and "converted" not in variants["teacher"]["start"]
     shown = capsys.readouterr().out
     scores = {name: found["tasks"]["sst2"]["score"]["mean"] for name, found in variants.items()}
     (row,) = (line.split("|")[1:3] for line in shown.splitlines() if "converted - teacher, points" in line)
@@ -263,6 +268,18 @@ def test_what_is_given_for_all_variants_reaches_those_that_start(started, tmp_pa
     with pytest.raises(ScriptError, match=message):
         transfer_program.main([*started, *wrong])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_variant_is_read_as_a_distilled_one(bert, tmp_path):
+    variant = {"source": str(bert), "model_type": "softmax_lm"}
+    tokenizer = AutoTokenizer.from_pretrained(bert, padding_side="left")
+    tokenizer.save_pretrained(tmp_path / "other")
+    starts.convert("any", variant, {"tokenizer_name": str(tmp_path / "other")}, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").padding_side == "left"
+    with pytest.raises(ScriptError, match="variant any: .*gguf"):
+        starts.convert("any", variant, {"gguf_file": "none.gguf"}, tmp_path / "gguf")
+    with pytest.raises(ScriptError, match="--linearize keep_attention: each variant's own table"):
+        starts.options_of("any", variant, {"keep_attention": 1}, tmp_path)
 
 
 def test_new_weights_of_a_converted_variant_are_the_same_whatever_was_drawn_before(bert, tmp_path):
