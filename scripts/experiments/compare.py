@@ -51,6 +51,14 @@ def with_equal_compute(options: CompareOptions, tokenizer: PreTrainedTokenizerBa
     with torch.device("meta"):
         models = {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
     block_size = options.pretrain.get("block_size", PretrainOptions.block_size)
+    if options.equal_compute_with:
+        models = {name: models[name] for name in (*options.equal_compute, options.equal_compute_with)}
+    for name, model in models.items():
+        if not hasattr(model, "flops"):
+            raise ScriptError(
+                f"--equal_compute: variant {name} is a {model.config.model_type}, which counts no FLOPs: leave it out, "
+                "or name another in --equal_compute_with"
+            )
     flops = {name: model.flops(block_size) for name, model in models.items()}
     taken = flops[options.equal_compute_with] if options.equal_compute_with else max(flops.values())
     return runs | {name + EQUAL: (options.variants[name], taken / flops[name]) for name in options.equal_compute}

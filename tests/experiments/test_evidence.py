@@ -231,6 +231,22 @@ class TestCompareProgram:
         compare.plot(results, tmp_path / "course.png")
         assert (tmp_path / "course.png").stat().st_size
 
+    def test_a_model_of_transformers_own_stands_beside_ours(self, argv, tmp_path):
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+        variants = {"gpt2": {"model_type": "gpt2", **shape}, "conv": {"model_type": "conv_lm"}}
+        argv += ["--seeds", "0", "--variants", json.dumps(variants), "--baseline", "gpt2"]
+        with pytest.raises(ScriptError, match="variant gpt2 is a gpt2, which counts no FLOPs: .*--equal_compute_with"):
+            compare_program.main([*argv, "--equal_compute", "conv"])
+        assert compare_program.main([*argv, "--equal_compute", "conv", "--equal_compute_with", "softmax"]) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["variants"]["gpt2"]["forward_flops_per_token"] is None
+        (row,) = (
+            x
+            for x in (tmp_path / "out" / "results.md").read_text().splitlines()
+            if x.startswith("| gpt2") and "all" in x
+        )
+        assert row.split("|")[-3].strip() == "-"
+
     def test_a_stopped_run_stops_the_comparison(self, argv, tmp_path, monkeypatch):
         ran = []
         monkeypatch.setattr(pretraining, "run", lambda options: ran.append(options) or 143)
