@@ -181,7 +181,10 @@ def markdown(results: dict) -> str:
         "field cannot.",
         markdown_table(header, body),
     ]
+    own = settings.get("training_by_variant", {})
     for name, result in variants.items():
+        steps = own.get(name, {}).get("max_steps", settings["max_steps"])
+        longer = "" if steps == settings["max_steps"] else f" in {steps:,} steps"
         curve = np.mean(result["loss_curves"], axis=0)
         field = result["receptive_field"]
         sees = "everything" if field is None else f"keys up to {field - 1} tokens back"
@@ -189,7 +192,7 @@ def markdown(results: dict) -> str:
         learning = [seed for seed in unsolved if seed in result["still_learning"]]
         notes.append(
             f"- {name}: {result['parameters']:,} parameters, {state_size(result)}"
-            f"{estimate(result['training_seconds'], 0)} s of training, sees {sees}. "
+            f"{estimate(result['training_seconds'], 0)} s of training{longer}, sees {sees}. "
             + (f"Not solved, within what it sees, by seeds {unsolved}" if unsolved else "Solved within what it sees")
             + (f"; the loss of {learning or 'none'} of them fell by {STILL_LEARNING:.0%} or more" if unsolved else "")
             + (" from the last but one tenth of the steps to the last. " if unsolved else ". ")

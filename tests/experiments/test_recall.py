@@ -175,6 +175,8 @@ class TestRecallProgram:
         )
         recall_program.main([*argv, "--seeds", "0", "--training_by_variant", "conv={max_steps: 30}"])
         assert seen == {"softmax_lm": 20, "conv_lm": 30}
+        told = [line for line in (tmp_path / "out" / "results.md").read_text().splitlines() if "s of training" in line]
+        assert ["s of training in 30 steps, sees" in line for line in told] == ["- conv" in line for line in told]
 
     def test_some_of_the_variants_now_and_the_others_later(self, argv, tmp_path, monkeypatch):
         argv += ["--seeds", "0"]
