@@ -159,6 +159,8 @@ class FinetuneOptions(LoopOptions, HubOptions):
                 f"--dataset_config_name {self.dataset_config_name} is for data of your own; a task is the "
                 "configuration of its name: leave it out"
             )
+        if self.dataset_config_name and not self.dataset_name:
+            raise ScriptError(f"--dataset_config_name {self.dataset_config_name} is of --dataset_name: leave it out")
         if self.dataset_path and not self.task_name:
             raise ScriptError("--dataset_path is for --task_name; data of your own go to --train_file")
         if self.dataset_name and self.dataset_path:

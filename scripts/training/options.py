@@ -121,6 +121,8 @@ class TextOptions:
         """Raise a ScriptError where the options do not name one text."""
         if (self.train_file is None) == (self.dataset_name is None):
             raise ScriptError("give one of --train_file and --dataset_name")
+        if self.dataset_config_name and not self.dataset_name:
+            raise ScriptError(f"--dataset_config_name {self.dataset_config_name} is of --dataset_name: leave it out")
         if self.train_weights is not None and len(self.train_weights) != len(self.train_file or []):
             raise ScriptError(
                 f"--train_weights has {len(self.train_weights)} numbers and --train_file {len(self.train_file or [])} "

@@ -232,6 +232,7 @@ def with_row(row, **cells):
             "row 2: x is '2'",
         ),
         (GOOD[:1] + [{"text": "b", "label": "b"}], {}, "2 rows, too few to hold some out"),
+        (GOOD, {"dataset_config_name": "en"}, "--dataset_config_name en is of --dataset_name: leave it out"),
         (GOOD, {"threshold": "best"}, "--threshold best is for texts with several labels, and this is single label"),
         (GOOD, {"validation_fraction": 0}, "--validation_fraction must be above 0|without --validation_file"),
     ],

@@ -33,6 +33,7 @@ from ordnung.scripts.pretraining.options import PretrainOptions
         ({"train_file": "nothing*.txt"}, r"nothing\*.txt: no such file"),
         ({"train_file": None}, "give one of --train_file and --dataset_name"),
         ({"dataset_name": "x"}, "give one of --train_file and --dataset_name"),
+        ({"dataset_config_name": "en"}, "--dataset_config_name en is of --dataset_name: leave it out"),
         ({"train_file": None, "dataset_name": "nowhere/nothing"}, "nowhere/nothing cannot be loaded"),
         ({"tokenizer_name": None}, "give --tokenizer_name, or --train_tokenizer_vocab_size"),
         ({"tokenizer_name": "nowhere/nothing"}, "no tokenizer can be loaded from nowhere/nothing"),
