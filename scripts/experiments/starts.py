@@ -24,8 +24,12 @@ from ordnung.scripts.linearizing.teacher import Pair, load_teacher, load_tokeniz
 
 # What the table of a variant holds besides fields of its config.
 OWN = ("source", "model_type", "distill", "keep_attention")
-# Options of linearize.py that a variant's table gives, and no table of options.
-OF_VARIANT = ("source", "model_type", "keep_attention", "config_overrides", "output_dir")
+# Options of linearize.py that no table of options gives, and where they are given.
+OF_VARIANT = dict.fromkeys(("source", "model_type", "keep_attention"), "give it in each variant's own table")
+OF_VARIANT["config_overrides"] = (
+    "give the fields themselves in each variant's own table, or to all in --config_overrides"
+)
+OF_VARIANT["output_dir"] = "it is set for each variant, leave it out"
 
 
 def fields_of(name: str, variant: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def options_of(name: str, variant: dict[str, Any], shared: dict[str, Any], folde
     distill = variant.get("distill") or {}
     for table, given in (("--linearize", shared), (f"variant {name}: distill", distill)):
         if found := [option for option in OF_VARIANT if option in given]:
-            raise ScriptError(f"{table} {found[0]}: each variant's own table gives it, leave it out there")
+            raise ScriptError(f"{table} {found[0]}: {OF_VARIANT[found[0]]}")
     own = {"source": variant["source"], "model_type": variant["model_type"], "output_dir": str(folder)}
     own |= {"config_overrides": fields_of(name, variant), "keep_attention": variant.get("keep_attention")}
     if "distill" not in variant and not {"train_file", "dataset_name"} & shared.keys():

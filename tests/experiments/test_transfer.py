@@ -239,7 +239,10 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
         ({"projekted_size": 4}, "variant converted: .*did you mean 'projected_size'"),
         ({"model_type": "bert"}, "variant converted: model_type 'bert' is none of"),
         ({"keep_attention": 1}, "variant converted: keep_attention .* add distill"),
-        ({"distill": {"keep_attention": 1}}, "variant converted: distill keep_attention: each variant's own table"),
+        (
+            {"distill": {"keep_attention": 1}},
+            "variant converted: distill keep_attention: give it in each variant's own table",
+        ),
         ({"source": None}, "variant converted is pretrained: give --pretrain, or the source"),
     ],
 )
@@ -260,7 +263,7 @@ def test_wrong_starts_are_told(started, tmp_path, change, message):
         (["--config_overrides", "projekted_size=4"], "variant converted: .*'projekted_size'"),
         (
             ["--linearize", "keep_attention=1,train_file=any.txt"],
-            "--linearize keep_attention: each variant's own table",
+            "--linearize keep_attention: give it in each variant's own table",
         ),
     ],
 )
@@ -278,8 +281,13 @@ def test_a_converted_variant_is_read_as_a_distilled_one(bert, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").padding_side == "left"
     with pytest.raises(ScriptError, match="variant any: .*gguf"):
         starts.convert("any", variant, {"gguf_file": "none.gguf"}, tmp_path / "gguf")
-    with pytest.raises(ScriptError, match="--linearize keep_attention: each variant's own table"):
-        starts.options_of("any", variant, {"keep_attention": 1}, tmp_path)
+    for option, cure in (
+        ("keep_attention", "give it in each variant's own table"),
+        ("config_overrides", "give the fields themselves in each variant's own table"),
+        ("output_dir", "it is set for each variant, leave it out"),
+    ):
+        with pytest.raises(ScriptError, match=f"--linearize {option}: {cure}"):
+            starts.options_of("any", variant, {option: 1}, tmp_path)
 
 
 def test_new_weights_of_a_converted_variant_are_the_same_whatever_was_drawn_before(bert, tmp_path):
