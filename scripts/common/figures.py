@@ -1,6 +1,7 @@
 """What all figures share: one colour a family, everywhere, and legends beside the curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # Of people who cannot tell red from green too: Okabe and Ito's, and dark grey for attention, which is held against.
 COLOURS = {
@@ -16,7 +17,7 @@ COLOURS = {
     "mistral": "#7F3C8D",
 }
 OTHER = "#BBBBBB"
-LINES, MARKERS = ("-", "--", ":", "-."), "osv^Dx"
+LINES, MARKERS = ("-", "--", ":", "-."), "osv^DxP"
 
 
 def family_of(name: str) -> str:
@@ -32,16 +33,37 @@ def family_of(name: str) -> str:
 def styles(families: Mapping[str, str]) -> dict[str, dict]:
     """Colour, line and marker of curves by name: the colour of the family, the rest tells its members apart.
 
+    Families begin with different markers, so that curves of two that coincide show both.
+
     Args:
         families: the family of each name, from `COLOURS` or another.
     """
     seen: dict[str, int] = {}
     chosen = {}
     for name, family in families.items():
-        i = seen[family] = seen.get(family, -1) + 1
-        marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
-        chosen[name] = {"color": COLOURS.get(family, OTHER), "linestyle": line, "marker": marker, "markersize": 4}
+        colour = COLOURS.get(family, OTHER)
+        i = seen[colour] = seen.get(colour, -1) + 1
+        first = list(COLOURS).index(family) if family in COLOURS else len(COLOURS)
+        marker, line = MARKERS[(first + i) % len(MARKERS)], LINES[i % len(LINES)]
+        chosen[name] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4}
     return chosen
+
+
+def nested(drawn: Mapping[str, dict]) -> dict[str, dict]:
+    """Styles of curves that may coincide: each line is narrower, and its open marker smaller, than all before it."""
+    last = max(1, len(drawn) - 1)
+    return {
+        name: {
+            **style,
+            "linewidth": 3.5 - 2.3 * i / last,
+            "linestyle": LINES[i % len(LINES)],
+            "markersize": 9 - 5 * i / last,
+            "markerfacecolor": "none",
+            "markeredgewidth": 1.2,
+            "zorder": 2 + i / 100,
+        }
+        for i, (name, style) in enumerate(drawn.items())
+    }
 
 
 def shades(family: str, count: int) -> list[tuple[float, float, float]]:
@@ -64,8 +86,15 @@ def of_variants(settings: dict) -> dict[str, str]:
     return families | {f"{name}_equal_compute": family for name, family in families.items()}
 
 
+def empty_figure(figsize: tuple[float, float] | None = None):
+    """A figure without panels that is drawn for a file, without pyplot's state and screens."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=figsize, layout="constrained")
+
+
 def new_figure(rows: int = 1, columns: int = 1, figsize: tuple[float, float] | None = None, **arguments) -> tuple:
-    """A figure of panels that is drawn for a file, without pyplot's state and screens.
+    """An `empty_figure` with panels.
 
     Args:
         arguments: as `matplotlib.figure.Figure.subplots` takes them.
@@ -73,10 +102,65 @@ def new_figure(rows: int = 1, columns: int = 1, figsize: tuple[float, float] | N
     Returns:
         the figure, and what that gives: a panel, or an array of them.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=figsize, layout="constrained")
+    figure = empty_figure(figsize)
     return figure, figure.subplots(rows, columns, **arguments)
+
+
+def gap_in(values: Iterable[float], least: float = 1 / 3, crowd: float = 2.5) -> int | None:
+    """How many of the lowest values lie below the widest room between two.
+
+    None where that is less than `least` of their range, or where neither side has `crowd` times as many as the other.
+    """
+    ordered = sorted(values)
+    steps = [high - low for low, high in zip(ordered, ordered[1:])]
+    if not steps or max(steps) <= least * (ordered[-1] - ordered[0]):
+        return None
+    below = 1 + steps.index(max(steps))
+    few, many = sorted((below, len(ordered) - below))
+    return below if many >= crowd * few else None
+
+
+def broken_panel(figure, place, values: Sequence[float], more: Sequence[float] = ()) -> list:
+    """A panel whose y axis leaves a gap out where a few values are far from the others and would press them together.
+
+    Most of the height is for the many, so the scales of the parts differ.
+
+    Args:
+        place: a part of a grid, of the figure.
+        values: of the curves; they tell where the gap is.
+        more: what has to be seen too.
+
+    Returns:
+        what is to be drawn in, all in each: the part above the gap if there is one, and the part below.
+    """
+    below = gap_in(values)
+    if below is None:
+        return [figure.add_subplot(place)]
+    few_above, ordered = below > len(values) / 2, sorted([*values, *more])
+    least, most, edge = ordered[0], ordered[-1], sorted(values)[below - 1 : below + 1]
+    # lines in the gap go to the few
+    low = edge[0] if few_above else max(value for value in ordered if value < edge[1])
+    high = min(value for value in ordered if value > edge[0]) if few_above else edge[1]
+    parts = place.subgridspec(2, 1, height_ratios=(1, 3) if few_above else (3, 1), hspace=0.04)
+    lower = figure.add_subplot(parts[1])
+    upper = figure.add_subplot(parts[0], sharex=lower)
+    room = 0.4 * (high - low)
+    below, above = (min(0.1 * size, room) or room for size in (low - least, most - high))
+    lower.set_ylim(least - below, low + below)
+    upper.set_ylim(high - above, most + above)
+    upper.spines.bottom.set_visible(False)
+    lower.spines.top.set_visible(False)
+    upper.tick_params(which="both", bottom=False, labelbottom=False)
+    cut = {"marker": [(-1, -0.5), (1, 0.5)], "markersize": 9, "linestyle": "none", "color": "black", "clip_on": False}
+    upper.plot([0, 1], [0, 0], transform=upper.transAxes, **cut)
+    lower.plot([0, 1], [1, 1], transform=lower.transAxes, **cut)
+    return [upper, lower]
+
+
+def loss_unit(settings: Mapping[str, Any]) -> str:
+    """Of losses of an experiment: what is a token, where its vocabulary is hardly more than the 256 bytes."""
+    size = settings["pretrain"].get("train_tokenizer_vocab_size")
+    return "nats per token" + (", about a byte" if size and size < 272 else "")
 
 
 def draw_slopes(panel, ends: tuple[float, float], start: float, top: float):
@@ -86,12 +170,13 @@ def draw_slopes(panel, ends: tuple[float, float], start: float, top: float):
         ends: the shortest and the longest N.
         start: where the lines begin, at the shortest.
     """
+    panel.margins(x=0.1)  # room for the powers, right of the curves
     for slope in (1, 2, 3):
         last = min(ends[1], ends[0] * (top / start) ** (1 / slope))
         height = start * (last / ends[0]) ** slope
         panel.plot([ends[0], last], [start, height], color="#DDDDDD", linewidth=1, zorder=0)
         power = f"N^{slope}" if slope > 1 else "N"
-        panel.annotate(power, (last, height), color="grey", fontsize=8, ha="right", va="bottom")
+        panel.annotate(power, (last, height), (3, 0), textcoords="offset points", color="grey", fontsize=8, va="center")
 
 
 def legend_below(figure, panels: Sequence, columns: int = 4):
