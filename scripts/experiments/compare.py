@@ -10,7 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
+from ordnung.scripts.common.figures import (
+    broken_panel,
+    empty_figure,
+    legend_below,
+    loss_unit,
+    of_variants,
+    styles,
+)
 from ordnung.scripts.common.files import read_json, read_json_lines
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.options import arguments, parse_options
@@ -199,58 +206,75 @@ def markdown(results: dict) -> str:
 def plot(results: dict, image: Path):
     """Loss by position, with 95 % t-intervals; with a baseline, also each seed's difference from it.
 
-    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs. Dotted
-    lines are the n-grams, where the results hold them.
+    With the curves of variants that were trained for different numbers of steps, also the loss against FLOPs, of models
+    that count them. Red lines are the n-grams, where the results hold them. A few variants far from the others stand
+    over, or under, a break of the axis.
     """
     variants, baseline = results["variants"], results["baseline"]
-    lengths = {result["steps"] for result in variants.values() if "curve" in result}
-    count = 1 + bool(baseline) + (len(lengths) > 1)
-    figure, panels = new_figure(1, count, figsize=(7.5 * count, 6.5), squeeze=False)
-    by_position = panels[0, : 1 + bool(baseline)]
     drawn = styles({name: of_variants(results["settings"])[name] for name in variants})
+    counted = {order: math.log(results["ngrams"][order]["mean"]) for order in NAMES.values()
+               if order in results.get("ngrams", {})}  # fmt: skip
+    unit = loss_unit(results["settings"])
+    by_position = {
+        name: [bucket["values"] for bucket in result["loss_by_position"]] for name, result in variants.items()
+    }
     buckets = next(iter(variants.values()))["loss_by_position"]
-    for i, (name, result) in enumerate(variants.items()):
-        curves = [[bucket["values"] for bucket in result["loss_by_position"]]]
-        if baseline:
-            references = [bucket["values"] for bucket in variants[baseline]["loss_by_position"]]
-            curves.append([[a - b for a, b in zip(*pair)] for pair in zip(curves[0], references)])
-        # side by side, so that bars do not hide each other
-        places = np.arange(len(buckets)) + 0.5 * ((i + 0.5) / len(variants) - 0.5)
-        for panel, curve in zip(by_position, curves):
-            found = [interval(values) for values in curve]
-            bars = [one.high - one.mean if one.n > 1 else 0 for one in found]
-            means = [one.mean for one in found]
-            panel.errorbar(places, means, bars, label=name, linewidth=1, elinewidth=0.8, capsize=2, **drawn[name])
-    labels = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
-    for panel in by_position:
-        panel.set_xticks(range(len(buckets)), labels, rotation=30)
-        panel.set(xlabel="position in the block (tokens before)", ylabel="held-out loss (nats per token)")
-    for order, line in zip(NAMES.values(), (":", "--", "-.")):
-        if order in results.get("ngrams", {}):
-            loss = math.log(results["ngrams"][order]["mean"])
-            by_position[0].axhline(loss, color="red", linestyle=line, label=f"{order}, counted")
+    ticks = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
+    # side by side, so that bars do not hide each other
+    places = {
+        name: list(np.arange(len(buckets)) + 0.6 * ((i + 0.5) / len(variants) - 0.5)) for i, name in enumerate(variants)
+    }
+    kinds = [(f"held-out loss ({unit})", counted, places, by_position)]
     if baseline:
-        ylabel = f"nats per token above {baseline}"
-        by_position[1].set(title=f"difference from {baseline}, seed by seed", ylabel=ylabel)
-    if len(lengths) > 1:
-        _plot_course(panels[0, -1], variants, drawn)
-    for panel in panels[0]:
+        above = {
+            name: [[a - b for a, b in zip(*pair)] for pair in zip(curve, by_position[baseline])]
+            for name, curve in by_position.items()
+        }
+        kinds.append((f"{unit} above {baseline}, seed by seed", {}, places, above))
+    if len({result["steps"] for result in variants.values() if "curve" in result}) > 1:
+        kinds.append((f"held-out loss ({unit})", counted, *_course(variants)))
+    figure = empty_figure((8 * len(kinds), 7.5))
+    grid, shown = figure.add_gridspec(1, len(kinds)), []
+    for i, (label, lines, where, curves) in enumerate(kinds):
+        panels = _draw(figure, grid[i], drawn, lines, where, curves)
+        largest = max(panels, key=lambda panel: panel.get_subplotspec().get_position(figure).height)
+        largest.set(ylabel=label)
+        if where is places:
+            panels[-1].set_xticks(range(len(buckets)), ticks, rotation=30)
+            panels[-1].set(xlabel="position in the block (tokens before)")
+        else:
+            panels[-1].set(xscale="log", xlabel="training FLOPs")
+        shown += panels
+    legend_below(figure, shown, columns=5)
+    figure.savefig(image, dpi=120)
+
+
+def _course(variants: dict[str, dict]) -> tuple[dict[str, list], dict[str, list]]:
+    """By name, training FLOPs, and each seed's held-out loss there; not of models that do not count FLOPs."""
+    places, curves = {}, {}
+    for name, result in variants.items():
+        if result["forward_flops_per_token"]:
+            flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
+            curve = result["curve"][1:]  # without the loss before training
+            places[name] = [flops * point["step"] for point in curve]
+            curves[name] = [point["eval_loss"]["values"] for point in curve]
+    return places, curves
+
+
+def _draw(figure, place, drawn: dict[str, dict], lines: dict[str, float], where: dict, curves: dict) -> list:
+    """Curves of seeds' means with their intervals, and lines across; returns the panels, the lowest last."""
+    found = {name: [interval(values) for values in curve] for name, curve in curves.items()}
+    bars = {name: [one.high - one.mean if one.n > 1 else 0 for one in curve] for name, curve in found.items()}
+    reach = [one.mean + sign * bar for name in found for one, bar in zip(found[name], bars[name]) for sign in (-1, 1)]
+    panels = broken_panel(figure, place, reach, list(lines.values()))
+    for panel in panels:
+        for name, curve in found.items():
+            look = {"linewidth": 1.2, "elinewidth": 0.8, "capsize": 2, **drawn[name], "markersize": 6}
+            panel.errorbar(where[name], [one.mean for one in curve], bars[name], label=name, **look)
+        for (order, loss), line in zip(lines.items(), (":", "--", "-.")):
+            panel.axhline(loss, color="red", linestyle=line, linewidth=1, label=f"{order}, counted")
         panel.grid(alpha=0.3)
-    legend_below(figure, panels[0])
-    figure.savefig(image, dpi=150)
-
-
-def _plot_course(panel, variants: dict[str, dict], drawn: dict[str, dict]):
-    """Held-out loss against training FLOPs, a line for each seed and one for their mean; of models that count them."""
-    counted = {name: result for name, result in variants.items() if result["forward_flops_per_token"]}
-    for name, result in counted.items():
-        flops = 3 * result["forward_flops_per_token"] * result["tokens"] / result["steps"]
-        curve = result["curve"][1:]  # without the loss before training
-        places, losses = [flops * point["step"] for point in curve], [point["eval_loss"] for point in curve]
-        each = {key: value for key, value in drawn[name].items() if "marker" not in key}
-        panel.plot(places, [loss["values"] for loss in losses], alpha=0.35, linewidth=0.8, **each)
-        panel.plot(places, [loss["mean"] for loss in losses], linewidth=2, **drawn[name])
-    panel.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
+    return panels
 
 
 def pretrain(options: VariantOptions, variant: dict[str, Any], shared: dict[str, Any], folder: Path) -> int:
