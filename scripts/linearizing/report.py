@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ordnung.scripts.common.figures import COLOURS, new_figure, shades
+from ordnung.scripts.common.figures import COLOURS, broken_panel, empty_figure, shades
 from ordnung.scripts.common.files import write_text
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -205,37 +205,69 @@ DECODERS = ("student", "teacher", "teacher_static_cache")
 
 
 def draw(made: dict[str, Any], image: str | Path):
-    """Draw loss against position, and against tokens trained."""
-    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.6))
+    """Draw loss against position, and against tokens trained; of an encoder errors by layer, and so.
+
+    The floor is the student without mixing in replaced layers: of a decoder far above all else, over a break of the
+    axis.
+    """
+    figure = empty_figure((11, 5.2))
+    grid, encoder = figure.add_gridspec(1, 2), made["encoder"]
     light, own = shades(made["model_type"], 2)
-    if made["encoder"]:
+    floor = {"color": "red", "linestyle": ":", "label": "floor: no mixing in replaced layers"}
+    teacher = COLOURS["softmax_lm"]
+    if encoder:
+        left, lines = [figure.add_subplot(grid[0])], []
         found = made["layers"]
         for name, color, line in (("converted", light, "--"), ("student", own, "-")):
             layers = [layer["layer"] for layer in found[name]]
             errors = [layer["relative_error"] for layer in found[name]]
-            left.plot(layers, errors, line, marker="o", color=color, label=name)
-        left.set(xlabel="layer", ylabel="error of the mixer's output over its variance")
+            left[0].plot(layers, errors, line, marker="o", color=color, label=name)
+        left[0].set(xlabel="layer", ylabel="error of the mixer's output over its variance")
     else:
-        lines = {"teacher": (made["teacher"], COLOURS["softmax_lm"], "-")}
-        lines |= {"student": (made["student"], own, "-"), "as converted": (made["converted"]["student"], light, "--")}
-        for name, (found, color, line) in lines.items():
-            buckets = found["loss_by_position"]
-            middles = [np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets]
-            left.plot(middles, [bucket["loss"] for bucket in buckets], line, marker="o", color=color, label=name)
-        left.set(xlabel="position in the text (tokens)", ylabel="loss (nats per token)", xscale="log")
+        buckets = {"teacher": made["teacher"], "student": made["student"], "converted": made["converted"]["student"]}
+        buckets = {name: of["loss_by_position"] for name, of in (buckets | {"floor": made["floor"]}).items()}
+        looks = {
+            "teacher": {"color": teacher, "linewidth": 3, "markersize": 8, "label": "teacher"},
+            "student": {"color": own, "label": "student"},
+            "converted": {"color": light, "linestyle": "--", "label": "as converted"},
+            "floor": floor,
+        }
+        lines = [
+            ([np.sqrt(b["first"] * b["last"]) for b in of], [b["loss"] for b in of], looks[name] | {"marker": "o"})
+            for name, of in buckets.items()
+        ]
+        left = _draw_lines(figure, grid[0], lines)
+        left[-1].set(xlabel="position in the text (tokens)", ylabel="loss (nats per token)", xscale="log")
+    curves = []
     for stage, color, line in (("transfer", light, "--"), ("distill", own, "-")):
         points = [point for point in made["curve"] if point["stage"] == stage]
         if points:
-            tokens = [point["tokens"] for point in points]
-            right.plot(tokens, [point["loss"] for point in points], line, marker="o", color=color, label=stage)
-    if not made["encoder"]:
-        right.axhline(made["teacher"]["loss"], color=COLOURS["softmax_lm"], label="teacher")
-    unit = "error of the states over their variance" if made["encoder"] else "nats per token"
-    right.set(xlabel="tokens trained on", ylabel=f"held-out loss ({unit})")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
+            look = {"color": color, "linestyle": line, "marker": "o", "label": stage}
+            curves.append(([point["tokens"] for point in points], [point["loss"] for point in points], look))
+    tokens = [x for places, *_ in curves for x in places] or [0]
+    ends = [min(tokens), max(tokens)]
+    if not encoder:
+        curves.append((ends, 2 * [made["teacher"]["loss"]], {"color": teacher, "label": "teacher"}))
+    curves.append((ends, 2 * [made["floor"]["loss"]], floor))
+    right = _draw_lines(figure, grid[1], curves)
+    unit = "error of the states over their variance" if encoder else "nats per token"
+    right[-1].set(xlabel="tokens trained on", ylabel=f"held-out loss ({unit})")
+    right[-1].xaxis.set_major_formatter("{x:,.0f}")
+    for panels in (left, right):
+        for panel in panels:
+            panel.grid(alpha=0.3)
+        panels[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=8)
     figure.savefig(image, dpi=130)
+
+
+def _draw_lines(figure, place, lines: list[tuple[list, list, dict]]) -> list:
+    """Lines of x, y and look; those far above the others over a break of the axis. Returns the panels, lowest last."""
+    values = [y for _, heights, _ in lines for y in heights]
+    panels = broken_panel(figure, place, values)
+    for panel in panels:
+        for x, y, look in lines:
+            panel.plot(x, y, **look)
+    return panels
 
 
 def write_card(made: dict[str, Any], student, folder: Path):
