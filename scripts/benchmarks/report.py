@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from ordnung.scripts.benchmarks.mixer import PARTS
-from ordnung.scripts.benchmarks.variants import STATIC, copies_its_cache
-from ordnung.scripts.common.figures import family_of, legend_below, new_figure, styles
+from ordnung.scripts.benchmarks.variants import STATIC, VARIANTS, copies_its_cache
+from ordnung.scripts.common.figures import family_of, legend_below, nested, new_figure, styles
 from ordnung.scripts.common.tables import markdown_table
 
 TITLES = {
@@ -125,7 +125,7 @@ def markdown(results: dict) -> str:
 def plot(results: dict, path: Path) -> None:
     """Log-log panels against N: time per token of every task, peak memory of forward and training, generation state.
 
-    Bars are quartiles.
+    Bars are quartiles. The names of parts stand beside their panel, which is the last.
     """
     rows = [row for row in results["results"] if row["status"] == "ok"]
     panels = []
@@ -141,26 +141,40 @@ def plot(results: dict, path: Path) -> None:
         panels.append((f"{TITLES[task]}: memory", "peak MiB above the weights", peaks))
     states = [(row, *3 * [row["state_bytes"] / 2**20]) for row in rows if "state_bytes" in row]
     panels.append(("Generation state of one sequence", "MiB", states))
-    panels = [panel for panel in panels if panel[-1]]
+    panels = sorted((panel for panel in panels if panel[-1]), key=lambda panel: panel[0] == TITLES["mixer"])
     if not panels:
         return
 
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = new_figure(lines, columns, figsize=(5.2 * columns, 4 * lines + 0.6))
-    axes = [axes] if len(panels) == 1 else list(axes.flat)
+    parts = panels[-1][0] == TITLES["mixer"]
+    columns = min(3, len(panels) + parts)
+    lines = -(-(len(panels) + parts) // columns)
+    figure, axes = new_figure(lines, columns, figsize=(5.2 * columns, 4 * lines + 0.6), squeeze=False)
+    axes = list(axes.flat)
     names = dict.fromkeys(row["name"] for *_, points in panels for row, *_ in points)
-    drawn = styles({name: family_of(name) for name in names})
+    whole, of_parts = ([name for name in names if (name in PARTS) == part] for part in (False, True))
+    drawn = {}
+    for group in (whole, of_parts):
+        drawn |= nested(styles({name: family_of(name) for name in group}))
     for axis, (title, label, points) in zip(axes, panels):
-        for name in dict.fromkeys(row["name"] for row, *_ in points):
+        for name in [name for name in drawn if name in {row["name"] for row, *_ in points}]:
             line = sorted((row["length"], *values) for row, *values in points if row["name"] == name)
             where, middles, lows, highs = (np.array(column) for column in zip(*line))
-            axis.errorbar(where, middles, [middles - lows, highs - middles], label=name, capsize=2, **drawn[name])
+            called, look = name, drawn[name]
+            if title.startswith(TITLES["decode"]) and name in VARIANTS and VARIANTS[name].static_form:
+                called, look = f"{name}, growing cache", look | {"markerfacecolor": look["color"]}
+            axis.errorbar(
+                where, middles, [middles - lows, highs - middles], label=called, capsize=2, elinewidth=1, **look
+            )
         axis.set(title=title, xlabel="tokens N", ylabel=label, xscale="log", yscale="log")
         axis.set_xticks(lengths := sorted({row["length"] for row, *_ in points}), map(str, lengths))
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
-    for axis in axes[len(panels) :]:
+    used = axes[: len(panels)]
+    for axis in axes[len(panels) + parts :]:
         axis.remove()
-    legend_below(figure, axes[: len(panels)], columns=5)
+    if parts:
+        beside = axes[len(panels)]
+        beside.axis("off")
+        beside.legend(*used[-1].get_legend_handles_labels(), loc="center left", title=TITLES["mixer"], fontsize=8)
+    legend_below(figure, used[:-1] if parts else used, columns=5)
     figure.savefig(path, dpi=120)
