@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ordnung.modeling.registration import FAMILIES
 from ordnung.scripts.benchmarks.variants import VARIANTS, Shape
-from ordnung.scripts.common.figures import LINES, MARKERS, draw_slopes, legend_below, new_figure, styles
+from ordnung.scripts.common.figures import draw_slopes, legend_below, nested, new_figure, styles
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import markdown_table, paragraphs
@@ -101,9 +101,7 @@ def plot(results: dict[str, Any], image: Path):
     """Log-log: each task against N, with slopes 1, 2 and 3 to compare."""
     lengths, families = results["lengths"], results["families"]
     figure, panels = new_figure(1, len(TASKS), figsize=(5 * len(TASKS), 5))
-    drawn = styles({name: name for name in families})
-    for i, style in enumerate(drawn.values()):  # curves of the same height show through each other
-        style |= {"linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
+    drawn = nested(styles({name: name for name in families}))
     for panel, (task, title) in zip(panels, TASKS.items()):
         for name, of in families.items():
             panel.plot(lengths, of[task]["values"], label=name, **drawn[name])
