@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
+from ordnung.scripts.common.figures import legend_below, loss_unit, nested, new_figure, of_variants, styles
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import Interval, interval, markdown_table
 from ordnung.scripts.experiments.verdicts import changes
@@ -84,7 +84,7 @@ def _plot(results: dict[str, Any], image: Path, place, value, level: float, what
     """
     figure, panel = new_figure(figsize=(7, 4.5))
     models, kinds = of_variants(results["settings"]), by_kind(results)
-    drawn = styles({kind: models[f"{kind}_{min(found)}"] for kind, found in kinds.items()})
+    drawn = nested(styles({kind: models[f"{kind}_{min(found)}"] for kind, found in kinds.items()}))
     for kind, found in kinds.items():
         values = [value(one) for one in found.values()]
         bars = [[one.mean - one.low for one in values], [one.high - one.mean for one in values]]
@@ -96,6 +96,7 @@ def _plot(results: dict[str, Any], image: Path, place, value, level: float, what
             bars if several else None,
             label=kind,
             capsize=3,
+            elinewidth=1.2,
             **drawn[kind],
         )
     panel.axhline(level, color="red", linestyle=":", label=what)
@@ -112,9 +113,10 @@ def capacity_plot(results: dict[str, Any], image: Path):
         lambda one: one["state_bytes"],
         right,
         results["chance"],
-        "at random",
+        f"at random ({results['chance']:.3f})",
         xlabel="generation state at the end of a sequence (bytes)",
         ylabel=f"share right of {results['settings']['num_pairs'][-1]} pairs",
+        ylim=(-0.03, 1.05),
     )
 
 
@@ -127,5 +129,5 @@ def sizes_plot(results: dict[str, Any], image: Path):
         math.log(results["ngrams"]["trigram"]["mean"]),
         "trigram, counted",
         xlabel="training FLOPs",
-        ylabel="held-out loss (nats per byte)",
+        ylabel=f"held-out loss ({loss_unit(results['settings'])})",
     )
