@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ordnung.scripts.common.figures import COLOURS, OTHER, new_figure
+from ordnung.scripts.common.figures import COLOURS, OTHER, legend_below, new_figure
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.experiments.verdicts import interval
@@ -45,7 +45,7 @@ def markdown(results: dict) -> str:
 def plot(results: dict, image: Path):
     """Both against the length, log-log, beside a rank that does not grow and one that grows as the length does."""
     lengths, own, shuffled = needed(results)
-    figure, panel = new_figure(figsize=(6, 4.6))
+    figure, panel = new_figure(figsize=(6, 5))
     for ranks, label, colour, line in (
         (own, "attention of the encoder", COLOURS["softmax_lm"], "-"),
         (shuffled, "its weights, each row shuffled", OTHER, "--"),
@@ -55,14 +55,14 @@ def plot(results: dict, image: Path):
         panel.errorbar(lengths, [each.mean for each in found], bars, fmt=line, marker="o", markersize=4, capsize=3,
                        color=colour, label=label)  # fmt: skip
     first = own[:, 0].mean()
-    for slope, label in ((0, "a rank that stays"), (1, "as the length")):
+    for slope, label, line in ((1, "as the length", "-"), (0, "a rank that stays", ":")):
         ends = [first, first * (lengths[-1] / lengths[0]) ** slope]
-        panel.plot([lengths[0], lengths[-1]], ends, color="grey", linestyle=":", linewidth=1)
-        panel.annotate(label, (lengths[-1], ends[1]), color="grey", fontsize=8, ha="right", va="bottom")
+        look = {"color": "#DDDDDD" if slope else "grey", "linewidth": 7 if slope else 1, "zorder": 0}  # it lies under
+        panel.plot([lengths[0], lengths[-1]], ends, line, label=label, **look)
     share = results["settings"]["share"]
     panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"singular values with {share:.0%} of their sum")
     panel.set_xticks(lengths, [f"{n:,}" for n in lengths])
     panel.xaxis.minorticks_off()
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    legend_below(figure, [panel], columns=2)
     figure.savefig(image, dpi=120)
