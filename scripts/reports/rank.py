@@ -219,14 +219,21 @@ def plot(results: dict, image: Path) -> None:
     settings = results["settings"]
     sizes = settings["head_sizes"]
     drawn = {family: shades(family, len(sizes)) for family in ("softmax_lm", SQUARED)}
+    half = {"color": "#DDDDDD", "linewidth": 9, "zorder": 0}  # under all that reach it
+
+    def nest(i: int, count: int) -> dict:
+        """Of the i-th of curves that may coincide: narrower, and its open marker smaller, than those before."""
+        part = i / max(1, count - 1)
+        return {"linewidth": 4 - 2.8 * part, "markersize": 10 - 6 * part, "markerfacecolor": "none"}
+
     for i, d in enumerate(sizes):
         rows = [row for row in results["random"] if row["d"] == d]
         for kernel, line in zip(KERNELS, LINES):  # ranks that are alike show through each other
             means = [sum(row[kernel]) / len(row[kernel]) for row in rows]
             colour = drawn["softmax_lm" if kernel == "softmax" else SQUARED][i]
-            random.plot([row["n"] for row in rows], means, line, marker=MARKERS[i], markersize=4, color=colour,
+            random.plot([row["n"] for row in rows], means, line, marker=MARKERS[i], color=colour, **nest(i, len(sizes)),
                         label=f"{kernel}, d = {d}")  # fmt: skip
-    random.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], color="grey", linewidth=0.8, label="n / 2")
+    random.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], label="n / 2", **half)
     random.set(title="random queries and keys", ylabel="rank of the block")
     for i, model in enumerate(results["models"]):
         softmax = any("shifted" in row for row in model["lengths"])  # what the squared kernel would give too
@@ -238,12 +245,14 @@ def plot(results: dict, image: Path) -> None:
             lengths = [row["n"] for row in rows]
             label = model["model"] if kind == "own" else f"{model['model']}: squared kernel on its q, k"
             colour = COLOURS["softmax_lm" if softmax and kind == "own" else SQUARED]
-            trained.plot(lengths, [sum(x) / len(x) for x in heads], line, marker=MARKERS[i], markersize=5, color=colour,
-                         markerfacecolor="none", label=label)  # fmt: skip
-            trained.fill_between(lengths, [min(x) for x in heads], [max(x) for x in heads], color=colour, alpha=0.12)
+            look = {"marker": MARKERS[i], "color": colour, **nest(i, len(results["models"]))}
+            means, least, most = ([of(x) for x in heads] for of in (np.mean, min, max))
+            trained.plot(lengths, means, line, label=label, **look)
+            if least != most:
+                trained.fill_between(lengths, least, most, color=colour, alpha=0.12)
         bound = trained.axhline(model["bound"], color=COLOURS[SQUARED], linewidth=0.7, linestyle=":")
     bound.set_label("(d + 1)(d + 2) / 2 of each")
-    trained.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], color="grey", linewidth=0.8, label="n / 2")
+    trained.plot(settings["lengths"], [n / 2 for n in settings["lengths"]], label="n / 2", **half)
     trained.set(title="heads of checkpoints: mean, least and most", ylabel="rank of the block")
     for i, d in enumerate(settings["cost_head_sizes"]):
         rows = [row for row in results["costs"] if row["d"] == d]
@@ -251,7 +260,7 @@ def plot(results: dict, image: Path) -> None:
             label, line = f"{'squared' if name == 'counted' else name}, d = {d}", LINES[i % len(LINES)]
             colour = shades(family, len(settings["cost_head_sizes"]))[i]
             by_length.plot([row["n"] for row in rows], [row[name] for row in rows], line, color=colour, label=label)
-    by_length.set(title="FLOPs of a token and head, by length", ylabel="FLOPs")
+    by_length.set(title="by length", ylabel="FLOPs of a token and head")
     longest = [row for row in results["costs"] if row["n"] == max(settings["cost_lengths"])]
     sizes = [row["d"] for row in longest]
     look = {"marker": "o", "color": COLOURS[SQUARED]}
@@ -259,7 +268,7 @@ def plot(results: dict, image: Path) -> None:
     for power, line in ((2, ":"), (3, "--")):
         scale = longest[0]["counted"] / sizes[0] ** power
         by_size.plot(sizes, [scale * d**power for d in sizes], line, color="grey", label=f"grows as d^{power}")
-    by_size.set(title="FLOPs of a token and head, by head size", ylabel="FLOPs", xlabel="d", xticks=sizes)
+    by_size.set(title="by head size", ylabel="FLOPs of a token and head", xlabel="d", xticks=sizes)
     for panel in axes.flat:
         panel.set(xscale="log", yscale="log")
         panel.grid(alpha=0.3)
