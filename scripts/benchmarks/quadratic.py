@@ -255,13 +255,15 @@ def plot(results: dict, image: Path) -> None:
     for i, d in enumerate(sizes):
         rows = [row for row in results["decoding"] if row["head_size"] == d]
         for name, line in zip(CACHES, ("-", ":", "--")):
-            label = f"d = {d}" + ("" if name == "state" else f", softmax, {name} cache")
+            cache = "growing" if name == "dynamic" else name
+            label = f"d = {d}" + ("" if name == "state" else f", softmax, {cache} cache")
             times = [[1e6 * row[name][key] for row in rows] for key in ("median", "q1", "q3")]
             bars = [[y - end for y, end in zip(times[0], times[1])], [end - y for y, end in zip(times[0], times[2])]]
-            look = {"color": (drawn if name == "state" else softmax)[i], "marker": MARKERS[i], "markersize": 4}
+            look = {"color": (drawn if name == "state" else softmax)[i], "marker": MARKERS[i], "markersize": 5}
+            look |= {"markerfacecolor": "none"} if name == "dynamic" else {}
             where = [row["length"] for row in rows]
             panels[2].errorbar(where, times[0], bars, linestyle=line, label=label, capsize=2, **look)
-    panels[2].set(title="One decoded token", ylabel="µs", xlabel="tokens before", xscale="log", yscale="log")
+    panels[2].set(title="One decoded token", ylabel="µs per token", xlabel="tokens before", xscale="log", yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3)
     legend_below(figure, panels[2:], columns=3)
