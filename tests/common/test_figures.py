@@ -151,6 +151,13 @@ def test_attention_that_copies_its_cache_says_so_and_parts_have_a_legend_of_thei
     assert any(len(bar.lines[2]) for bar in panels["Forward"].containers)  # quartiles
 
 
+def test_the_null_of_shuffled_rows_is_grey_and_dashed(drawn):
+    (panel,) = drawn("linformer_lm_lowrank").axes
+    own, shuffled = (curves(panel)[name] for name in ("attention of the encoder", "its weights, each row shuffled"))
+    assert (own.get_color(), own.get_linestyle()) == (COLOURS["softmax_lm"], "-")
+    assert (shuffled.get_color(), shuffled.get_linestyle()) == (OTHER, "--")
+
+
 def test_slopes_are_named_in_every_panel(drawn):
     for panel in drawn("growth").axes:
         assert {text.get_text() for text in panel.texts} == {"N", "N^2", "N^3"}
