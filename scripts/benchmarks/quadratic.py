@@ -17,7 +17,7 @@ from ordnung.scripts.benchmarks import growth
 from ordnung.scripts.benchmarks.measure import in_turns, summarise, thread_timer
 from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import MARKERS, legend_below, new_figure, shades
+from ordnung.scripts.common.figures import MARKERS, legend_below, new_figure, reaching, shades
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -247,7 +247,7 @@ def plot(results: dict, image: Path) -> None:
             pairs = [(row[task]["softmax"], row[task]["squared"]) for row in rows]
             ratios = [faster(row, task) for row in rows]
             ends = [(slow["q1"] / own["q3"], slow["q3"] / own["q1"]) for slow, own in pairs]
-            bars = [[y - low for y, (low, _) in zip(ratios, ends)], [high - y for y, (_, high) in zip(ratios, ends)]]
+            bars = reaching(ratios, *zip(*ends))
             look = {"color": drawn[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
             panel.errorbar([row["length"] for row in rows], ratios, bars, label=f"d = {d}", **look)
         panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
@@ -258,11 +258,10 @@ def plot(results: dict, image: Path) -> None:
             cache = "growing" if name == "dynamic" else name
             label = f"d = {d}" + ("" if name == "state" else f", softmax, {cache} cache")
             times = [[1e6 * row[name][key] for row in rows] for key in ("median", "q1", "q3")]
-            bars = [[y - end for y, end in zip(times[0], times[1])], [end - y for y, end in zip(times[0], times[2])]]
             look = {"color": (drawn if name == "state" else softmax)[i], "marker": MARKERS[i], "markersize": 5}
             look |= {"markerfacecolor": "none"} if name == "dynamic" else {}
             where = [row["length"] for row in rows]
-            panels[2].errorbar(where, times[0], bars, linestyle=line, label=label, capsize=2, **look)
+            panels[2].errorbar(where, times[0], reaching(*times), linestyle=line, label=label, capsize=2, **look)
     panels[2].set(title="One decoded token", ylabel="µs per token", xlabel="tokens before", xscale="log", yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3)

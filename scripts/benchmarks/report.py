@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from ordnung.scripts.benchmarks.mixer import PARTS
 from ordnung.scripts.benchmarks.variants import STATIC, VARIANTS, copies_its_cache
-from ordnung.scripts.common.figures import family_of, legend_below, nested, new_figure, styles
+from ordnung.scripts.common.figures import family_of, legend_below, nested, new_figure, reaching, styles
 from ordnung.scripts.common.tables import markdown_table
 
 TITLES = {
@@ -158,13 +156,11 @@ def plot(results: dict, path: Path) -> None:
     for axis, (title, label, points) in zip(axes, panels):
         for name in [name for name in drawn if name in {row["name"] for row, *_ in points}]:
             line = sorted((row["length"], *values) for row, *values in points if row["name"] == name)
-            where, middles, lows, highs = (np.array(column) for column in zip(*line))
+            where, middles, *ends = zip(*line)
             called, look = name, drawn[name]
             if title.startswith(TITLES["decode"]) and name in VARIANTS and VARIANTS[name].static_form:
                 called, look = f"{name}, growing cache", look | {"markerfacecolor": look["color"]}
-            axis.errorbar(
-                where, middles, [middles - lows, highs - middles], label=called, capsize=2, elinewidth=1, **look
-            )
+            axis.errorbar(where, middles, reaching(middles, *ends), label=called, capsize=2, elinewidth=1, **look)
         axis.set(title=title, xlabel="tokens N", ylabel=label, xscale="log", yscale="log")
         axis.set_xticks(lengths := sorted({row["length"] for row, *_ in points}), map(str, lengths))
         axis.xaxis.minorticks_off()

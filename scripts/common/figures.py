@@ -49,16 +49,19 @@ def styles(families: Mapping[str, str]) -> dict[str, dict]:
     return chosen
 
 
+def nest(i: int, count: int) -> dict[str, Any]:
+    """Look of the i-th of curves that may coincide: narrower, and its open marker smaller, than all before it."""
+    part = i / max(1, count - 1)
+    return {"linewidth": 3.5 - 2.3 * part, "markersize": 9 - 5 * part, "markerfacecolor": "none"}
+
+
 def nested(drawn: Mapping[str, dict]) -> dict[str, dict]:
-    """Styles of curves that may coincide: each line is narrower, and its open marker smaller, than all before it."""
-    last = max(1, len(drawn) - 1)
+    """Styles of curves that may coincide, by `nest`, each with a line of its own."""
     return {
         name: {
             **style,
-            "linewidth": 3.5 - 2.3 * i / last,
+            **nest(i, len(drawn)),
             "linestyle": LINES[i % len(LINES)],
-            "markersize": 9 - 5 * i / last,
-            "markerfacecolor": "none",
             "markeredgewidth": 1.2,
             "zorder": 2 + i / 100,
         }
@@ -161,6 +164,11 @@ def loss_unit(settings: Mapping[str, Any]) -> str:
     """Of losses of an experiment: what is a token, where its vocabulary is hardly more than the 256 bytes."""
     size = settings["pretrain"].get("train_tokenizer_vocab_size")
     return "nats per token" + (", about a byte" if size and size < 272 else "")
+
+
+def reaching(middles: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> list[list[float]]:
+    """The error bars of `errorbar` that reach from each low to each high."""
+    return [[m - low for m, low in zip(middles, lows)], [high - m for m, high in zip(middles, highs)]]
 
 
 def draw_slopes(panel, ends: tuple[float, float], start: float, top: float):

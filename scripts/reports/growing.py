@@ -8,7 +8,7 @@ from ordnung.scripts.benchmarks.growth import crossover, exponents
 from ordnung.scripts.benchmarks.measure import summarise
 from ordnung.scripts.benchmarks.report import TITLES
 from ordnung.scripts.benchmarks.variants import copies_its_cache
-from ordnung.scripts.common.figures import draw_slopes, legend_below, new_figure, styles
+from ordnung.scripts.common.figures import draw_slopes, legend_below, new_figure, reaching, styles
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.reports.findings import SPARSE, SQUARED, competitors
 from ordnung.scripts.reports.results import CAUSAL_BENCHMARKS, CONV_BENCHMARKS, ENCODER_BENCHMARKS, Timings, load
@@ -20,6 +20,7 @@ GROUPS = (
     (ENCODER_BENCHMARKS, "linformer_encoder", "linformer_lm", "softmax_encoder_sdpa"),
 )
 CUBIC, CUBIC_LAYERS = "cubic_prefix_lm_benchmark", 3
+TASKS = {task: title.lower() for task, title in TITLES.items()}
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Series:
     control_peaks: dict[int, int] = field(default_factory=dict)
 
     def from_on(self) -> str:
-        """The length from which on attention takes longer, in words."""
+        """The length from which on attention takes longer, in words; "-" without attention to hold against."""
         both = [length for length in self.own if length in self.reference]
         if not both:
-            return "a cache that is copied"
+            return "-"
         met = crossover(both, [self.reference[n]["median"] / self.own[n]["median"] for n in both])
         return f"not up to {both[-1]:,}" if met is None else f"{met:,.0f}" if met > both[0] else f"all from {met:,}"
 
@@ -48,7 +49,7 @@ def of_benchmarks() -> Iterator[Series]:
     """What benchmark.py measured; no attention to hold decoding against where its cache is copied at each token."""
     for files, name, family, control in GROUPS:
         rows = sorted(Timings(*files).rows.items())
-        for task, title in TITLES.items():
+        for task, title in TASKS.items():
             own, reference = (
                 {n: row["seconds"] for (kind, who, n), row in rows if (kind, who) == (task, which)}
                 for which in (name, control)
@@ -61,7 +62,7 @@ def of_benchmarks() -> Iterator[Series]:
             if task == "decode" and copies_its_cache(who for kind, who, _ in Timings(*files).rows if kind == task):
                 reference = {}
             if len(own) > 1:
-                yield Series(name, family, title.lower(), own, control, reference, peaks, control_peaks)
+                yield Series(name, family, title, own, control, reference, peaks, control_peaks)
 
 
 def of_operations() -> Iterator[Series]:
@@ -71,23 +72,23 @@ def of_operations() -> Iterator[Series]:
     peaks, control_peaks = ({n: row[which]["peak_bytes"] for n, row in rows.items()} for which in (kind, "SDPA"))
     name, times = f"{kind}, attention alone", competitors("attention", kind)
     reference = competitors("attention", "SDPA")
-    yield Series(name, "sparse_attention_lm", "forward", times, "SDPA", reference, peaks, control_peaks)
+    yield Series(name, "sparse_attention_lm", TASKS["forward"], times, "SDPA", reference, peaks, control_peaks)
     times, reference = (competitors("decoding", which) for which in (kind, static))
-    yield Series(f"{kind}, a layer", "sparse_attention_lm", TITLES["decode"].lower(), times, static, reference)
+    yield Series(f"{kind}, a layer", "sparse_attention_lm", TASKS["decode"], times, static, reference)
     results, family = load(SQUARED), "quadratic_kernel_lm"
     for size in results["settings"]["head_sizes"]:
         name, rows = f"squared kernel, head size {size}", [r for r in results["lengths"] if r["head_size"] == size]
         times, reference = ({row["length"]: row["forward"][which] for row in rows} for which in ("squared", "softmax"))
-        yield Series(name, family, "forward", times, "SDPA", reference)
+        yield Series(name, family, TASKS["forward"], times, "SDPA", reference)
         rows = [row for row in results["decoding"] if row["head_size"] == size]
         times, reference = ({row["length"]: row[which] for row in rows} for which in ("state", "static"))
-        yield Series(name, family, TITLES["decode"].lower(), times, static, reference)
+        yield Series(name, family, TASKS["decode"], times, static, reference)
     rows = {row["length"]: row["competitors"] for row in load(CUBIC)["training"] if row["layers"] == CUBIC_LAYERS}
     times, reference = (
         {n: summarise(row[which]["all_seconds"]) for n, row in rows.items()} for which in ("cubic", "causal")
     )
     name = f"cubic_prefix_lm, {CUBIC_LAYERS} layers"
-    yield Series(name, "cubic_prefix_lm", TITLES["train"].lower(), times, "causal", reference)
+    yield Series(name, "cubic_prefix_lm", TASKS["train"], times, "causal", reference)
 
 
 def series() -> list[Series]:
@@ -121,31 +122,32 @@ def markdown() -> str:
 
 
 def plot(image: Path):
-    """Log-log: time and peak memory of a row against N, each in units of its own at its shortest; slopes 1, 2 and 3."""
-    shown = [one for one in series() if one.task in (TITLES["forward"].lower(), TITLES["train"].lower())]
-    shown = [one for one in shown if one.task != TITLES["train"].lower() or one.family == "cubic_prefix_lm"]
+    """Log-log: time and peak memory of a row against N, each in units of its own at its shortest; slopes 1, 2 and 3.
+
+    The forward pass of all, where it was measured, else the training step; of attention whose memory was measured too,
+    one curve a form.
+    """
+    found = series()
+    forward = {one.family for one in found if one.task == TASKS["forward"]}
+    shown = [one for one in found if one.task == TASKS["forward" if one.family in forward else "train"]]
     curves = {f"{one.name}, {one.task}": (one.family, one.own, one.peaks) for one in shown}
-    for one in shown:  # the attention of each, once
-        if one.name in ("conv_lm", "linformer_encoder"):
-            curves[f"{one.control}, beside {one.name}"] = ("softmax_lm", one.reference, one.control_peaks)
+    for one in shown:
+        if one.control_peaks:
+            curves.setdefault(one.control, ("softmax_lm", one.reference, one.control_peaks))
     drawn = styles({name: family for name, (family, *_) in curves.items()})
     figure, panels = new_figure(1, 2, figsize=(13, 6))
     for panel, title in zip(panels, ("time of a row", "peak memory of a row, above the weights")):
         lengths, highest = set(), 1.0
         for name, (_, seconds, peaks) in curves.items():
-            if panel is panels[0]:
-                values = medians(seconds)
-                ends = {n: (of["q1"], of["q3"]) for n, of in seconds.items()}
-            else:
-                values, ends = peaks, {}
-            if len(values) < 2:
+            points = {n: (of["median"], of["q1"], of["q3"]) for n, of in seconds.items()}
+            if panel is not panels[0]:
+                points = {n: 3 * (peak,) for n, peak in peaks.items()}
+            if len(points) < 2:
                 continue
-            first, lengths = values[min(values)], lengths | set(values)
-            y = [value / first for value in values.values()]
-            spread = [[max(0, sign * (values[n] - ends[n][i])) / first if n in ends else 0 for n in values]
-                      for i, sign in ((0, 1), (1, -1))]  # fmt: skip
-            panel.errorbar(list(values), y, yerr=spread, label=name, capsize=2, **drawn[name])
-            highest = max(highest, *y)
+            first, lengths = points[min(points)][0], lengths | set(points)
+            middles, *ends = ([value / first for value in values] for values in zip(*points.values()))
+            panel.errorbar(list(points), middles, reaching(middles, *ends), label=name, capsize=2, **drawn[name])
+            highest = max(highest, *middles)
         draw_slopes(panel, (min(lengths), max(lengths)), 1, 2 * highest)
         ticks = sorted(n for n in lengths if n & (n - 1) == 0)
         panel.set(xscale="log", yscale="log", xlabel="tokens N", title=title)

@@ -14,7 +14,7 @@ from ordnung import QuadraticKernelLMConfig, QuadraticKernelLMModel
 from ordnung.modeling.mixers.attention import Attention
 from ordnung.scripts.common.corpus import find_files, read_text
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.figures import COLOURS, LINES, MARKERS, new_figure, shades
+from ordnung.scripts.common.figures import COLOURS, LINES, MARKERS, nest, new_figure, shades
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import described, machine_info
 from ordnung.scripts.common.tables import markdown_table
@@ -220,12 +220,6 @@ def plot(results: dict, image: Path) -> None:
     sizes = settings["head_sizes"]
     drawn = {family: shades(family, len(sizes)) for family in ("softmax_lm", SQUARED)}
     half = {"color": "#DDDDDD", "linewidth": 9, "zorder": 0}  # under all that reach it
-
-    def nest(i: int, count: int) -> dict:
-        """Of the i-th of curves that may coincide: narrower, and its open marker smaller, than those before."""
-        part = i / max(1, count - 1)
-        return {"linewidth": 4 - 2.8 * part, "markersize": 10 - 6 * part, "markerfacecolor": "none"}
-
     for i, d in enumerate(sizes):
         rows = [row for row in results["random"] if row["d"] == d]
         for kernel, line in zip(KERNELS, LINES):  # ranks that are alike show through each other

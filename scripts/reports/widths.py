@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ordnung.scripts.common.figures import legend_below, loss_unit, nested, new_figure, of_variants, styles
+from ordnung.scripts.common.figures import legend_below, loss_unit, nested, new_figure, of_variants, reaching, styles
 from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import Interval, interval, markdown_table
 from ordnung.scripts.experiments.verdicts import changes
@@ -87,13 +87,12 @@ def _plot(results: dict[str, Any], image: Path, place, value, level: float, what
     drawn = nested(styles({kind: models[f"{kind}_{min(found)}"] for kind, found in kinds.items()}))
     for kind, found in kinds.items():
         values = [value(one) for one in found.values()]
-        bars = [[one.mean - one.low for one in values], [one.high - one.mean for one in values]]
+        means, *ends = zip(*((one.mean, one.low, one.high) for one in values))
         several = values[0].n > 1
-        means = [one.mean for one in values]
         panel.errorbar(
             [place(one) for one in found.values()],
             means,
-            bars if several else None,
+            reaching(means, *ends) if several else None,
             label=kind,
             capsize=3,
             elinewidth=1.2,
