@@ -148,6 +148,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def _many(self, action) -> bool:
         return action.choices is not None and len(action.choices) > 4
 
+    def _expand_help(self, action):
+        return self._get_help_string(action)  # a % is a percent sign: our texts have no places to fill
+
     def _get_help_string(self, action):
         words, default = action.help, action.default
         if self._many(action):
