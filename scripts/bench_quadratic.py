@@ -12,6 +12,7 @@ other programs on the machine do not lengthen much.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import option, program
@@ -30,6 +31,7 @@ class QuadraticBenchOptions:
     model_lengths: list[int] = option([512, 2048, 8192, 32768], "Tokens before those that models generate.", least=1)
     decode_steps: int = option(16, "Tokens decoded in a sample.", least=1)
     repeats: int = option(5, "Times each is timed.", least=1, section="timing")
+    device: Literal["cpu", "cuda"] = option("cpu", "Where to run.")
     threads: int = option(1, "CPU threads.", least=1)
     seed: int = option(0, "Of the inputs.")
     output: str = option("out/bench_quadratic.json", "JSON file for the results.", section="output")

@@ -12,6 +12,7 @@ the machine do not lengthen much. Results go to a JSON file.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ordnung.scripts.common.errors import run_script
 from ordnung.scripts.common.options import option, program
@@ -28,6 +29,7 @@ class SparseBenchOptions:
     decode_steps: int = option(32, "Tokens decoded in one sample.", least=1)
     flex: bool = option(True, "Time FlexAttention too, which needs a C++ compiler.", section="timing")
     rounds: int = option(5, "Times each is timed.", least=1)
+    device: Literal["cpu", "cuda"] = option("cpu", "Where to run.")
     threads: int = option(1, "CPU threads.", least=1)
     seed: int = option(0, "Of weights and tokens.")
     output: str = option("out/bench_sparse.json", "JSON file for the results.", section="output")

@@ -55,9 +55,10 @@ def timed(run: Callable, *arguments, device: str = "cpu", clock: Callable[[], fl
     return clock() - start
 
 
-def thread_timer(threads: int) -> Callable[[Callable], float]:
-    """What times a call on the CPU: with one thread in its own seconds, which other programs hardly lengthen."""
-    return partial(timed, clock=time.thread_time if threads == 1 else time.perf_counter)
+def thread_timer(threads: int, device: str = "cpu") -> Callable[[Callable], float]:
+    """What times a call; with one thread of the CPU in its own seconds, which other programs hardly lengthen."""
+    own = threads == 1 and device == "cpu"
+    return partial(timed, device=device, clock=time.thread_time if own else time.perf_counter)
 
 
 def in_turns(

@@ -19,7 +19,7 @@ from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import MARKERS, legend_below, new_figure, reaching, shades
 from ordnung.scripts.common.files import write_json
-from ordnung.scripts.common.machine import described, machine_info
+from ordnung.scripts.common.machine import check_device, described, machine_info
 from ordnung.scripts.common.tables import markdown_table
 
 KERNEL = Kernel(0.5, 1.0)
@@ -32,7 +32,7 @@ AIMS = {(16, 4096): 2.4, (32, 4096): 1.05, (64, 4096): 0.5, (16, 16384): 9.0, (3
 
 def make_inputs(options, d: int, length: int) -> list[torch.Tensor]:
     """Queries, keys and values (1, N, H, d), the first two of norm sqrt(d) as after a norm of them."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator(options.device).manual_seed(options.seed)
     query, key, value = (torch.randn(1, length, options.heads, d, generator=generator) for _ in range(3))
     return [torch.nn.functional.rms_norm(query, (d,)), torch.nn.functional.rms_norm(key, (d,)), value]
 
@@ -82,7 +82,7 @@ def measure_length(options, d: int, length: int) -> dict:
     row = {"head_size": d, "length": length}
     for task, run in (("forward", forward), ("gradients", gradients)):
         runs = {name: partial(run, compute) for name, compute in competitors.items()}
-        seconds = in_turns(runs, options.repeats, thread_timer(options.threads))
+        seconds = in_turns(runs, options.repeats, thread_timer(options.threads, options.device))
         row[task] = {name: summarise(values) for name, values in seconds.items()}
     return row
 
@@ -118,7 +118,7 @@ def measure_decoding(options, d: int, length: int) -> dict:
 
 def steps_in_turns(options, runs: dict[str, Callable]) -> dict[str, dict]:
     """Seconds of one of the `decode_steps` that each of `runs` takes."""
-    seconds = in_turns(runs, options.repeats, thread_timer(options.threads))
+    seconds = in_turns(runs, options.repeats, thread_timer(options.threads, options.device))
     return {name: summarise([x / options.decode_steps for x in values]) for name, values in seconds.items()}
 
 
@@ -273,9 +273,19 @@ def run(options) -> int:
     """Measure as bench_quadratic.py's options say; returns the exit status.
 
     Raises:
-        ScriptError: as `check`.
+        ScriptError: as `check` and `check_device`.
     """
+    check_device(options.device)
     torch.set_num_threads(options.threads)
+    with torch.device(options.device):
+        results = measure_all(options)
+    plot(results, Path(options.output).with_suffix(".png"))
+    print(markdown(results))
+    return 0
+
+
+def measure_all(options) -> dict:
+    """The results of every part, on torch's device as it is set now; saved after each."""
     for d in options.head_sizes:
         check(options, d)
     results = {
@@ -295,6 +305,4 @@ def run(options) -> int:
         results[key].append(measure(options, *head_size, length))
         write_json(output, results)
         print(f"{key}: {''.join(f'head size {d}, ' for d in head_size)}{length} tokens", flush=True)
-    plot(results, output.with_suffix(".png"))
-    print(markdown(results))
-    return 0
+    return results

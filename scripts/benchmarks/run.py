@@ -14,7 +14,7 @@ from ordnung.scripts.benchmarks.report import add_ratios, markdown, plot
 from ordnung.scripts.benchmarks.variants import CAUSAL, VARIANTS, Shape, with_static_forms
 from ordnung.scripts.common.errors import ScriptError, closest
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.machine import check_device, machine_info
 
 TASKS = (*MODEL_TASKS, "memory", "mixer")
 
@@ -83,8 +83,7 @@ def complete(options):
         for name in getattr(options, option):
             if name not in known:
                 raise ScriptError(f"--{option} {name}{closest(name, known)}; there are {', '.join(known)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ScriptError("--device cuda: torch sees no GPU here; use --device cpu")
+    check_device(options.device)
     options.baseline = options.baseline or "gpt2_sdpa"
     if options.baseline not in options.variants:
         raise ScriptError(f"--baseline {options.baseline} must be among --variants ({' '.join(options.variants)})")

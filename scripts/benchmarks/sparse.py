@@ -30,7 +30,7 @@ from ordnung.scripts.benchmarks.measure import PeakMemory, in_turns, thread_time
 from ordnung.scripts.benchmarks.variants import state_bytes
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.machine import check_device, machine_info
 from ordnung.scripts.common.tables import markdown_table
 
 HEAD_DIM = 64
@@ -54,7 +54,7 @@ def sdpa(query, key, value):
     return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
 
 
-def compiled_flex(window: int) -> Callable:
+def compiled_flex(window: int, device: str) -> Callable:
     """FlexAttention with a causal window; block masks are made once for each length, off the clock."""
     attend, masks = torch.compile(flex_attention), {}
 
@@ -64,7 +64,7 @@ def compiled_flex(window: int) -> Callable:
     def run(query, key, value):
         N = query.shape[1]
         if N not in masks:
-            masks[N] = create_block_mask(inside, None, None, N, N, device="cpu")
+            masks[N] = create_block_mask(inside, None, None, N, N, device=device)
         heads = (x.transpose(1, 2) for x in (query, key, value))
         return attend(*heads, block_mask=masks[N]).transpose(1, 2)
 
@@ -73,7 +73,7 @@ def compiled_flex(window: int) -> Callable:
 
 def compared(runs: dict[str, Callable], baseline: str, options) -> dict[str, dict]:
     """Median seconds of each, and the median of how many times faster it is than `baseline` in the same turn."""
-    seconds = in_turns(runs, options.rounds, thread_timer(options.threads))
+    seconds = in_turns(runs, options.rounds, thread_timer(options.threads, options.device))
     return {
         name: {
             "seconds": statistics.median(own),
@@ -84,10 +84,10 @@ def compared(runs: dict[str, Callable], baseline: str, options) -> dict[str, dic
     }
 
 
-def peak_bytes(run: Callable) -> int | None:
+def peak_bytes(run: Callable, device: str) -> int | None:
     """Peak memory of a run above what is in use before it, on a system that tells it."""
-    PeakMemory("cpu").restart()  # what was freed goes back to the system
-    memory = PeakMemory("cpu")
+    PeakMemory(device).restart()  # what was freed goes back to the system
+    memory = PeakMemory(device)
     memory.restart()
     run()
     return memory.read()
@@ -102,7 +102,7 @@ def check(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def measure_attention(options, length: int, backward: bool, flex: Callable | None) -> dict:
     """Attention alone, causal."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator(options.device).manual_seed(options.seed)
     shape = 1, length, options.num_attention_heads, HEAD_DIM
     inputs = [torch.randn(shape, generator=generator, requires_grad=backward) for _ in range(3)]
     gradient = torch.randn(shape, generator=generator)
@@ -125,7 +125,7 @@ def measure_attention(options, length: int, backward: bool, flex: Callable | Non
     runs = {name: partial(run, function) for name, function in attend.items()}
     rows = compared(runs, "SDPA", options)
     for name, row in rows.items():
-        row["peak_bytes"] = peak_bytes(runs[name])
+        row["peak_bytes"] = peak_bytes(runs[name], options.device)
     if reason is not None:
         rows[FLEX] = {"reason": reason}
     return {"length": length, "backward": backward, "competitors": rows}
@@ -174,7 +174,7 @@ def encoders(options, length: int) -> dict[str, torch.nn.Module]:
 
 def measure_encoders(options, length: int, backward: bool) -> dict:
     models = encoders(options, length)
-    ids = torch.randint(1, VOCAB, (1, length), generator=torch.Generator().manual_seed(options.seed))
+    ids = torch.randint(1, VOCAB, (1, length), generator=torch.Generator(options.device).manual_seed(options.seed))
     chosen = torch.zeros_like(ids)
     chosen[:, 0] = 1  # one global token, as for a classifier
 
@@ -218,7 +218,7 @@ def decoders(options, room: int) -> dict[str, torch.nn.Module]:
 def measure_prefill(options, length: int) -> dict:
     """All of a prompt at once, logits of the last token, state to go on from."""
     models = decoders(options, length)
-    ids = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(options.seed))
+    ids = torch.randint(VOCAB, (1, length), generator=torch.Generator(options.device).manual_seed(options.seed))
 
     def prefill(name):
         past = DynamicCache(config=models[name].config)
@@ -239,7 +239,7 @@ def measure_decoding(options, length: int) -> dict:
     models = decoders(options, room)
     models |= {f"{FULL}, {kind}": models[FULL] for kind in ("static", "dynamic")}
     del models[FULL]
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator(options.device).manual_seed(options.seed)
     ids = torch.randint(VOCAB, (1, room), generator=generator)
     random = [torch.randn(1, options.num_attention_heads, length, HEAD_DIM, generator=generator) for _ in range(2)]
     caches = {}
@@ -368,8 +368,18 @@ def claims(results: dict) -> str:
 
 def run(options) -> int:
     """Measure as bench_sparse.py's options say, print and write the results; returns the exit status."""
+    check_device(options.device)
     torch.set_num_threads(options.threads)
-    flex = compiled_flex(options.window) if options.flex else None
+    with torch.device(options.device):
+        results = measure_all(options)
+    write_json(options.output, results)
+    print(f"{markdown(results)}\n\nWritten: {options.output}")
+    return 0
+
+
+def measure_all(options) -> dict:
+    """The results of every part, on torch's device as it is set now."""
+    flex = compiled_flex(options.window, options.device) if options.flex else None
     results = {
         "machine": machine_info(),
         "settings": {name: value for name, value in asdict(options).items() if name != "output"},
@@ -388,6 +398,4 @@ def run(options) -> int:
     results["prefill"] = [measure_prefill(options, length) for length in sorted(options.encoder_lengths)]
     for length in sorted(options.decode_lengths):
         results["decoding"].append(measure_decoding(options, length))
-    write_json(options.output, results)
-    print(f"{markdown(results)}\n\nWritten: {options.output}")
-    return 0
+    return results

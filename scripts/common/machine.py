@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import ordnung
+from ordnung.scripts.common.errors import ScriptError
 
 TOKEN_OPTIONS = ("--hub-token", "--token")  # results files and cards are for others to see
 
@@ -100,6 +101,17 @@ def machine_info() -> dict:
         "command": command_line(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def check_device(device: str):
+    """
+    Raises:
+        ScriptError: "cuda", and torch sees no GPU.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ScriptError("--device cuda: torch sees no GPU here; use --device cpu")
 
 
 def described(machine: dict) -> str:

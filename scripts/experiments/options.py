@@ -1,6 +1,7 @@
 """The options of the programs that make evidence."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import MergeKeyValues, check_bounds, option, required
@@ -38,6 +39,7 @@ class VariantOptions:
 class TrainingOptions(VariantOptions):
     """Training on a synthetic task."""
 
+    device: Literal["cpu", "cuda"] = option("cpu", "Where to train and measure.", section="timing")
     max_steps: int = option(2000, "Optimizer steps.", least=1, section="optimisation")
     batch_size: int = option(32, "Sequences in a step.", least=1)
     learning_rate: float = option(1e-3, "AdamW's learning rate, constant after the warm-up.")

@@ -126,9 +126,8 @@ def step_flops(options: TaskOptions, config: PreTrainedConfig) -> int:
 def accuracy(options: TaskOptions, model: PreTrainedModel) -> dict[str, float | list[float]]:
     """Share of right answers, and of sequences with right answers only; for pointers, also of answers by hops."""
     model.eval()
-    tokens, labels = map(
-        torch.from_numpy, draw(options, options.eval_sequences, np.random.default_rng(EVALUATION_SEED))
-    )
+    drawn = draw(options, options.eval_sequences, np.random.default_rng(EVALUATION_SEED))
+    tokens, labels = (torch.from_numpy(x).to(model.device) for x in drawn)
     right = []
     for part, answers in zip(tokens.split(options.batch_size), labels.split(options.batch_size)):
         logits = model(part, labels=answers, shift_labels=answers, use_cache=False).logits

@@ -89,8 +89,8 @@ def measure(options: RecallOptions, model: torch.nn.Module) -> dict[str, list]:
     for num_pairs in options.num_pairs:
         random = np.random.default_rng((EVALUATION_SEED, num_pairs))
         tokens, labels, distances = sample(options, options.eval_sequences, num_pairs, random)
-        parts = torch.from_numpy(tokens).split(options.batch_size)
-        predicted = torch.cat([model(part, use_cache=False).logits.argmax(-1) for part in parts]).numpy()
+        parts = torch.from_numpy(tokens).to(model.device).split(options.batch_size)
+        predicted = torch.cat([model(part, use_cache=False).logits.argmax(-1).cpu() for part in parts]).numpy()
         right, asked = predicted == labels, labels != -100
         ranges = np.digitize(distances, options.distance_edges)
         chosen = [asked & (ranges == i) for i in range(1, len(options.distance_edges))]

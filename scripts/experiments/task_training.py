@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ordnung.scripts.common.machine import machine_info
+from ordnung.scripts.common.machine import check_device, machine_info
 from ordnung.scripts.experiments.options import TrainingOptions
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.loop import Job, Loop, Step
@@ -67,7 +67,7 @@ class Drawn(Job):
 
 
 def fit(options: TrainingOptions, seed: int, job: Drawn) -> Loop:
-    """Train a job's model on the CPU.
+    """Train a job's model, on the device that the options name.
 
     Returns:
         the loop, with the model and the seconds.
@@ -77,7 +77,7 @@ def fit(options: TrainingOptions, seed: int, job: Drawn) -> Loop:
     """
     training = LoopOptions(
         output_dir=options.output_dir,
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         optim="adamw_torch",  # what the published runs were trained with
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
@@ -104,8 +104,9 @@ def train_all(
         what the results of every program hold: `machine`, `settings` and `seeds`; the results of the runs by variant,
         one for each seed.
     Raises:
-        ScriptError: as `claim_output_dir` and `run`.
+        ScriptError: as `check_device`, `claim_output_dir` and `run`.
     """
+    check_device(options.device)
     output_dir = Path(options.output_dir)
     settings = {
         name: value
@@ -114,7 +115,7 @@ def train_all(
     }
     own = settings.pop("training_by_variant")
     claimed = {f"training of {name}": own.get(name, {}) for name in options.variants}  # may be added with a variant
-    claim_output_dir(output_dir, settings | claimed, options.variants)
+    claim_output_dir(output_dir, settings | claimed, options.variants, untold={"device": "cpu"})
     runs = {name: [] for name in configs}
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for seed in options.seeds:

@@ -3,6 +3,7 @@
 Results files are tracked: they are written when no experiment of the call is left, so that none records changed files.
 """
 
+import os
 import shlex
 import shutil
 import string
@@ -39,6 +40,11 @@ def program_path() -> str:
     if found is None:
         raise ScriptError("the command `ordnung` is not installed: pip install -e .")
     return found
+
+
+def start(words: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end; returns the exit status."""
+    return subprocess.run(words, env=environment).returncode
 
 
 def made_by(experiment: dict, options) -> Path:
@@ -83,6 +89,9 @@ def run_all(options, done: dict, log: Path) -> tuple[int, list[str]]:
             left.append(name)
             if options.device == "cuda" and not experiment.get("cuda"):
                 print(f"{name}: has no form for a GPU, runs on the CPU")
+    environment = dict(os.environ)
+    if options.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # programs that train take a GPU where they see one
     spent = estimated = 0.0
     for i, name in enumerate(left):
         experiment, rest = options.experiments[name], sum(options.experiments[each]["minutes"] for each in left[i:])
@@ -92,7 +101,7 @@ def run_all(options, done: dict, log: Path) -> tuple[int, list[str]]:
         done.pop(name, None)
         write_json(log, done)  # what it writes is not what was there, should it be stopped
         begin = time.perf_counter()
-        if status := subprocess.run([ordnung, *words]).returncode:
+        if status := start([ordnung, *words], environment):
             print(f"{name}: exit status {status}; the same command goes on here", file=sys.stderr)
             return status, finished
         taken = time.perf_counter() - begin

@@ -14,9 +14,9 @@ TINY += ["--repeats", "2", "--heads", "2", "--chunk_size", "16", "--model_length
 
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.draws
-def test_program_writes_what_its_tables_need(gate, tmp_path, capsys):
+def test_program_writes_what_its_tables_need(gate, device, tmp_path, capsys):
     out = tmp_path / "out.json"
-    assert bench_quadratic.main([*TINY, f"--decay_gate={gate}", "--output", str(out)]) == 0
+    assert bench_quadratic.main([*TINY, f"--decay_gate={gate}", "--device", device, "--output", str(out)]) == 0
     results = json.loads(out.read_text())
     assert quadratic.markdown(results) in capsys.readouterr().out
     assert [(row["head_size"], row["length"]) for row in results["lengths"]] == [(2, 8), (2, 40), (4, 8), (4, 40)]

@@ -10,12 +10,12 @@ from ordnung.scripts.benchmarks import sparse
 from ordnung.scripts.common.errors import ScriptError
 
 
-def test_program_from_end_to_end(tmp_path, capsys):
+def test_program_from_end_to_end(device, tmp_path, capsys):
     path = tmp_path / "bench.json"
     sizes = {"lengths": "100 200", "backward_lengths": "90", "encoder_lengths": "64", "decode_lengths": "50 70"}
     argv = [word for name, value in sizes.items() for word in (f"--{name}", *value.split())]
     argv += ["--window", "32", "--num_attention_heads", "2", "--decode_steps", "2", "--rounds", "2", "--flex", "False"]
-    assert bench_sparse.main([*argv, "--output", str(path)]) == 0
+    assert bench_sparse.main([*argv, "--device", device, "--output", str(path)]) == 0
     results, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert sparse.markdown(results) in printed and "Its peak memory, forward and backward" in printed
     assert [row["length"] for row in results["attention"]] == [100, 200, 90]
@@ -52,7 +52,7 @@ def test_where_flex_attention_cannot_run_its_row_says_why():
     assert results["attention"][0]["competitors"][sparse.FLEX] == {"reason": "no C++ compiler"}
     assert "| no C++ compiler" in sparse.markdown(results)
     inputs = [torch.randn(1, 20, 2, 64, requires_grad=True) for _ in range(3)]
-    assert "does not support backward on CPU" in sparse.flex_reason(sparse.compiled_flex(16), inputs, True)
+    assert "does not support backward on CPU" in sparse.flex_reason(sparse.compiled_flex(16, "cpu"), inputs, True)
 
 
 def test_exponent_is_that_of_the_last_two_lengths():

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import ordnung
 from ordnung.modeling.registration import REGISTERED
-from ordnung.scripts import benchmark
+from ordnung.scripts import bench_quadratic, bench_sparse, benchmark, prefix_tasks, recall
 from ordnung.scripts.benchmarks import checks as bench_checks
 from ordnung.scripts.benchmarks import measure as bench_measure
 from ordnung.scripts.benchmarks import mixer as bench_mixer
@@ -444,11 +444,16 @@ def test_bad_arguments(bad, message, tmp_path):
         benchmark.main(arguments(tmp_path, *bad))
 
 
-def test_cuda_is_refused_in_words_without_a_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+@pytest.mark.parametrize("program", [benchmark, bench_quadratic, bench_sparse, recall, prefix_tasks])
+def test_cuda_is_refused_in_words_without_a_gpu(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = arguments(tmp_path) if program is benchmark else []
+    if program in (recall, prefix_tasks):
+        words = ["--variants", "softmax={model_type: softmax_lm}", "--output_dir", str(tmp_path / "out")]
+        words += ["--task", "pointer"] if program is prefix_tasks else []
     with pytest.raises(ScriptError, match="torch sees no GPU"):
-        benchmark.main(arguments(tmp_path, "--device", "cuda"))
+        program.main([*words, "--device", "cuda"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.cuda

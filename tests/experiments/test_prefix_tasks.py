@@ -127,7 +127,8 @@ def argv(tmp_path):
 
 
 @pytest.mark.draws
-def test_program_from_end_to_end(argv, tmp_path, capsys):
+def test_program_from_end_to_end(argv, device, tmp_path, capsys):
+    argv = [*argv, "--device", device]
     program.main(argv)
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())

@@ -60,6 +60,8 @@ class TestRecallTask:
         """The model answers a query from its pair if that is at most 16 tokens away, and with a blank if not."""
 
         class NearSighted(torch.nn.Module):
+            device = torch.device("cpu")
+
             def forward(self, tokens, use_cache):
                 logits = torch.zeros(*tokens.shape, options.vocab_size)
                 logits[..., 0] = 1
@@ -135,7 +137,8 @@ class TestRecallProgram:
         )
 
     @pytest.mark.draws
-    def test_from_end_to_end_and_again(self, argv, tmp_path, monkeypatch, capsys):
+    def test_from_end_to_end_and_again(self, argv, device, tmp_path, monkeypatch, capsys):
+        argv = [*argv, "--device", device]
         recall_program.main(argv)
         folder = tmp_path / "out"
         results = json.loads((folder / "results.json").read_text())
@@ -159,6 +162,16 @@ class TestRecallProgram:
         for name, result in results["variants"].items():
             assert again["variants"][name]["accuracy"][0]["values"][:2] == result["accuracy"][0]["values"]
 
+        path = folder / "settings.json"
+        claimed = json.loads(path.read_text())
+        assert claimed["device"] == device
+        path.write_text(json.dumps({**claimed, "device": "another"}))
+        with pytest.raises(ScriptError, match=f'device "another", not "{device}"'):
+            recall_program.main(argv)
+        path.write_text(json.dumps({name: value for name, value in claimed.items() if name != "device"}))
+        if device == "cpu":  # which alone there was when folders did not tell
+            recall_program.main(argv)
+        path.write_text(json.dumps(claimed))
         with pytest.raises(ScriptError, match="max_steps 20, not 9"):
             recall_program.main([*argv, "--max_steps", "9"])
         with pytest.raises(ScriptError, match='variant conv .*"kernel_size": 4.*, not .*"kernel_size": 5'):

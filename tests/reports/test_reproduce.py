@@ -1,5 +1,6 @@
 """The experiments of the page of claims are run by one program, and its state survives what stops it."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from ordnung.scripts import claims as program
+from ordnung.scripts import cli
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import CONFIGS
 from ordnung.scripts.reports import claims, reproduce
@@ -35,6 +37,19 @@ def run(tmp_path):
     return run
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """Programs run in this process, which is much faster; a list of their environments."""
+    calls = []
+
+    def start(words, environment):
+        calls.append(environment)
+        return cli.main(words[1:])
+
+    monkeypatch.setattr(reproduce, "start", start)
+    return calls
+
+
 def test_finished_experiments_are_kept_and_the_rest_is_told(run, capfd):
     commands = {"first": GROWTH, "second": "growth --output_file nowhere/x.json --shortest 0", "third": "x {{encoder}}"}
     assert run(commands, inputs="longest=16") == 1
@@ -54,20 +69,20 @@ def test_finished_experiments_are_kept_and_the_rest_is_told(run, capfd):
     assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16, 32]
 
 
-def test_results_files_change_when_no_experiment_is_left(run, monkeypatch):
+def test_results_files_change_when_no_experiment_is_left(run, started, monkeypatch):
     """They are tracked, and what runs beside a changed one would record that files differ."""
-    seen, start = [], reproduce.subprocess.run
+    seen, start = [], reproduce.start
 
-    def watched(*args, **kwargs):
+    def watched(*args):
         seen.append(list(run.results.iterdir()))
-        return start(*args, **kwargs)
+        return start(*args)
 
-    monkeypatch.setattr(reproduce.subprocess, "run", watched)
+    monkeypatch.setattr(reproduce, "start", watched)
     assert run({"first": GROWTH, "second": GROWTH}, inputs="longest=16") == 0
     assert seen == [[], []] and len(list(run.results.iterdir())) == 2
 
 
-def test_larger_forms_are_for_gpus(run, capfd):
+def test_larger_forms_are_for_gpus(run, started, capfd):
     larger = {
         "first": {
             "command": GROWTH.format("first"),
@@ -80,6 +95,28 @@ def test_larger_forms_are_for_gpus(run, capfd):
     assert json.loads((run.results / "first.json").read_text())["lengths"] == [8, 16, 32, 64]
     assert run({"second": GROWTH}, inputs="longest=16", device="cuda") == 0
     assert "second: has no form for a GPU, runs on the CPU" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_programs_take_the_commands(device, monkeypatch):
+    given, load = [], importlib.import_module
+    does = SimpleNamespace(run=lambda options: given.append(options) or 0)
+    monkeypatch.setattr(importlib, "import_module", lambda name: does if name.count(".") == 3 else load(name))
+    experiments = yaml.safe_load((CONFIGS / "claims.yaml").read_text())["experiments"]
+    inputs = dict.fromkeys(("books", "one_book", "encoder", "reviews", "glue", "imdb"), "x")
+    asked = SimpleNamespace(device=device, output_dir="out", inputs=inputs)
+    for name, one in experiments.items():
+        assert cli.main(reproduce.words_of(one, asked)) == 0, name
+        if hasattr(given[-1], "device"):
+            assert given[-1].device == device, name
+    assert len(given) == len(experiments) and all(one.get("cuda") for one in experiments.values())
+
+
+def test_on_the_cpu_programs_see_no_gpu(run, started, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for device in ("cpu", "cuda"):
+        assert run({device: GROWTH}, inputs="longest=16", device=device) == 0
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in started] == ["", "3"]
 
 
 def test_an_unknown_experiment_is_refused(run):
@@ -104,12 +141,11 @@ def test_every_file_that_a_claim_rests_on_has_an_experiment():
     assert cited | benchmarks <= set(experiments)
 
 
-def test_what_was_stopped_is_not_taken_for_what_was_there(run, monkeypatch, capfd):
+def test_what_was_stopped_is_not_taken_for_what_was_there(run, started, monkeypatch, capfd):
     assert run({"first": GROWTH}, inputs="longest=16") == 0
     (run.results / "first.json").unlink()
     with monkeypatch.context() as patched:
-        stopped = SimpleNamespace(returncode=130)
-        patched.setattr(reproduce.subprocess, "run", lambda *args, **kwargs: stopped)
+        patched.setattr(reproduce, "start", lambda *args: 130)
         assert run({"first": GROWTH}, inputs="longest=32") == 130
     assert not (run.results / "first.json").exists()  # it is of other inputs
     assert run({"first": GROWTH}, inputs="longest=16") == 0
