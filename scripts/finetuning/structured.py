@@ -151,6 +151,10 @@ class QuestionEncoder(Encoder):
 
     truncation: str = "head"
 
+    def __post_init__(self):
+        if self.truncation != "head":
+            raise ScriptError(f"--truncation {self.truncation}: windows read a long context whole; leave it out")
+
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         questions, contexts = (list(rows[column]) for column in self.columns)
         sizes = [len(ids) for ids in self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]]

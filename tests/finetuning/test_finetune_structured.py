@@ -194,6 +194,8 @@ def test_windows_cover_the_context_and_one_holds_the_answer(model):
             assert row["context"][places[first, 0] : places[last, 1]].strip() == text
             held += 1
     assert held >= 1
+    with pytest.raises(ScriptError, match="--truncation tail: windows read a long context whole; leave it out"):
+        structured.QuestionEncoder(tokenizer, ("question", "context"), 40, "tail")
 
 
 @pytest.mark.parametrize(
