@@ -46,10 +46,11 @@ class Earlier:
             self._check(*json.loads(json.dumps([settings, variants])), files)
 
     def _check(self, settings: dict[str, Any], variants: dict[str, dict], files):
-        there = {**self.results["settings"], "seeds": self.results["seeds"]}
-        of_there = there.pop("variants")
+        there, of_there = self._told()
+        there["seeds"] = self.results["seeds"]
         for both in (settings, there):
-            both["pretrain"] = {name: value for name, value in (both["pretrain"] or {}).items() if name not in files}
+            if both.get("pretrain"):
+                both["pretrain"] = {name: value for name, value in both["pretrain"].items() if name not in files}
         # options of a task, or of variants that start from a checkpoint, decide nothing where one side has none
         of_one = {name for name in there.keys() ^ settings.keys() if name.startswith(("finetune ", "linearize"))}
         names = (there.keys() | settings.keys()) - of_one
@@ -60,6 +61,11 @@ class Earlier:
                 raise ScriptError(
                     f"--earlier {self.path} was made with {name} {json.dumps(old)}, not {json.dumps(new)}: leave it out"
                 )
+
+    def _told(self) -> tuple[dict[str, Any], dict[str, dict]]:
+        """The settings of the file without its variants, and these."""
+        told = dict(self.results["settings"])
+        return told, told.pop("variants")
 
     def origins(self, taken) -> list[dict[str, Any]]:
         """Which machine, with which command and commit, has trained which of the variants that were taken over."""
@@ -96,6 +102,37 @@ class EarlierTransfer(Earlier):
                         f"--earlier {self.path} was made with other data of {task}: {name} scores "
                         f"{old[name]['score']:.4f}, and {found[name]['score']:.4f} here"
                     )
+
+
+class EarlierTask(Earlier):
+    """A results file of recall.py or prefix_tasks.py; as `Earlier` takes it, settings with `training_by_variant`."""
+
+    def __init__(self, path: str | None, settings: dict[str, Any], variants: dict[str, dict]):
+        super().__init__(path, *_with_training(settings, variants), "seeds")
+
+    def _told(self) -> tuple[dict[str, Any], dict[str, dict]]:
+        return _with_training(*super()._told())
+
+    def finished(self, variants, steps: dict[str, int] | None) -> dict[str, dict]:
+        """Results by name of those variants that the file holds, trained for as many steps as here.
+
+        Args:
+            steps: of each; None where the settings have them.
+        """
+        held = {name: found for name, found in self.results["variants"].items() if name in variants}
+        return {
+            name: found for name, found in held.items() if steps is None or steps[name] == found["curve"][-1]["step"]
+        }
+
+
+def _with_training(settings: dict[str, Any], variants: dict[str, dict]) -> tuple[dict[str, Any], dict[str, dict]]:
+    """Settings and variants, what variants train with of their own among the latter.
+
+    Older files name no device, as there was but one, and no training of single variants.
+    """
+    settings = {"device": "cpu", **settings}
+    own = settings.pop("training_by_variant", {})
+    return settings, {name: {**variant, **own.get(name, {})} for name, variant in variants.items()}
 
 
 class EarlierComparison(Earlier):

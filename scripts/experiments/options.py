@@ -50,6 +50,11 @@ class TrainingOptions(VariantOptions):
         "learning_rate and max_steps of single variants, by variant, which win; of prefix-tasks hops and queries too.",
         action=MergeKeyValues,
     )
+    earlier: str | None = option(
+        None,
+        "results.json of an earlier run with the same settings and seeds: variants that it has trained are taken over, "
+        "also where its runs are gone.",
+    )
 
     variants_own = {"learning_rate", "max_steps"}  # what `training_by_variant` may set
 

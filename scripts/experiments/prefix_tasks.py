@@ -17,6 +17,7 @@ from ordnung.scripts.common.tables import (
     summarise,
     write_results,
 )
+from ordnung.scripts.experiments.earlier import trained_earlier
 from ordnung.scripts.experiments.options import TaskOptions
 from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
@@ -248,6 +249,7 @@ def markdown(results: dict) -> str:
         f"{settings['task']}, {task}: {seeds_described(results['seeds'])}, at equal steps and, where a variant "
         f"appears twice, at {longer}. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
         f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
+        *trained_earlier(results),
         markdown_table(header, body),
     )
 
@@ -316,10 +318,13 @@ def run(options: TaskOptions) -> int:
     flops = {name: step_flops(own[name], config) for name, config in configs.items()}
     dearest = max(flops.values()) if options.equal_compute else 0
     steps = {name: max(own[name].max_steps, options.max_steps * dearest // cost) for name, cost in flops.items()}
-    results, runs = train_all(
-        options, configs, lambda name, seed, path: train_and_measure(options, configs[name], seed, steps[name], path)
+    results = train_all(
+        options,
+        configs,
+        lambda name, seed, path: train_and_measure(options, configs[name], seed, steps[name], path),
+        lambda name, runs: collect(options, flops[name], runs),
+        steps,
     )
-    results["variants"] = {name: collect(options, flops[name], runs[name]) for name in configs}
     if options.task == "function":
         results["fewer_hops"] = fewer_hops(options)
         for name, result in results["variants"].items():

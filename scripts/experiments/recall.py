@@ -8,7 +8,15 @@ from transformers import PreTrainedConfig
 
 from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import read_json, write_json
-from ordnung.scripts.common.tables import estimate, markdown_table, seeds_described, summarise, write_results
+from ordnung.scripts.common.tables import (
+    estimate,
+    markdown_table,
+    paragraphs,
+    seeds_described,
+    summarise,
+    write_results,
+)
+from ordnung.scripts.experiments.earlier import trained_earlier
 from ordnung.scripts.experiments.options import RecallOptions
 from ordnung.scripts.experiments.task_training import Drawn, fit, train_all
 from ordnung.scripts.experiments.variants import variant_configs
@@ -170,7 +178,7 @@ def markdown(results: dict) -> str:
         for num_pairs, total, cells in zip(settings["num_pairs"], result["accuracy"], result["accuracy_by_distance"])
     ]
     shown = ", ".join(f"{chance:.3f} with {n}" for n, chance in zip(settings["num_pairs"], results["chance_shown"]))
-    notes = [
+    head = [
         f"Share of queries answered with the right value, by the distance from the query back to its key, after "
         f"{settings['max_steps']} steps of {settings['batch_size']} sequences of {settings['sequence_length']} tokens; "
         f"{seeds_described(results['seeds'])}. {machine['cpu']}, "
@@ -179,9 +187,10 @@ def markdown(results: dict) -> str:
         f"Chance: {results['chance']:.3f} for any value, and for one of the values shown {shown} pairs. What is not "
         "solved was not learned in these steps, which is no proof that it cannot be; what lies beyond the receptive "
         "field cannot.",
+        *trained_earlier(results),
         markdown_table(header, body),
     ]
-    own = settings.get("training_by_variant", {})
+    own, notes = settings.get("training_by_variant", {}), []
     for name, result in variants.items():
         steps = own.get(name, {}).get("max_steps", settings["max_steps"])
         longer = "" if steps == settings["max_steps"] else f" in {steps:,} steps"
@@ -198,7 +207,7 @@ def markdown(results: dict) -> str:
             + (" from the last but one tenth of the steps to the last. " if unsolved else ". ")
             + f"Training loss by tenths of the steps: {', '.join(f'{loss:.2f}' for loss in curve)}."
         )
-    return "\n\n".join(notes[:3]) + "\n\n" + "\n".join(notes[3:])
+    return paragraphs(*head, "\n".join(notes))
 
 
 def plot(results: dict, image: Path):
@@ -233,16 +242,16 @@ def plot(results: dict, image: Path):
 def run(options: RecallOptions) -> int:
     """Train and measure all variants and write the results; returns the exit status."""
     configs = variant_configs(options.variants, options.config_overrides, vocab_size=options.vocab_size)
-    shared, runs = train_all(
+    shared = train_all(
         options,
         configs,
         lambda name, seed, path: train_and_measure(options.of_variant(name), configs[name], seed, path),
+        lambda name, runs: collect(options, configs[name], runs),
     )
     results = {
         **shared,
         "chance": 1 / options.alphabet_size,
         "chance_shown": [1 / num_pairs for num_pairs in options.num_pairs],
-        "variants": {name: collect(options, configs[name], runs[name]) for name in configs},
     }
     write_results(options.output_dir, results, markdown, accuracy=plot)
     return 0

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ordnung.scripts.common.machine import check_device, machine_info
+from ordnung.scripts.experiments.earlier import EarlierTask
 from ordnung.scripts.experiments.options import TrainingOptions
 from ordnung.scripts.training.accelerator import make_accelerator
 from ordnung.scripts.training.loop import Job, Loop, Step
@@ -92,34 +93,46 @@ def fit(options: TrainingOptions, seed: int, job: Drawn) -> Loop:
 
 
 def train_all(
-    options: TrainingOptions, configs: dict[str, PreTrainedConfig], run: Callable[[str, int, Path], dict]
-) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-    """Train every variant with every seed; runs that have finished are kept.
+    options: TrainingOptions,
+    configs: dict[str, PreTrainedConfig],
+    run: Callable[[str, int, Path], dict],
+    collect: Callable[[str, list[dict]], dict],
+    steps: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """Train every variant with every seed; runs that have finished are kept, as are results of `--earlier`.
 
     Args:
         configs: the variants by name.
         run: trains one, given its name, the seed and the file for its results, or reads that file.
+        collect: the results of a variant, given its name and those of its runs, one for each seed.
+        steps: that variants train for, where the settings do not tell.
 
     Returns:
-        what the results of every program hold: `machine`, `settings` and `seeds`; the results of the runs by variant,
-        one for each seed.
+        what the results of every program hold: `machine`, `settings`, `seeds` and `variants`, and `earlier` where some
+        of these are taken over.
     Raises:
-        ScriptError: as `check_device`, `claim_output_dir` and `run`.
+        ScriptError: as `check_device`, `EarlierTask`, `claim_output_dir` and `run`.
     """
     check_device(options.device)
     output_dir = Path(options.output_dir)
     settings = {
         name: value
         for name, value in asdict(options).items()
-        if name not in ("output_dir", "variants", "seeds", "only")
+        if name not in ("output_dir", "variants", "seeds", "only", "earlier")
     }
+    earlier = EarlierTask(options.earlier, settings | {"seeds": options.seeds}, options.variants)
+    variants = earlier.finished(configs, steps)
+    for name in variants:
+        print(f"{options.earlier}: {name} taken over")
     own = settings.pop("training_by_variant")
     claimed = {f"training of {name}": own.get(name, {}) for name in options.variants}  # may be added with a variant
     claim_output_dir(output_dir, settings | claimed, options.variants, untold={"device": "cpu"})
-    runs = {name: [] for name in configs}
+    runs = {name: [] for name in configs if name not in variants}
     # Seeds outside, so that a disturbance of the machine meets all variants' times alike.
     for seed in options.seeds:
-        for name in configs:
+        for name in runs:
             runs[name].append(run(name, seed, output_dir / "runs" / f"{name}-seed{seed}.json"))
     settings |= {"variants": options.variants, "training_by_variant": own}
-    return {"machine": machine_info(), "settings": settings, "seeds": options.seeds}, runs
+    results = {"machine": machine_info(), "settings": settings, "seeds": options.seeds}
+    results["variants"] = {name: variants[name] if name in variants else collect(name, runs[name]) for name in configs}
+    return results | ({"earlier": earlier.origins(variants)} if variants else {})

@@ -12,6 +12,7 @@ from ordnung.scripts import prefix_tasks as program
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
 from ordnung.scripts.experiments import prefix_tasks
+from ordnung.scripts.experiments.earlier import EarlierTask
 from ordnung.scripts.experiments.options import CompareOptions, TaskOptions
 from ordnung.scripts.experiments.variants import variant_configs
 
@@ -64,7 +65,7 @@ def test_a_variant_has_its_own_rate_and_steps(monkeypatch):
     assert (options.of_variant("cubic").learning_rate, options.of_variant("cubic").max_steps) == (1e-3, 3)
     seen = {}
 
-    def train_all(options, configs, run):
+    def train_all(options, configs, run, collect, steps):
         for name in configs:
             run(name, 0, Path(f"{name}-seed0.json"))
         raise KeyboardInterrupt
@@ -185,6 +186,48 @@ def test_variants_have_hops_and_answers_of_their_own(argv, tmp_path, monkeypatch
     assert rows[0][:3] == ["cubic", "1", "2"] and rows[0][-1] == f"{cubic['fewer_hops'][0]:.3f}"
     assert rows[1][:3] == ["softmax", "2", "3"] and rows[1][-1] == f"{max(results['fewer_hops']):.3f}"
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 1000
+
+
+def test_an_earlier_run_is_gone_on_with_where_its_folder_is_gone(argv, tmp_path, monkeypatch, capsys):
+    argv = [
+        *argv,
+        "--max_steps",
+        "3",
+        "--equal_compute",
+        "false",
+        "--training_by_variant",
+        "cubic={learning_rate: 0.03}",
+    ]
+    program.main([*argv, "--only", "cubic"])
+    first, held = tmp_path / "out" / "results.json", tmp_path / "held.json"
+    results = json.loads(first.read_text())
+    del results["settings"]["device"]  # as in files from before there was a choice
+    held.write_text(json.dumps(results))
+    argv += ["--output_dir", str(tmp_path / "second"), "--earlier", str(held)]
+    for wrong, message in {
+        ("--learning_rate", "0.5"): "made with learning_rate 0.01, not 0.5: leave it out",
+        ("--seeds", "0"): r"made with seeds \[0, 1\], not \[0\]",
+        ("--training_by_variant", "cubic={learning_rate: 0.02}"): "made with variant cubic .*0.03.*, not .*0.02",
+        ("--earlier", str(tmp_path / "held.md")): "held.md cannot be read",
+    }.items():
+        with pytest.raises(ScriptError, match=message):
+            program.main([*argv, *wrong])
+    assert not (tmp_path / "second").exists()
+    trained, fit = [], prefix_tasks.fit
+    monkeypatch.setattr(
+        prefix_tasks, "fit", lambda options, seed, job: trained.append(job.config.model_type) or fit(options, seed, job)
+    )
+    program.main(argv)
+    assert trained == ["softmax_lm"] * 2 and f"{held}: cubic taken over" in capsys.readouterr().out
+    both = json.loads((tmp_path / "second" / "results.json").read_text())
+    assert both["variants"]["cubic"] == results["variants"]["cubic"] and list(both["variants"]) == ["cubic", "softmax"]
+    assert both["earlier"] == [{"machine": results["machine"], "variants": ["cubic"]}]
+    assert "Trained earlier: cubic." in (tmp_path / "second" / "results.md").read_text()
+
+    # trained for other FLOPs, beside which others are dearest
+    settings = {**results["settings"], "seeds": [0, 1]}
+    made = EarlierTask(str(held), settings, settings.pop("variants"))
+    assert made.finished(["cubic"], {"cubic": 3}) and not made.finished(["cubic"], {"cubic": 4})
 
 
 def test_pointers_of_fewer_hops_have_no_answers_of_more(argv, tmp_path):
