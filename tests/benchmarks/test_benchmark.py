@@ -450,6 +450,7 @@ def test_cuda_is_refused_in_words_without_a_gpu(program, tmp_path, monkeypatch):
     words = arguments(tmp_path) if program is benchmark else []
     if program in (recall, prefix_tasks):
         words = ["--variants", "softmax={model_type: softmax_lm}", "--output_dir", str(tmp_path / "out")]
+        words += ["--max_steps=1", "--config_overrides=hidden_size=8,num_hidden_layers=1,num_attention_heads=2"]
         words += ["--task", "pointer"] if program is prefix_tasks else []
     with pytest.raises(ScriptError, match="torch sees no GPU"):
         program.main([*words, "--device", "cuda"])
