@@ -1,5 +1,6 @@
 """Tasks that a pass over the whole prefix can express and causal attention may not."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -280,21 +281,25 @@ def plot(results: dict, image: Path):
 
 
 def plot_sizes(results: dict, image: Path):
-    """Share of right answers at the end against what variants have their own of, a line a family, a dot a seed."""
+    """Share of right answers at the end against what variants have their own of, a dot a seed.
+
+    A line a kind: variants are named KIND or KIND_SIZE.
+    """
     settings = results["settings"]
-    families = of_variants(settings)
+    kinds = {name: re.sub(r"_\d+$", "", name) for name in results["variants"]}
     panels = varied(settings)
     figure, axes = new_figure(1, len(panels), figsize=(6.5 * len(panels), 4.6), sharey=True, squeeze=False)
-    drawn = styles({family: family for family in families.values()})
+    families = of_variants(settings)
+    drawn = styles({kind: families[name] for name, kind in kinds.items()})
     for panel, size in zip(axes[0], panels):
-        for family, style in drawn.items():
+        for kind, style in drawn.items():
             points = sorted(
                 (size_of(settings, name, size), result["equal_compute"]["answers"]["values"])
                 for name, result in results["variants"].items()
-                if families[name] == family
+                if kinds[name] == kind
             )
             places = [place for place, _ in points]
-            panel.plot(places, [np.mean(values) for _, values in points], label=family, **style)
+            panel.plot(places, [np.mean(values) for _, values in points], label=kind, **style)
             for place, values in points:
                 panel.plot([place] * len(values), values, ".", color=style["color"], alpha=0.5)
         if size == "hops" and "fewer_hops" in results:

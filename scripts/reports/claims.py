@@ -189,9 +189,9 @@ def prefix_claims() -> list[Claim]:
     at_end, control = ("cubic", "equal_compute"), ("softmax", "equal_compute")
     function = best_control(FUNCTION)
 
-    def sized(file: str, size: int, against: str) -> Finding:
-        """Of hops or answers, at the end of training: variants are named by family and size."""
-        own, other = ((f"{which}_{size}", "equal_compute") for which in ("cubic", "softmax"))
+    def sized(file: str, size: int, against: str, kind: str = "cubic") -> Finding:
+        """Of hops or answers, at the end of training: variants are named by kind and size."""
+        own, other = ((f"{which}_{size}", "equal_compute") for which in (kind, "softmax"))
         return answers(file, own, other, MARGIN, against)
 
     (text,) = protocol("cubic")[1:]
@@ -200,7 +200,7 @@ def prefix_claims() -> list[Claim]:
         text = replace(text, against=f"{text.against}, prefix_stride {variants['cubic']['prefix_stride']}")
     stronger = [
         answers(FUNCTION, at_end, function, MARGIN, f"7 hops, 3× the steps for attention ({function[0]})"),
-        *(sized(HOPS, hops, f"{hops} hops, 3× the steps for attention") for hops in (3, 5, 9)),
+        *(sized(HOPS, hops, f"{hops} hops, 3× the steps for attention") for hops in (2, 3, 4, 5, 6, 8, 9)),
         *(sized(ANSWERS, count, f"7 hops, {count} answers a sequence, equal FLOPs") for count in (2, 3, 5, 10)),
         answers("cubic_prefix_lm_pointer", at_end, control, MARGIN, "3 hops, ten answers, equal FLOPs"),
         answers("cubic_prefix_lm_triplets_short", at_end, control, MARGIN, "triplets of 10 tokens, equal FLOPs"),
