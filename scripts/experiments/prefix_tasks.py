@@ -266,7 +266,7 @@ def plot(results: dict, image: Path):
             places = [point[x] for point in result["curve"]]
             values = np.array([point["answers"]["values"] for point in result["curve"]])
             panel.plot(places, values, alpha=0.35, linewidth=0.8, **style)
-            panel.plot(places, values.mean(1), linewidth=2, label=name, **style)
+            panel.plot(places, values.mean(1), linewidth=1.5, label=name, markevery=3, **drawn[name])
     symbols = settings["sequence_length" if settings["task"] == "triplets" else "symbols"]
     for panel, label in zip(panels, ("steps", "training FLOPs")):
         panel.axhline(1 / symbols, color="red", linestyle=":", linewidth=1, label=f"1 of {symbols} at random")
