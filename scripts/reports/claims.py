@@ -201,6 +201,7 @@ def prefix_claims() -> list[Claim]:
     stronger = [
         answers(FUNCTION, at_end, function, MARGIN, f"7 hops, 3× the steps for attention ({function[0]})"),
         *(sized(HOPS, hops, f"{hops} hops, 3× the steps for attention") for hops in (2, 3, 4, 5, 6, 8, 9)),
+        *(sized(HOPS, hops, f"{hops} hops, as many steps", "cubic_longer") for hops in (2, 4, 6, 8)),
         *(sized(ANSWERS, count, f"7 hops, {count} answers a sequence, equal FLOPs") for count in (2, 3, 5, 10)),
         answers("cubic_prefix_lm_pointer", at_end, control, MARGIN, "3 hops, ten answers, equal FLOPs"),
         answers("cubic_prefix_lm_triplets_short", at_end, control, MARGIN, "triplets of 10 tokens, equal FLOPs"),
