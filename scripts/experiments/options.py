@@ -39,12 +39,12 @@ class VariantOptions:
 class TrainingOptions(VariantOptions):
     """Training on a synthetic task."""
 
-    device: Literal["cpu", "cuda"] = option("cpu", "Where to train and measure.", section="timing")
     max_steps: int = option(2000, "Optimizer steps.", least=1, section="optimisation")
     batch_size: int = option(32, "Sequences in a step.", least=1)
     learning_rate: float = option(1e-3, "AdamW's learning rate, constant after the warm-up.")
     weight_decay: float = option(0.0, "AdamW's weight decay, for matrices.")
     warmup_steps: int = option(100, "Steps of linear warm-up.")
+    device: Literal["cpu", "cuda"] = option("cpu", "Where to train and measure.")
     training_by_variant: str | None = option(
         None,
         "learning_rate and max_steps of single variants, by variant, which win; of prefix-tasks hops and queries too.",

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import ordnung
 from ordnung.modeling.registration import REGISTERED
-from ordnung.scripts import bench_quadratic, bench_sparse, benchmark, prefix_tasks, recall
+from ordnung.scripts import benchmark
 from ordnung.scripts.benchmarks import checks as bench_checks
 from ordnung.scripts.benchmarks import measure as bench_measure
 from ordnung.scripts.benchmarks import mixer as bench_mixer
@@ -442,19 +442,6 @@ def test_interrupt_keeps_finished_lengths(tmp_path, monkeypatch):
 def test_bad_arguments(bad, message, tmp_path):
     with pytest.raises(ScriptError, match=message):
         benchmark.main(arguments(tmp_path, *bad))
-
-
-@pytest.mark.parametrize("program", [benchmark, bench_quadratic, bench_sparse, recall, prefix_tasks])
-def test_cuda_is_refused_in_words_without_a_gpu(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    words = arguments(tmp_path) if program is benchmark else []
-    if program in (recall, prefix_tasks):
-        words = ["--variants", "softmax={model_type: softmax_lm}", "--output_dir", str(tmp_path / "out")]
-        words += ["--max_steps=1", "--config_overrides=hidden_size=8,num_hidden_layers=1,num_attention_heads=2"]
-        words += ["--task", "pointer"] if program is prefix_tasks else []
-    with pytest.raises(ScriptError, match="torch sees no GPU"):
-        program.main([*words, "--device", "cuda"])
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.cuda
