@@ -74,7 +74,19 @@ class Projections:
         """The configured implementation of attention (B, heads, ., d): (B, N, H, d), and weights or None."""
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        inputs, kwargs = (query, key, value, mask), kwargs | {"dropout": dropout, "scaling": self.scaling}
+        if not self.training or dropout or not self.is_derived_slowly(query):
+            return interface(self, *inputs, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            exact = (x.float() if x is not None and x.is_floating_point() else x for x in inputs)
+            mixed, weights = interface(self, *exact, **kwargs)
+        return mixed.to(query.dtype), weights
+
+    def is_derived_slowly(self, query) -> bool:
+        """Whether torch derives fused attention faster in float32, as it does of small heads in bfloat16 on a CPU."""
+        if self.config._attn_implementation != "sdpa" or query.device.type != "cpu" or query.shape[-1] > 32:
+            return False
+        return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype) == torch.bfloat16
 
     def merge_heads(self, mixed: torch.Tensor) -> torch.Tensor:
         """The states (B, N, D) that `out_proj` makes of all heads (B, N, H, d)."""

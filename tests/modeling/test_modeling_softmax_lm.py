@@ -4,6 +4,7 @@ import pytest
 import torch
 from family_tester import MODERN, VOCAB, FamilyTester, masked_batch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
@@ -125,3 +126,36 @@ class TestMultipleChoice:
             self.model()(torch.ones(2, 9, dtype=torch.long))
         with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
             self.model()()
+
+
+@pytest.mark.parametrize("model_type", ["softmax_lm", "linformer_lm"])
+def test_attention_of_small_heads_is_derived_in_float32(monkeypatch, model_type):
+    """In bfloat16 on a CPU, where that is faster; what is not trained stays as it is."""
+    fused, dtypes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recording(query, key, value, attn_mask=None, **kwargs):
+        automatic = torch.is_autocast_enabled("cpu")
+        dtypes.append(torch.get_autocast_dtype("cpu") if automatic else query.dtype)
+        return fused(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
+    sizes = {"is_decoder": False} | ({"projected_size": 8} if model_type == "linformer_lm" else {})
+    config = AutoConfig.for_model(model_type, **FamilyTester.base_arguments | sizes)
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(config).train()
+    ids, mask = masked_batch()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    for automatic in (True, False):
+        dtypes.clear()
+        if not automatic:
+            model = model.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=automatic):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            logits.float().sum().backward()
+            assert dtypes == [torch.float32] * config.num_hidden_layers
+            torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.02)
+            dtypes.clear()
+            model.eval()(input_ids=ids, attention_mask=mask)
+            assert dtypes == [torch.bfloat16] * config.num_hidden_layers
+        model.train()
