@@ -20,7 +20,7 @@ from ordnung.scripts.linearizing import measure, report
 from ordnung.scripts.linearizing import run as linearizing
 from ordnung.scripts.linearizing.data import load_pairs
 from ordnung.scripts.linearizing.options import LinearizeOptions
-from ordnung.scripts.linearizing.teacher import Pair, load_teacher, load_tokenizer
+from ordnung.scripts.linearizing.teacher import Pair, fingerprint, load_teacher, load_tokenizer
 
 # What the table of a variant holds besides fields of its config.
 OWN = ("source", "model_type", "distill", "keep_attention")
@@ -75,10 +75,19 @@ def start(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Pa
         shared: options of linearize.py.
     """
     if "distill" in variant:
-        return linearizing.run(options_of(name, variant, shared, folder))
+        options = options_of(name, variant, shared, folder)
+        return 0 if is_finished(options) else linearizing.run(options)
     if not (folder / report.RESULTS).exists():
         convert(name, variant, shared, folder)
     return 0
+
+
+def is_finished(options: LinearizeOptions) -> bool:
+    """Whether a variant is linearized, from this teacher and not to be pushed: its text need not be read again."""
+    made = Path(options.output_dir) / report.RESULTS
+    if not made.exists() or options.push_to_hub:
+        return False
+    return read_json(made)["teacher_fingerprint"] == fingerprint(load_teacher(options))
 
 
 def convert(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path):

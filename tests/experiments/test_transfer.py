@@ -228,9 +228,13 @@ def test_variants_may_start_from_a_checkpoint(started, tmp_path, monkeypatch, ca
     assert "teacher - teacher" not in shown
     assert f"Training rows: sst2 {variants['teacher']['tasks']['sst2']['training_rows']}." in shown
     assert "distillation tokens" in shown and "held-out bits per byte" not in shown
-    # again: everything is kept
+    # again: everything is kept, and no text is read for what is linearized, unless from another teacher
     monkeypatch.setattr(starts, "convert", None)
+    monkeypatch.setattr(starts.linearizing, "Text", None)
     assert transfer_program.main(started) == 0
+    monkeypatch.setattr(starts, "fingerprint", lambda teacher: "another")
+    with pytest.raises(TypeError, match="not callable"):
+        transfer_program.main(started)
 
 
 @pytest.mark.parametrize(
