@@ -25,7 +25,7 @@ from ordnung.modeling.mixers.rows import over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.causal_linformer import CausalLinformer
 from ordnung.modeling.ops.causal_linformer_state import CausalState, empty_state
-from ordnung.modeling.ops.chunks import WHOLE, pieces
+from ordnung.modeling.ops.chunks import WHOLE, is_graph, pieces
 from ordnung.modeling.ops.linformer import LEARNED, MEANS, project_rows, slot_bias, weight_sums
 
 
@@ -151,7 +151,7 @@ class LinformerAttention(LinformerMixer):
     def keys_and_values(self, states, angles, weights, lengths) -> tuple[torch.Tensor, torch.Tensor]:
         """Projected keys and values (B, G, M, d) of states (B, N, D)."""
         e, f = (None, None) if weights is None else (weights[0], weights[-1])
-        rows = self.project(states, f, lengths) if self.projects_first else None  # (B, M, D)
+        rows = self.project(states, f, lengths) if self.projects_first(states.shape[1]) else None  # (B, M, D)
         sums = self.weight_sums(states, f, lengths)
         value = self.rows_of(self.v_proj, states, rows, f, lengths, sums)
         if not self.keys_are_linear:  # they are normed and turn before they are summed
@@ -177,11 +177,12 @@ class LinformerAttention(LinformerMixer):
                 "projection_type='adaptive_mean_pool' and position_embedding_type='none' or 'rope'."
             )
 
-    @property
-    def projects_first(self) -> bool:
-        """Whether E is applied to the layer's input: it is the same for all heads, and linear."""
-        own = self.config.projection_sharing == "none" and self.config.projection_type in LEARNED
-        return not own and self.config.projection_type != "max_pool"
+    def projects_first(self, N: int) -> bool:
+        """Whether E is applied to the layer's input, N tokens: it is the same for all heads, linear, and makes them
+        fewer. A graph for any length has one order."""
+        kind, k, _ = self.shape
+        own = self.config.projection_sharing == "none" and kind in LEARNED
+        return not own and kind != "max_pool" and (kind != "linear" or is_graph() or k < N)
 
     @property
     def shape(self) -> tuple[str, int, int]:
@@ -207,7 +208,7 @@ class LinformerAttention(LinformerMixer):
     def weight_sums(self, states, weight, lengths: torch.Tensor | None):
         """What the bias of a linear layer after the projection is multiplied by, (B or 1, M, 1), or None for 1."""
         kind = self.config.projection_type
-        if not self.projects_first or kind in MEANS:
+        if not self.projects_first(states.shape[1]) or kind in MEANS:
             return None
         return weight_sums(kind, weight, self.span(states.shape[1], lengths), lengths)
 
@@ -239,14 +240,15 @@ class LinformerAttention(LinformerMixer):
             rows = -(-N // (n // k))
             terms = rows * (n // k) if kind == "conv" else 0
         total = 2 * 2 * N * width * inner + 4 * N * rows * inner  # queries and output; attention
-        for first in (self.projects_first and linear, self.projects_first):  # keys and values
+        projects_first = self.projects_first(N)
+        for first in (projects_first and linear, projects_first):  # keys and values
             # after learned projections a row more, for the bias
             total += 2 * width * held * (rows + (kind in LEARNED) if first else N)
-        if self.projects_first and kind in LEARNED:  # the sums that multiply the bias
+        if projects_first and kind in LEARNED:  # the sums that multiply the bias
             total += 2 * terms * (2 if separate and linear else 1)
-        values = width if self.projects_first else held
-        shared = self.projects_first and linear and not separate
-        keys = 0 if shared else width if self.projects_first and linear else held
+        values = width if projects_first else held
+        shared = projects_first and linear and not separate
+        keys = 0 if shared else width if projects_first and linear else held
         return total + 2 * terms * (values + keys)
 
     def cache_bytes(self, seq_len: int, itemsize: int) -> int:

@@ -304,6 +304,24 @@ def on_par(file: str, name: str, other: str, tasks: Sequence[str]) -> list[Findi
     return found
 
 
+def better(file: str, name: str, other: str, tasks: Sequence[str]) -> Finding:
+    """Whether a fine-tuned variant scores higher than another in the mean of the tasks."""
+    against = f"{name} against {other}, mean of {', '.join(tasks)}"
+    if not has_results(file):
+        return not_run(against, file)
+    variants = load(file)["variants"]
+    own, reference = (
+        [
+            sum(scores) / len(tasks)
+            for scores in zip(*(variants[which]["tasks"][task]["score"]["values"] for task in tasks))
+        ]
+        for which in (name, other)
+    )
+    change = difference(own, reference)
+    where = f"variants, {name} and {other}, tasks, score"
+    return Finding(against, change.text(1, 100, " points"), at_least(change, 0), file, where)
+
+
 def grows(task: str, name: str, other: str, against: str) -> Finding:
     """Whether the FLOPs that two models count grow with the same exponent, but for `SAME_ORDER`, where longest."""
     if not has_results("growth"):

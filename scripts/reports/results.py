@@ -11,7 +11,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "model_cards" / "results"
 CONV_BENCHMARKS = [f"conv_lm_benchmark{run}" for run in ("", "_512", "_32768", "_decode", "_mixer")]
 ENCODER_BENCHMARKS = ["linformer_lm_encoder", "linformer_lm_encoder_512"]
 FUNCTION, HOPS, ANSWERS = (f"cubic_prefix_lm_{name}" for name in ("function", "hops", "answers"))
-GRID = "linformer_lm_grid"
+GRID, TABLE2 = "linformer_lm_grid", "linformer_lm_table2"
 PROTOCOL, FEED_FORWARD = "compare_protocol", "compare_feed_forward"
 CAUSAL_BENCHMARKS = ["linformer_lm_causal", "linformer_lm_causal_512"]
 

@@ -175,10 +175,12 @@ def test_rows_appear_with_their_files(files):
         (files / f"{name}.json").unlink(missing_ok=True)
     recalls, special = "each kind recalls what full attention does", "the dot product is not special"
     par, low, text = "on par with standard", "low-rank matrix", "no worse than attention on text"
+    best = "of all three parameter sharing"
     for quote in (
         (recalls,),
         (special,),
         (par,),
+        (best,),
         (low,),
         (text, "quadratic"),
         (text, "sparse"),
@@ -207,9 +209,16 @@ def test_rows_appear_with_their_files(files):
     def scored(*scores):
         return {"tasks": {task: {"score": {"values": list(scores)}} for task in ("sst2", "qnli", "imdb")}}
 
-    shared = {"softmax": scored(0.9, 0.91), "layerwise_64": scored(0.7, 0.71), "layerwise_128": scored(0.9, 0.91)}
-    write(files, names[3], shared)
-    assert [finding.verdict for finding in claim(par).findings] == [FAILS] * 3 + [HOLDS] * 3
+    equals, worse = dict.fromkeys(("softmax", "layerwise_128", "layerwise_256"), scored(0.9, 0.91)), scored(0.7, 0.71)
+    ways = {
+        "layerwise_64": worse,
+        "none_64": worse,
+        "headwise_64": scored(0.6, 0.61),
+        "key_value_64": equals["softmax"],
+    }
+    write(files, names[3], equals | ways)
+    assert [finding.verdict for finding in claim(par).findings] == [FAILS] * 3 + [HOLDS] * 6
+    assert [finding.verdict for finding in claim(best).findings] == [HOLDS, HOLDS, FAILS]
 
     rows = [{"n": n, "needed": [[[n / 3, n / 3]]] * 2, "shuffled": [[[n / 2]]] * 2} for n in (64, 128)]
     low_rank = {"machine": {"command": "any"}, "settings": {"share": 0.9}, "models": [{"lengths": rows}]}
