@@ -19,7 +19,7 @@ from ordnung.modeling.heads import (
     ForTokenClassification,
 )
 from ordnung.modeling.mixers.mixer import Mixer, linear_flops
-from ordnung.modeling.mixers.projections import Projections, angles_of, input_projection, rotate
+from ordnung.modeling.mixers.projections import Projections, angles_of, in_float32, input_projection, rotate
 from ordnung.modeling.mixers.rows import Rows, over_rows
 from ordnung.modeling.mixers.state import RecurrentStateLayer
 from ordnung.modeling.ops.sparse_attention import sparse_attention, weighted_attention
@@ -130,7 +130,12 @@ class SparseAttention(Projections, Mixer):
                 output, weights = self.attend(inputs, N, options)
             return output, weights if rows is None or weights is None else weights.transpose(1, 2)
 
-        output, weights = over_rows(rows, mix, *inputs)
+        if past_key_values is None and self.trains_exactly(inputs[0]):
+            with torch.autocast("cpu", enabled=False):
+                output, weights = over_rows(rows, mix, *in_float32(*inputs))
+            output = output.to(hidden_states.dtype)
+        else:
+            output, weights = over_rows(rows, mix, *inputs)
         if weights is not None:
             real = None if past_key_values is None else self.state_of(past_key_values).real
             weights = of_batch(weights, rows, real)

@@ -23,6 +23,11 @@ def angles_of(position_embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> 
     return [x[:, :, None] for x in position_embeddings or ()]
 
 
+def in_float32(*inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Those that hold numbers in float32, masks as they are."""
+    return [x.float() if x is not None and x.is_floating_point() else x for x in inputs]
+
+
 def input_projection(config: BackboneConfig, size: int) -> nn.Linear:
     """A projection of the layer's input, D to `size`."""
     return nn.Linear(config.hidden_size, size, bias=config.attention_bias is not False)
@@ -74,17 +79,19 @@ class Projections:
         """The configured implementation of attention (B, heads, ., d): (B, N, H, d), and weights or None."""
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        inputs, kwargs = (query, key, value, mask), kwargs | {"dropout": dropout, "scaling": self.scaling}
-        if not self.training or dropout or not self.is_derived_slowly(query):
-            return interface(self, *inputs, **kwargs)
+        kwargs |= {"dropout": dropout, "scaling": self.scaling}
+        if not self.trains_exactly(query):
+            return interface(self, query, key, value, mask, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            exact = (x.float() if x is not None and x.is_floating_point() else x for x in inputs)
-            mixed, weights = interface(self, *exact, **kwargs)
+            mixed, weights = interface(self, *in_float32(query, key, value, mask), **kwargs)
         return mixed.to(query.dtype), weights
 
-    def is_derived_slowly(self, query) -> bool:
-        """Whether torch derives fused attention faster in float32, as it does of small heads in bfloat16 on a CPU."""
-        if self.config._attn_implementation != "sdpa" or query.device.type != "cpu" or query.shape[-1] > 32:
+    def trains_exactly(self, query) -> bool:
+        """Whether attention is computed in float32, whatever the model's type: torch derives its fused attention more
+        slowly in bfloat16 where a CPU computes small heads."""
+        if not self.training or self.config.attention_dropout or self.config._attn_implementation != "sdpa":
+            return False
+        if query.device.type != "cpu" or query.shape[-1] > 32:
             return False
         return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype) == torch.bfloat16
 
@@ -98,4 +105,4 @@ class Projections:
         return not self.config.qk_norm and self.config.position_embedding_type != "rope"
 
 
-__all__ = ["Projections", "angles_of", "input_projection", "output_projection", "rotate"]
+__all__ = ["Projections", "angles_of", "in_float32", "input_projection", "output_projection", "rotate"]

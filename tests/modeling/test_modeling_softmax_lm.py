@@ -128,19 +128,21 @@ class TestMultipleChoice:
             self.model()()
 
 
-@pytest.mark.parametrize("model_type", ["softmax_lm", "linformer_lm"])
-def test_attention_of_small_heads_is_derived_in_float32(monkeypatch, model_type):
+@pytest.mark.parametrize(
+    "model_type, own",
+    [("softmax_lm", {}), ("linformer_lm", {"projected_size": 8}), ("sparse_attention_lm", {"sliding_window": 32})],
+)
+def test_attention_of_small_heads_is_derived_in_float32(monkeypatch, model_type, own):
     """In bfloat16 on a CPU, where that is faster; what is not trained stays as it is."""
     fused, dtypes = torch.nn.functional.scaled_dot_product_attention, []
 
-    def recording(query, key, value, attn_mask=None, **kwargs):
+    def recording(query, *args, **kwargs):
         automatic = torch.is_autocast_enabled("cpu")
         dtypes.append(torch.get_autocast_dtype("cpu") if automatic else query.dtype)
-        return fused(query, key, value, attn_mask=attn_mask, **kwargs)
+        return fused(query, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
-    sizes = {"is_decoder": False} | ({"projected_size": 8} if model_type == "linformer_lm" else {})
-    config = AutoConfig.for_model(model_type, **FamilyTester.base_arguments | sizes)
+    config = AutoConfig.for_model(model_type, **FamilyTester.base_arguments | {"is_decoder": False} | own)
     torch.manual_seed(0)
     model = AutoModelForMaskedLM.from_config(config).train()
     ids, mask = masked_batch()

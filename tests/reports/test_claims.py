@@ -263,6 +263,7 @@ def test_faster_from_d_squared_on_is_asked_there(files):
 
 def test_memory_takes_more_than_one_run(files):
     quote = "14× less memory"
+    (files / "linformer_lm_grid.json").unlink()
     assert all("(n = 1)" in finding.number for finding in claim(quote).findings if "less" in finding.number)
     assert claim(quote).verdict == OPEN
 
