@@ -130,7 +130,7 @@ class SparseAttention(Projections, Mixer):
                 output, weights = self.attend(inputs, N, options)
             return output, weights if rows is None or weights is None else weights.transpose(1, 2)
 
-        if past_key_values is None and self.trains_exactly(inputs[0]):
+        if past_key_values is None and self.attends_in_float32(inputs[0]):
             with torch.autocast("cpu", enabled=False):
                 output, weights = over_rows(rows, mix, *in_float32(*inputs))
             output = output.to(hidden_states.dtype)

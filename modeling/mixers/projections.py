@@ -80,13 +80,13 @@ class Projections:
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         kwargs |= {"dropout": dropout, "scaling": self.scaling}
-        if not self.trains_exactly(query):
+        if not self.attends_in_float32(query):
             return interface(self, query, key, value, mask, **kwargs)
         with torch.autocast("cpu", enabled=False):
             mixed, weights = interface(self, *in_float32(query, key, value, mask), **kwargs)
         return mixed.to(query.dtype), weights
 
-    def trains_exactly(self, query) -> bool:
+    def attends_in_float32(self, query) -> bool:
         """Whether attention is computed in float32, whatever the model's type: torch derives its fused attention more
         slowly in bfloat16 where a CPU computes small heads."""
         if not self.training or self.config.attention_dropout or self.config._attn_implementation != "sdpa":

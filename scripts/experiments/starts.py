@@ -87,7 +87,7 @@ def is_finished(options: LinearizeOptions) -> bool:
     made = Path(options.output_dir) / report.RESULTS
     if not made.exists() or options.push_to_hub:
         return False
-    return read_json(made)["teacher_fingerprint"] == fingerprint(load_teacher(options))
+    return read_json(made).get("teacher_fingerprint") == fingerprint(load_teacher(options))
 
 
 def convert(name: str, variant: dict[str, Any], shared: dict[str, Any], folder: Path):

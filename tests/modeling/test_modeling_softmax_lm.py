@@ -146,15 +146,20 @@ def test_attention_of_small_heads_is_derived_in_float32(monkeypatch, model_type,
     torch.manual_seed(0)
     model = AutoModelForMaskedLM.from_config(config).train()
     ids, mask = masked_batch()
-    with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=mask).logits
+    gradient = model.model.layers[0].mixer.q_proj.weight
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    expected.square().sum().backward()
+    exact, expected = gradient.grad.clone(), expected.detach()
     for automatic in (True, False):
         dtypes.clear()
         if not automatic:
             model = model.to(torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16, enabled=automatic):
             logits = model(input_ids=ids, attention_mask=mask).logits
-            logits.float().sum().backward()
+            model.zero_grad()
+            logits.float().square().sum().backward()
+            found = model.model.layers[0].mixer.q_proj.weight.grad.float()
+            assert (found - exact).norm() < 0.05 * exact.norm()
             assert dtypes == [torch.float32] * config.num_hidden_layers
             torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.02)
             dtypes.clear()
