@@ -22,6 +22,7 @@ from ordnung.modeling.registration import LORA_TARGETS
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.linearizing import measure
 from ordnung.scripts.linearizing.data import Text, documents_of, mean_states, real_tokens
+from ordnung.scripts.linearizing.divergence import divergence
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.linearizing.teacher import (
     Mixed,
@@ -333,12 +334,11 @@ class Distillation(Stage):
         return sum(errors) / len(errors)
 
     def predictions(self, batch, real, logits, states) -> dict[str, torch.Tensor]:
-        costs, T = {}, self.options.temperature
+        costs = {}
         if "kl" in self.weights:
             with torch.no_grad():
-                wanted = F.log_softmax(self.outputs.logits(states).float() / T, dim=-1)
-            kl = F.kl_div(F.log_softmax(logits.float() / T, dim=-1), wanted, reduction="none", log_target=True).sum(-1)
-            costs["kl"] = T**2 * (kl * real).sum()
+                wanted = self.outputs.logits(states)
+            costs["kl"] = divergence(logits, wanted, real, self.options.temperature)
         if "lm" in self.weights:
             labels = batch["labels"][:, 1:].flatten()
             costs["lm"] = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels, reduction="sum")
