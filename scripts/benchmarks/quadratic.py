@@ -289,7 +289,7 @@ def measure_all(options) -> dict:
     for d in options.head_sizes:
         check(options, d)
     results = {
-        "machine": machine_info(),
+        "machine": machine_info(options.device),
         "settings": {name: value for name, value in asdict(options).items() if name != "output"},
         "state_tokens": {str(d): state_tokens(d) for d in options.head_sizes},
         "lengths": [],

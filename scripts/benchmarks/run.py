@@ -112,7 +112,7 @@ def run(options) -> int:
     checks = run_checks(options.variants, settings)
     wrong = {name for check in checks.values() if not check["passed"] for name in check["variants"]}
     results = {
-        "machine": machine_info(),
+        "machine": machine_info(settings.device),
         "settings": dataclasses.asdict(settings),
         "baseline": options.baseline,
         "variants": {name: VARIANTS[name].description for name in options.variants},

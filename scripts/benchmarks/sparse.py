@@ -381,7 +381,7 @@ def measure_all(options) -> dict:
     """The results of every part, on torch's device as it is set now."""
     flex = compiled_flex(options.window, options.device) if options.flex else None
     results = {
-        "machine": machine_info(),
+        "machine": machine_info(options.device),
         "settings": {name: value for name, value in asdict(options).items() if name != "output"},
         "attention": [],
         "encoders": [],

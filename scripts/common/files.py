@@ -10,7 +10,7 @@ from typing import Any
 def write_text(path: str | Path, text: str):
     """Write a file so that a reader, or a crash half-way, sees the whole old content or the whole new one."""
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # another process may write it too
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

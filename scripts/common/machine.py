@@ -72,8 +72,11 @@ def commit() -> str | None:
         return None
 
 
-def machine_info() -> dict:
+def machine_info(device: str | None = None) -> dict:
     """Describe the machine, the software and the running command.
+
+    Args:
+        device: "cpu" where a program was told to compute there: GPUs that the machine may have are left out then.
 
     Returns a JSON-serialisable dict; what the system does not tell is None. `memory_bytes` is installed main memory,
     `cores` the cores this process may use, `threads` those torch computes with now: set them before calling this.
@@ -81,7 +84,8 @@ def machine_info() -> dict:
     import psutil
     import torch
 
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    number = 0 if device == "cpu" else torch.cuda.device_count()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(number)]
     return {
         "cpu": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

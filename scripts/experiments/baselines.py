@@ -1,11 +1,13 @@
 """Scores of the majority class, and of TF-IDF with logistic regression."""
 
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info, package_version
 from ordnung.scripts.common.tables import markdown_table
@@ -64,7 +66,13 @@ def score(task: Task, options: BaselineOptions) -> dict[str, Any]:
     splits = {name: split.to_dict() for name, split in load_splits(task, options).items() if name not in task.tests}
     train, results = splits.pop("train"), {}
     for name, fit in BASELINES.items():
-        predict, metric = fit(train, task), Glue(task.name, keep_in_memory=True)
+        try:
+            predict, metric = fit(train, task), Glue(task.name, keep_in_memory=True)
+        except ValueError as error:  # scikit-learn's: no word in two texts, or one class
+            raise ScriptError(
+                f"{task.name}: {len(train['label'])} training rows are too few for {name} ({error}): give more by "
+                "--max_train_samples"
+            ) from error
         metrics = {
             split: metric.compute(predictions=predict(rows), references=rows["label"]) for split, rows in splits.items()
         }
@@ -72,10 +80,16 @@ def score(task: Task, options: BaselineOptions) -> dict[str, Any]:
     return {"training_rows": len(train["label"]), **results}
 
 
+def settings_of(options: BaselineOptions) -> dict[str, Any]:
+    """What scores depend on."""
+    return {name: value for name, value in asdict(options).items() if name != "output_dir"}
+
+
 def run(options: BaselineOptions) -> int:
     """Score the tasks and write the results; returns the exit status."""
     tasks = choose_tasks(options.task_name)
-    results = {"machine": machine_info(), "scikit_learn": package_version("scikit-learn"), "tasks": {}}
+    results = {"machine": machine_info(), "scikit_learn": package_version("scikit-learn")}
+    results |= {"settings": settings_of(options), "tasks": {}}
     for task in tasks:
         results["tasks"][task.name] = score(task, options)
     output_dir = Path(options.output_dir)

@@ -145,14 +145,21 @@ def ngram_rows(results: dict, header: list[str]) -> list[list[str]]:
 
 
 def beside_counting(results: dict) -> list[str]:
-    """A sentence on which variants are below the trigram; without n-grams, none."""
+    """Which variants are below the trigram, apart those of other lengths than it counted; nothing without n-grams."""
     if "ngrams" not in results:
         return []
-    trigram = results["ngrams"]["trigram"]["mean"]
-    below = [name for name, result in results["variants"].items() if result["eval_perplexity"]["mean"] < trigram]
+    trigram, usual = results["ngrams"]["trigram"]["mean"], results["settings"]["pretrain"].get("max_steps")
+    below, longer = [], []
+    for name, result in results["variants"].items():
+        if result["eval_perplexity"]["mean"] < trigram:
+            steps = result.get("steps", usual)
+            below += [name] if steps == usual else []
+            longer += [f"{name} ({steps:,} steps)"] if steps != usual else []
+    counted = f"{usual:,} steps" if usual else "training"
+    apart = f"; of other lengths: {', '.join(longer)}" if longer else ""
     return [
-        f"Counted: interpolated Kneser-Ney on the same tokens. Below its trigram ({trigram:.1f}): "
-        f"{', '.join(below) or 'none'}. What is not below it gives no verdict."
+        f"Counted: interpolated Kneser-Ney on the tokens of {counted}. Below its trigram ({trigram:.1f}): "
+        f"{', '.join(below) or 'none'}{apart}. What is not below it gives no verdict."
     ]
 
 
@@ -364,7 +371,7 @@ def run(options: CompareOptions) -> int:
     if options.baseline is not None:
         hold_against(variants, options.baseline)
     results = {
-        "machine": machine_info(),
+        "machine": machine_info("cpu" if shared.use_cpu else None),
         "settings": {**settings, "variants": options.variants},
         "seeds": options.seeds,
         "baseline": options.baseline,

@@ -55,7 +55,8 @@ class ControlAttention(Projections, Mixer):
     The latter is linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.2), with phi after rotary
     positions, so that weights stay positive. A gate multiplies w by exp(G[i] - G[j]), G the sum of log decays. Computed
     by the formula with all N x N weights, for short rows of one document without padding. `cache_bytes` is what each
-    would hold to generate: softmax 2 N rows, elu d rows of d + 1 a head in float32, and the last rows of a convolution.
+    would hold to generate: softmax 2 N rows (N where no content is scored), elu d rows of d + 1 a head in float32, and
+    the last rows of a convolution.
     """
 
     layer_type = "control_attention"
@@ -123,7 +124,8 @@ class ControlAttention(Projections, Mixer):
         tail = max(0, self.config.short_conv_kernel - 1) * sum(self.sizes) * itemsize
         if self.config.weights == "elu":
             return tail + 4 * heads * self.head_dim * (self.head_dim + 1)
-        return tail + 2 * seq_len * heads * self.head_dim * itemsize
+        kept = 2 if self.score.reads_content else 1  # keys and values, or values alone
+        return tail + kept * seq_len * heads * self.head_dim * itemsize
 
 
 class ControlAttentionLMPreTrainedModel(BackbonePreTrainedModel):

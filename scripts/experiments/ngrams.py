@@ -13,6 +13,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from ordnung.scripts.common import corpus
+from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.common.machine import machine_info
 from ordnung.scripts.common.tables import summarise
@@ -121,6 +122,8 @@ def ngram_lines(shared: PretrainOptions, data: dict[str, str], seeds: list[int])
 def run(options) -> int:
     """Compute the lines of a results file of compare.py or transfer.py and write them; returns the exit status."""
     results = read_json(Path(options.results))
+    if not results["settings"].get("pretrain"):
+        raise ScriptError(f"--results {options.results} holds models that were not pretrained there: name another file")
     pretrain = {**results["settings"]["pretrain"], **(options.pretrain or {})}
     with TemporaryDirectory() as folder:
         shared = check_pretrain(pretrain)

@@ -28,7 +28,9 @@ class VariantOptions:
         if self.only:
             if unknown := set(self.only) - set(self.variants):
                 raise ScriptError(f"--only {min(unknown)} must be one of the variants {', '.join(self.variants)}")
-            self.leave_out(set(self.variants) - set(self.only))
+            others = set(self.variants) - set(self.only)
+            self.only = self.only if others else None
+            self.leave_out(others)
 
     def leave_out(self, others: set[str]):
         """Take variants out of all that names them."""
@@ -107,6 +109,11 @@ class RecallOptions(TrainingOptions):
             )
         if self.distance_edges != sorted(set(self.distance_edges)) or len(self.distance_edges) < 2:
             raise ScriptError(f"--distance_edges {self.distance_edges} must be two or more rising numbers")
+        if self.distance_edges[0] > 1 or self.distance_edges[-1] < self.sequence_length:
+            raise ScriptError(
+                f"--distance_edges {self.distance_edges} must reach from 1 to --sequence_length "
+                f"({self.sequence_length}): queries at other distances would be in no range"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -187,6 +194,11 @@ class CompareOptions(VariantOptions):
             raise ScriptError(f"--baseline {self.baseline} must be one of the variants {', '.join(self.variants)}")
         self.equal_compute = self.equal_compute or []
         self.equal_compute_only = self.equal_compute_only or []
+        if self.only and self.equal_compute and self.equal_compute_with is None:
+            raise ScriptError(
+                f"--only {' '.join(self.only)} changes which variant is the dearest: name one of them by "
+                "--equal_compute_with"
+            )
         other = [self.equal_compute_with] if self.equal_compute_with is not None else []
         named = {"equal_compute": self.equal_compute, "equal_compute_with": other}
         for option_name, names in named.items():
@@ -210,6 +222,12 @@ class CompareOptions(VariantOptions):
         self.sweep = self.sweep or {}
         if self.sweep and not any(isinstance(values, list) for values in self.sweep.values()):
             raise ScriptError("--sweep has no list of values to choose from: learning_rate=[1e-3,3e-3]")
+        for name in ("max_steps", "eval_steps"):
+            if isinstance(self.sweep.get(name), list):
+                raise ScriptError(
+                    f"--sweep {name}={self.sweep[name]}: what is compared trains for as long as --pretrain says, so "
+                    "give one number for all tries"
+                )
 
     def leave_out(self, others: set[str]):
         super().leave_out(others)
@@ -278,7 +296,9 @@ class TransferOptions(VariantOptions):
             raise ScriptError(
                 f"variant {min(self.pretrained)} is pretrained: give --pretrain, or the source that it starts from"
             )
-        choose_tasks([*self.task_name, *self.finetune_by_task])
+        self.task_name = [task.name for task in choose_tasks(self.task_name)]
+        if self.finetune_by_task:
+            choose_tasks([*self.finetune_by_task])
         for options in (self.finetune, *self.finetune_by_task.values()):
             own = [name for name in OWN_OPTIONS if name in options]
             if own:

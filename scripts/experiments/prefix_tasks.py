@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.figures import legend_below, new_figure, of_variants, styles
 from ordnung.scripts.common.files import read_json, write_json
+from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import (
     estimate,
     markdown_table,
@@ -215,7 +216,7 @@ def size_of(settings: dict, name: str, size: str) -> int:
 
 def markdown(results: dict) -> str:
     """The table of a results dictionary."""
-    settings, machine, own = results["settings"], results["machine"], varied(results["settings"])
+    settings, own = results["settings"], varied(results["settings"])
     hops = range(1, settings["hops"] + 1) if settings["task"] == "pointer" else []
     header = ["variant", *(SIZES[size] for size in own)]
     header += ["parameters", "MFLOPs a step", "steps", "seconds", "answers right"]
@@ -248,8 +249,7 @@ def markdown(results: dict) -> str:
     task = ", ".join(f"{name} {settings[name]}" for name in sizes if name not in own)
     return paragraphs(
         f"{settings['task']}, {task}: {seeds_described(results['seeds'])}, at equal steps and, where a variant "
-        f"appears twice, at {longer}. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
+        f"appears twice, at {longer}. {described(results['machine'])}",
         *trained_earlier(results),
         markdown_table(header, body),
     )

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from ordnung.scripts.common.figures import new_figure
 from ordnung.scripts.common.files import read_json, write_json
+from ordnung.scripts.common.machine import described
 from ordnung.scripts.common.tables import (
     estimate,
     markdown_table,
@@ -170,7 +171,7 @@ def state_size(result: dict) -> str:
 
 def markdown(results: dict) -> str:
     """The tables of a results dictionary, and what to bear in mind with them."""
-    settings, machine, variants = results["settings"], results["machine"], results["variants"]
+    settings, variants = results["settings"], results["variants"]
     header = ["variant", "pairs", "all distances", *range_names(settings["distance_edges"])]
     body = [
         [name, str(num_pairs), estimate(total, 3), *("-" if cell is None else estimate(cell, 3) for cell in cells)]
@@ -181,9 +182,7 @@ def markdown(results: dict) -> str:
     head = [
         f"Share of queries answered with the right value, by the distance from the query back to its key, after "
         f"{settings['max_steps']} steps of {settings['batch_size']} sequences of {settings['sequence_length']} tokens; "
-        f"{seeds_described(results['seeds'])}. {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, "
-        f"ordnung {machine['ordnung']}, {machine['date'][:10]}.",
+        f"{seeds_described(results['seeds'])}. {described(results['machine'])}",
         f"Chance: {results['chance']:.3f} for any value, and for one of the values shown {shown} pairs. What is not "
         "solved was not learned in these steps, which is no proof that it cannot be; what lies beyond the receptive "
         "field cannot.",

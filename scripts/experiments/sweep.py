@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.files import read_json
+from ordnung.scripts.common.files import read_json, write_json
 from ordnung.scripts.experiments.compare_data import DATA_OPTIONS
 from ordnung.scripts.training.loop import NotFiniteError
 
@@ -50,12 +50,15 @@ def try_all(
     tried = []
     for choice in choices:
         own = folder / ",".join(f"{name}={value}" for name, value in choice.items())
-        try:
-            if status := train(choice, own):
-                return status, tried
-            loss = read_json(own / "results.json")["evaluation"]["eval_loss"]
-        except NotFiniteError:
-            loss = None
+        loss, diverged = None, own / "diverged.json"
+        if not diverged.exists():
+            try:
+                if status := train(choice, own):
+                    return status, tried
+                loss = read_json(own / "results.json")["evaluation"]["eval_loss"]
+            except NotFiniteError as error:
+                own.mkdir(parents=True, exist_ok=True)
+                write_json(diverged, {"error": str(error)})
         tried.append({"options": choice, "eval_loss": loss})
     return 0, tried
 

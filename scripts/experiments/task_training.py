@@ -133,6 +133,6 @@ def train_all(
         for name in runs:
             runs[name].append(run(name, seed, output_dir / "runs" / f"{name}-seed{seed}.json"))
     settings |= {"variants": options.variants, "training_by_variant": own}
-    results = {"machine": machine_info(), "settings": settings, "seeds": options.seeds}
+    results = {"machine": machine_info(options.device), "settings": settings, "seeds": options.seeds}
     results["variants"] = {name: variants[name] if name in variants else collect(name, runs[name]) for name in configs}
     return results | ({"earlier": earlier.origins(variants)} if variants else {})

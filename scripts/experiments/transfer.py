@@ -30,13 +30,14 @@ SHARED = ("dataset_name", "max_train_samples", "max_eval_samples")
 
 
 def baseline(options: TransferOptions, task: str, output_dir: Path) -> dict[str, Any]:
-    """The scores of a task without a neural network, computed once."""
+    """The scores of a task without a neural network, computed once for each data."""
     path = output_dir / "results.json"
-    if not path.exists():
-        own = {"task_name": [task], "dataset_path": options.data_path(task), "output_dir": str(output_dir)}
-        shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
-        own |= {name: shared[name] for name in SHARED if name in shared}
-        baselines.run(parse_options(BaselineOptions, arguments(own)))
+    own = {"task_name": [task], "dataset_path": options.data_path(task), "output_dir": str(output_dir)}
+    shared = {**options.finetune, **options.finetune_by_task.get(task, {})}
+    own |= {name: shared[name] for name in SHARED if name in shared}
+    parsed = parse_options(BaselineOptions, arguments(own))
+    if not path.exists() or read_json(path).get("settings") != baselines.settings_of(parsed):
+        baselines.run(parsed)
     return read_json(path)["tasks"][task]
 
 
@@ -154,7 +155,7 @@ def run(options: TransferOptions) -> int:
                 return status
             variants[name]["tasks"][task] = read_json(folder / "results.json")["tasks"][task]
     results = {
-        "machine": machine_info(),
+        "machine": machine_info("cpu" if options.finetune.get("use_cpu") else None),
         "settings": settings | by_task | {"variants": options.variants},
         "task_name": options.task_name,
         "seeds": options.seeds,

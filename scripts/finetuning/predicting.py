@@ -175,11 +175,20 @@ class Predictor:
         self.encoder = encoder_of(head)(tokenizer, columns, length, options.truncation)
         self.runner = Runner(model, tokenizer, options)
         self.cut = self.empty = 0
+        # whatever the first rows are: a table's columns stay what they are there
+        fixed = {"ForTokenClassification": "predicted_tags", "ForQuestionAnswering": "predicted_answer"}
+        if head in fixed:
+            self.names = [fixed[head]]
+        else:
+            scores = np.zeros((1, self.config.num_labels))
+            self.names = list(next(answers(scores, self.config, options.top_k, options.threshold)))
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with their predictions; without one where there is no text."""
         full = [
-            number for number, row in enumerate(rows) if not any(is_missing(row.get(name)) for name in self.columns)
+            number
+            for number, row in enumerate(rows)
+            if not any(is_missing(row.get(name)) or row[name] == [] for name in self.columns)
         ]
         self.empty += len(rows) - len(full)
         made: list[dict] = [{} for _ in rows]
@@ -190,8 +199,7 @@ class Predictor:
             self.cut += examples.cut
             for number, answer in zip(full, self._answers(examples, texts)):
                 made[number] = answer
-        names = list(next((answer for answer in made if answer), {}))
-        return [{**row, **(answer or dict.fromkeys(names))} for row, answer in zip(rows, made)]
+        return [{**row, **(answer or dict.fromkeys(self.names))} for row, answer in zip(rows, made)]
 
     def _answers(self, examples: Examples, texts: dict[str, list]) -> Iterator[dict[str, Any]]:
         logits = self.runner(examples)

@@ -71,7 +71,7 @@ def collect(output_dir: Path, seeds: list[int], options: FinetuneOptions) -> dic
                 for split, scores in summary["metrics"].items()
             }
     results = {
-        "machine": machine_info(),
+        "machine": machine_info("cpu" if options.use_cpu else None),
         "model": options.model_name_or_path,
         "settings": options.record(),
         "seeds": seeds,

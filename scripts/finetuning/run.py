@@ -302,7 +302,7 @@ class Finetuning(Job):
             "examples_per_second": trained / loop.seconds,
             "truncated": data.truncated,
             "packing": self.packing,
-            "machine": machine_info(),
+            "machine": machine_info("cpu" if options.use_cpu else None),
         }
         title = f"{Path(options.model_name_or_path).name}, {task.name}, seed {self.seed}"
         if task.splits:

@@ -141,14 +141,17 @@ def load_long_text(options: LinearizeOptions, tokenizer) -> np.ndarray:
     return perplexity.encode(documents, tokenizer, options.long_tokens)[0]
 
 
+PAIR_COLUMNS = ("sentence1", "sentence2", "label")
+
+
 def load_pairs(path: str) -> datasets.Dataset:
-    """Pairs of texts: columns sentence1, sentence2 and label.
+    """Pairs of texts: columns `PAIR_COLUMNS`.
 
     Raises:
         ScriptError: as `load_rows`, or other columns.
     """
     pairs = load_rows([path], "similarity_file")
-    missing = {"sentence1", "sentence2", "label"} - set(pairs.column_names)
+    missing = set(PAIR_COLUMNS) - set(pairs.column_names)
     if missing:
         raise ScriptError(f"--similarity_file {path} has no column {min(missing)!r}, only {pairs.column_names}")
     return pairs

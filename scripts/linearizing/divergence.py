@@ -35,7 +35,7 @@ class Divergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient_of_total):
         (gradient,) = ctx.saved_tensors
-        return gradient * gradient_of_total, None, None, None
+        return gradient.mul_(gradient_of_total), None, None, None  # in place: none asks twice
 
 
 def divergence(

@@ -55,7 +55,7 @@ def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
         "curve": run.curve(),
         "state_bytes": {"student": measure.state_bytes(student), "teacher": measure.state_bytes(teacher)},
         "options": options.record(),
-        "machine": machine_info(),
+        "machine": machine_info("cpu" if options.use_cpu else None),
     }
     if not pair.encoder:
         made["decoding"] = measure.decode_times(pair, run.text.held_out_tokens, options.decode_lengths)
@@ -69,10 +69,13 @@ def results(run, after: dict[str, Any], layers: list[dict]) -> dict[str, Any]:
 
 
 def _written(run) -> dict[str, str]:
-    ids = torch.from_numpy(run.text.held_out_tokens[None, :PROMPT].astype(np.int64)).to(run.pair.student.device)
+    pair = run.pair
+    longest = min(model.config.longest_row or PROMPT + WRITTEN for model in (pair.student, pair.teacher))
+    prompt, new = min(PROMPT, longest // 2), min(WRITTEN, longest - longest // 2)
+    ids = torch.from_numpy(run.text.held_out_tokens[None, :prompt].astype(np.int64)).to(pair.student.device)
     written = {"prompt": run.tokenizer.decode(ids[0])}
-    for name, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=WRITTEN, do_sample=False)
+    for name, model in (("student", pair.student), ("teacher", pair.teacher)):
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
         written[name] = run.tokenizer.decode(made[0, ids.shape[1] :])
     return written
 

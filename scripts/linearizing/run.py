@@ -1,5 +1,6 @@
 """One linearization: converted, measured, trained in two stages, measured again, its results written."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -18,7 +19,7 @@ from ordnung.scripts.common.files import read_json, read_json_lines, write_json,
 from ordnung.scripts.common.models import check_overrides, check_source
 from ordnung.scripts.hub import sharing
 from ordnung.scripts.linearizing import measure, report
-from ordnung.scripts.linearizing.data import Text, load_long_text, load_pairs
+from ordnung.scripts.linearizing.data import PAIR_COLUMNS, Text, load_long_text, load_pairs
 from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.linearizing.stages import Distillation, Stage, Transfer, merge_adapters
 from ordnung.scripts.linearizing.teacher import (
@@ -64,6 +65,9 @@ class Linearization:
             several = pair.student.config.packs_documents
             self.text = Text(options, self.tokenizer, pair.encoder, several, accelerator.device)
             self.long_text = load_long_text(options, self.tokenizer) if options.long_file and not pair.encoder else None
+            if self.long_text is not None:
+                for model in (pair.teacher, pair.student):
+                    limits.check_length(model, len(self.long_text), "long_tokens", extrapolate=True)
             self.similar = load_pairs(options.similarity_file) if options.similarity_file else None
         made_with = {"teacher": pair.fingerprint, "mixed_precision": accelerator.mixed_precision}
         self.outputs = TeacherOutputs(pair.teacher, pair.encoder, options.teacher_outputs, made_with)
@@ -158,8 +162,8 @@ class Linearization:
         if path.exists():
             before = read_json(path)
             self._set_layers(before["layer_types"])
-            if self.similar is not None and "similarity" not in before["floor"]:  # it was not asked for then
-                self._add_similarities(before)
+            if self.similar is not None and before.get("similarity_of") != self._similarity_of():
+                self._add_similarities(before)  # it was not asked for then, or of other pairs
             return before
         pair, before = self.pair, {"layer_types": None}
         logger.info(f"measuring on {len(self.text.held_out_tokens):,} held-out tokens")
@@ -175,6 +179,8 @@ class Linearization:
         before |= {"variances": mixed, "state_variances": states}
         before["layers"] = measure.fidelity(pair, self.text.held_out)
         before |= self.compare_models()
+        if self.similar is not None:
+            before["similarity_of"] = self._similarity_of()
         before = json.loads(json.dumps(before))  # as it is read again
         self.accelerator.wait_for_everyone()
         if self.is_main:
@@ -206,6 +212,11 @@ class Linearization:
         with measure.without_mixing(pair):
             found["floor"] = measure.score(pair.student, pair.student, held_out).summary(teacher)
         return found
+
+    def _similarity_of(self) -> str:
+        """A digest of the pairs that similarity is measured on."""
+        pairs = [list(self.similar[name]) for name in PAIR_COLUMNS]
+        return hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()
 
     def _add_similarities(self, found: dict[str, dict]):
         """How well each model's mean states tell similar texts, into `found`."""
@@ -261,6 +272,11 @@ def check_kind(options: LinearizeOptions, encoder: bool):
         if value != default:
             kind, other = ("an encoder", "language models") if encoder else ("a language model", "encoders")
             raise ScriptError(f"--{name} {value} is for {other}, and {options.source} is {kind}: leave it out")
+    if options.teacher_outputs and not encoder and (options.hidden_weight or not options.kl_weight):
+        raise ScriptError(
+            f"--teacher_outputs {options.teacher_outputs} keeps a language model's last states, which only --kl_weight "
+            "without --hidden_weight reads: leave it out"
+        )
     if encoder and options.hidden_weight == options.cosine_weight == 0 and options.distill_steps:
         raise ScriptError("--hidden_weight and --cosine_weight are 0: nothing is left to train on")
 

@@ -316,7 +316,7 @@ class Distillation(Stage):
                 costs["cosine"] = (1 - F.cosine_similarity(*means)).sum()
             return costs
         if "hidden" not in self.weights:
-            theirs = self.outputs.states(batch)
+            theirs = self.outputs.states(batch) if "kl" in self.weights else None
             return self.predictions(batch, real, model(**inputs).logits, theirs)
         with torch.no_grad():
             base = base_of(self.pair.teacher)

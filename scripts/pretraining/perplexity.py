@@ -140,7 +140,7 @@ def run(options) -> int:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": options.dtype,
         "seconds": time.perf_counter() - start,
-        "machine": machine_info(),
+        "machine": machine_info("cpu" if options.use_cpu else None),
     }
     shown = [f"{results[name]:,.4f}" for name in ("loss", "perplexity", "bits_per_byte")]
     header = ["loss", "perplexity", "bits per byte", "predicted tokens"]

@@ -159,7 +159,7 @@ class Pretraining(Job):
                     "evaluation": evaluation,
                     "eval_results": describe_evaluation(options, evaluation),
                     "best": loop.best,
-                    "machine": machine_info(),
+                    "machine": machine_info("cpu" if options.use_cpu else None),
                 }
                 write_json(self.output_dir / "results.json", results)
                 plot_loss(self.output_dir / "metrics.jsonl", self.output_dir / "loss_curve.png", self.output_dir.name)

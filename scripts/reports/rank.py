@@ -91,6 +91,32 @@ def queries_and_keys(model: PreTrainedModel, ids: torch.LongTensor) -> list[tupl
     return found
 
 
+def read_passages(options, name: str, text: str) -> tuple[PreTrainedModel, list[torch.LongTensor], list[int]]:
+    """A checkpoint in float64, passages (1, tokens) of the text as it reads them, and the lengths to measure.
+
+    A last passage that is shorter than the others is left out.
+
+    Raises:
+        ScriptError: as `load`; the text is too short.
+    """
+    model, tokenizer, _ = load(name)
+    longest = max(options.lengths)
+    if (model.config.longest_row or longest) < longest:  # the learned positions of a source can be repeated
+        model, *_ = load(name, max_position_embeddings=longest + model.config.position_offset)
+    if model.config.longest_row is not None:
+        longest = max((n for n in options.lengths if n <= model.config.longest_row), default=0)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = min(options.passages, ids.shape[1] // longest) if longest else 0
+    passages = list(ids[:, : max(whole, 1) * longest].split(max(longest, 1), dim=1))
+    lengths = [n for n in options.lengths if n <= min(longest, passages[0].shape[1])]
+    if not lengths:
+        raise ScriptError(f"{name} reads {passages[0].shape[1]} tokens of the text: give less in --lengths")
+    if len(passages) < options.passages or len(lengths) < len(options.lengths):
+        given = f"{ids.shape[1]:,} tokens of text give {len(passages)} of {options.passages} passages"
+        print(f"{name}: {given}, for lengths {' '.join(map(str, lengths))}", flush=True)
+    return model.double(), passages, lengths
+
+
 def model_ranks(options, name: str, text: str) -> dict:
     """Ranks of every head of a checkpoint, by length: [layer][head]; of its own weights, and of "shifted" ones.
 
@@ -100,24 +126,9 @@ def model_ranks(options, name: str, text: str) -> dict:
     [passage][layer][head], of passages of the text one after the other.
 
     Raises:
-        ScriptError: as `load`; the text is too short.
+        ScriptError: as `read_passages`.
     """
-    model, tokenizer, _ = load(name)
-    longest = max(options.lengths)
-    if (model.config.longest_row or longest) < longest:  # the learned positions of a source can be repeated
-        model, *_ = load(name, max_position_embeddings=longest + model.config.position_offset)
-    model = model.double()
-    if model.config.longest_row is not None:
-        longest = max((n for n in options.lengths if n <= model.config.longest_row), default=0)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
-    ids = ids["input_ids"][:, : options.passages * longest]
-    passages = ids.split(longest, dim=1)
-    lengths = [n for n in options.lengths if n <= min(longest, passages[-1].shape[1])]
-    if not lengths:
-        raise ScriptError(
-            f"{name} reads {passages[-1].shape[1]} tokens of passage {len(passages)} of the text: give less in "
-            "--lengths"
-        )
+    model, passages, lengths = read_passages(options, name, text)
     d = model.config.head_dim
     result = {"model": Path(name).name, "d": d, "bound": num_products(d), "layer_types": model.config.layer_types}
     result["lengths"] = []
@@ -278,11 +289,13 @@ def run(options) -> int:
     """Measure, write and print what plot_rank.py's options ask for; returns the exit status.
 
     Raises:
-        ScriptError: as `model_ranks`.
+        ScriptError: as `read_passages`.
     """
     text = ""
     if options.text_file is not None:
         text = "".join(read_text(path) for path in find_files([options.text_file], "text_file"))
+    for name in options.model_name_or_path:  # what is wrong with one is told before any is measured
+        read_passages(options, name, text)
     results = {
         "machine": machine_info(),
         "settings": {name: value for name, value in asdict(options).items() if name != "output_dir"},

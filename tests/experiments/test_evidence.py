@@ -217,8 +217,10 @@ class TestCompareProgram:
         (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
         with pytest.raises(ScriptError, match="holds runs with sweep {}, not .*learning_rate"):
             compare_program.main(argv)
-        with pytest.raises(ScriptError, match="no loss of the sweep stayed finite"):
-            compare_program.main([*argv, "--output_dir", str(tmp_path / "other")])
+        for run in (diverges, None):  # what diverged is not tried again
+            monkeypatch.setattr(pretraining, "run", run)
+            with pytest.raises(ScriptError, match="no loss of the sweep stayed finite"):
+                compare_program.main([*argv, "--output_dir", str(tmp_path / "other")])
 
     def test_models_that_count_no_flops_and_runs_of_epochs_have_their_rows(self, tmp_path):
         results = json.loads((RESULTS / "compare_protocol.json").read_text())
@@ -266,6 +268,11 @@ class TestCompareProgram:
                 "validation_fraction must be above 0, not 0: --sweep chooses on",
             ),
             (["--sweep", "learning_rate=0.1"], "--sweep has no list of values"),
+            (["--sweep", "max_steps=[2,3]"], r"--sweep max_steps=\[2, 3\]: what is compared trains for as long as"),
+            (
+                ["--only", "conv", "--baseline", "conv", "--equal_compute", "conv"],
+                "--only conv changes which variant is the dearest: name one of them by --equal_compute_with",
+            ),
             (["--sweep", "learning_rat=[0.1,0.2]"], "did you mean 'learning_rate'"),
             (["--baseline", "conv_lm"], "--baseline conv_lm must be one of the variants conv, softmax"),
             (["--equal_compute", "conv_lm"], "--equal_compute conv_lm must be one of the variants conv, softmax"),
@@ -291,6 +298,16 @@ class TestCompareProgram:
         with pytest.raises(ScriptError, match="at least 258, not 5"):
             compare_program.main([*argv, "--pretrain", "train_tokenizer_vocab_size=5"])
         assert compare_program.main(argv) == 143
+
+
+def test_n_grams_are_of_one_number_of_steps():
+    def variant(steps, perplexity):
+        return {"steps": steps, "eval_perplexity": {"mean": perplexity}}
+
+    variants = {"a": variant(5, 9), "b": variant(5, 11), "a_equal_compute": variant(1234, 8)}
+    results = {"settings": {"pretrain": {"max_steps": 5}}, "variants": variants, "ngrams": {"trigram": {"mean": 10}}}
+    (told,) = compare.beside_counting(results)
+    assert "the tokens of 5 steps. Below its trigram (10.0): a; of other lengths: a_equal_compute (1,234 st" in told
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ordnung.scripts import ngrams as program
+from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.experiments.ngrams import KneserNey
 
 V = 7
@@ -78,6 +79,9 @@ def test_program_counts_what_the_runs_saw(tmp_path):
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"settings": {"pretrain": pretrain}, "seeds": [0, 1]}))
     output = tmp_path / "ngrams.json"
+    (tmp_path / "started.json").write_text(json.dumps({"settings": {"pretrain": None}, "seeds": [0]}))
+    with pytest.raises(ScriptError, match="started.json holds models that were not pretrained there"):
+        program.main(["--results", str(tmp_path / "started.json"), "--output_file", str(output)])
     assert program.main(["--results", str(results), "--output_file", str(output)]) == 0
     lines = json.loads(output.read_text())["ngrams"]
     assert lines["training_tokens"] == [160, 160]

@@ -103,6 +103,8 @@ class TestRecallTask:
             ({"num_pairs": [2, 16]}, "must be from 1 to 12"),
             ({"num_queries": 35}, "must be from 1 to 2"),
             ({"distance_edges": [5, 3]}, "rising"),
+            ({"distance_edges": [1, 9, 39]}, r"\[1, 9, 39\] must reach from 1 to --sequence_length \(40\)"),
+            ({"distance_edges": [2, 9, 40]}, r"\[2, 9, 40\] must reach from 1 to --sequence_length \(40\)"),
             ({"seeds": [1, 1]}, "different"),
             ({"max_steps": 0}, "max_steps must be at least 1"),
         ],

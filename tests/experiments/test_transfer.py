@@ -1,6 +1,7 @@
 """The evidence of fine-tuning: baselines, and the recipe that pretrains, fine-tunes and compares."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -30,6 +31,17 @@ def test_majority(tasks, tmp_path):
     rows = {"label": [1, 0, 1, 1], "sentence": list("abcd")}
     assert baselines.fit_majority(rows, GLUE["sst2"])(rows).tolist() == [1, 1, 1, 1]
     assert baselines.fit_majority(rows, GLUE["stsb"])(rows).tolist() == [0.75] * 4
+
+
+def test_too_few_rows_are_told(tasks, tmp_path):
+    argv = ["--task_name", "sst2", "--dataset_path", str(tasks), "--output_dir", str(tmp_path)]
+    with pytest.raises(ScriptError, match="sst2: 1 training rows are too few for tfidf .*: give more by --max_train"):
+        baselines_program.main([*argv, "--max_train_samples", "1"])
+
+
+def test_tasks_may_be_named_together():
+    options = parse_options(TransferOptions, ["--config", "transfer_minilm", "--task_name", "imdb", "all", "sst2"])
+    assert options.task_name == ["imdb", *GLUE]
 
 
 def test_tfidf_finds_the_telling_words(tasks, tmp_path):
@@ -143,6 +155,21 @@ def test_variants_now_and_later_on_another_machine(argv, tmp_path, monkeypatch, 
     (tmp_path / "first" / "results.json").write_text(json.dumps(results))
     with pytest.raises(ScriptError, match="was made with other data of sst2: tfidf scores"):
         transfer_program.main([*argv, *earlier, "--output_dir", str(tmp_path / "wrong")])
+
+
+def test_baselines_are_of_the_data_that_is_given_now(argv, tasks, tmp_path, monkeypatch):
+    folder = tmp_path / "elsewhere" / "sst2"
+    shutil.copytree(tasks / "sst2", folder)
+    rows = datasets.Dataset.from_parquet(str(folder / "validation.parquet"))
+    rows.map(lambda row: {"label": 1}).to_parquet(folder / "validation.parquet")
+    monkeypatch.setattr(pretraining, "run", lambda options: 143)
+    argv, found = [*argv, "--task_name", "sst2"], []
+    for path in (tasks / "sst2", folder, folder):
+        assert transfer_program.main([*argv, "--glue_path", str(path)]) == 143
+        made = json.loads((tmp_path / "out" / "baselines" / "sst2" / "results.json").read_text())
+        found.append((made["tasks"]["sst2"]["majority"]["score"], made["machine"]["date"]))
+        monkeypatch.setattr(baselines, "run", baselines.run if len(found) < 2 else None)
+    assert found[0][0] != found[1][0] and found[1] == found[2]
 
 
 @pytest.mark.parametrize(

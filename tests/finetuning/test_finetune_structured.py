@@ -93,6 +93,11 @@ def test_tags_are_learned_scored_and_predicted(model, tmp_path):
     details = results(folder)["details"]["validation"]
     assert set(details["per_class"]) == {"PER", "LOC"} and details["baseline"]["entity_f1"] == 0
     assert details["intervals"]["entity_f1"][0] <= scored["entity_f1"] <= details["intervals"]["entity_f1"][1]
+    empty = write_json_lines(tmp_path / "empty.jsonl", [{"tokens": []}, {"tokens": rows[0]["tokens"]}])
+    assert [row["predicted_tags"] for row in run_predict(tmp_path / "out", empty, tmp_path / "none.jsonl")] == [
+        None,
+        made[0]["predicted_tags"],
+    ]
     # a pipeline reads the text itself
     pipe = pipeline("token-classification", model=str(folder), device="cpu", aggregation_strategy="first")
     text = " ".join(rows[0]["tokens"])

@@ -164,6 +164,15 @@ def test_rows_without_text_have_no_prediction(tuned, tmp_path, capsys):
     assert "out.tsv: 5 rows; 1 rows without text, and so without prediction" in capsys.readouterr().out
 
 
+def test_the_first_rows_may_be_without_text(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicting, "BATCHES_PER_PIECE", 1)
+    rows = [{"text": " "}] * 4 + [{"text": row["text"]} for row in tickets(20, 0)][:5]
+    file = write_json_lines(tmp_path / "new.jsonl", rows)
+    made = run(tuned / "tickets", file, tmp_path / "out.csv", "--per_device_eval_batch_size", "2", "--top_k", "2")
+    assert [bool(row["predicted_label"]) for row in made] == [False] * 4 + [True] * 5
+    assert all(row["predicted_probability_2"] for row in made[4:])
+
+
 def test_adapters_merged_and_stand_alone_folders(tuned, tmp_path):
     train = write_csv(tmp_path / "train.csv", tickets(60, 0))
     tune(tuned / "model", train, tmp_path / "lora", use_peft=True, merge_adapter=True, max_steps=4)

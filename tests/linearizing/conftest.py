@@ -6,7 +6,7 @@ import torch
 from accelerate.state import AcceleratorState
 from linear_runs import LINFORMER, TINY
 from tiny_runs import write_text
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ordnung.scripts import linearize
 from ordnung.scripts.common import corpus
@@ -14,7 +14,7 @@ from ordnung.scripts.common import corpus
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A folder with text.txt, documents.jsonl, pairs.jsonl and the teachers llama and bert."""
+    """A folder with text.txt, documents.jsonl, pairs.jsonl and the teachers llama, bert and gpt2 (of 40 positions)."""
     folder = tmp_path_factory.mktemp("data")
     sentences = write_text(folder)
     pairs = [
@@ -26,6 +26,7 @@ def data(tmp_path_factory):
     teachers = {
         "llama": LlamaForCausalLM(LlamaConfig(vocab_size=300, num_key_value_heads=2, initializer_range=0.2, **TINY)),
         "bert": BertModel(BertConfig(vocab_size=300, max_position_embeddings=64, initializer_range=0.2, **TINY)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=40, n_embd=16, n_layer=2, n_head=2)),
     }
     for name, teacher in teachers.items():
         teacher.save_pretrained(folder / name)

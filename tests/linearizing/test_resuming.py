@@ -69,6 +69,14 @@ def test_similarity_may_be_asked_for_when_a_run_goes_on(run, data, tmp_path):
     found = results(run(**options, similarity_file=data / "pairs.jsonl"))
     assert {"floor", "student", "teacher"} <= found["converted"].keys() | {"teacher"}
     assert -1 <= found["converted"]["floor"]["similarity"] <= 1 and found["teacher"]["similarity"]
+    # nor are numbers of other pairs kept beside those of new ones
+    pairs = (data / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "others.jsonl").write_text("\n".join(pairs[3:]) + "\n")
+    (run("begun", **options, similarity_file=data / "pairs.jsonl") / "linearize_results.json").unlink()
+    again = results(run("begun", **options, similarity_file=tmp_path / "others.jsonl"))
+    fresh = results(run("fresh", **options, similarity_file=tmp_path / "others.jsonl"))
+    for one in ("converted", "recovered"):
+        assert again[one] == fresh[one] != found[one]
 
 
 def once(function):

@@ -160,12 +160,34 @@ def test_the_floor_is_a_model_whose_mixers_give_zero(run, arguments, tmp_path):
         ({"transfer_steps": -1}, "--transfer_steps must be at least 0"),
         ({"config_overrides": f"layer_types=[{','.join(4 * [LAYER])}]"}, "has 4 entries for `num_hidden_layers` .3."),
         ({"lora_rank": 4}, "--lora_rank: adapters need --use_peft"),
+        ({"teacher_outputs": "x", "hidden_weight": 1}, "--teacher_outputs x keeps .* only --kl_weight"),
+        ({"teacher_outputs": "x", "kl_weight": 0, "lm_weight": 1}, "--teacher_outputs x keeps .*: leave it out"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_before_training(run, tmp_path, options, message):
     with pytest.raises(ScriptError, match=message):
         run(**options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.draws
+def test_a_teacher_with_few_positions(run, data, tmp_path):
+    """Nothing is asked of it that it has no positions for; a long text is refused before training."""
+    few = {"source": data / "gpt2", "transfer_steps": 1, "distill_steps": 1}
+    with pytest.raises(ScriptError, match=r"--long_tokens 100 is above the model's max_position_embeddings \(40\)"):
+        run(**few, long_file=data / "text.txt", long_tokens=100)
+    assert not (tmp_path / "out").exists()
+    found = results(run(**few, long_file=data / "text.txt", long_tokens=40))
+    assert found["longer"][-1]["last"] == 39 and found["text"]["student"]
+
+
+@pytest.mark.parametrize("weights, passes", [({"kl_weight": 0, "lm_weight": 1}, 0), ({"kl_weight": 1}, 1)])
+def test_the_teacher_is_asked_where_something_needs_it(arguments, weights, passes):
+    made, calls = built(arguments(**weights)), []
+    stage = made.stage("distill")
+    made.pair.teacher.model.register_forward_hook(lambda *_: calls.append(1))
+    stage.costs(stage.build_model(None), made.text.held_out[0])
+    assert len(calls) == passes
 
 
 def test_bad_input_of_encoders_is_told_before_training(run, data, tmp_path):

@@ -57,7 +57,8 @@ def test_heads_of_checkpoints(tmp_path, tokenizer, capsys):
     arguments += ["--share", "0.9", "--passages", "2"]
     assert plot_rank.main([*arguments, "--model_name_or_path", *names]) == 0
     results = json.loads((tmp_path / "out" / "rank.json").read_text())
-    assert rank.markdown(results) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert rank.markdown(results) in out and "passages" not in out
     softmax, squared = results["models"]
     assert (softmax["d"], softmax["bound"], squared["d"], squared["bound"]) == (8, 45, 2, 6)
     for row in squared["lengths"]:
@@ -73,6 +74,12 @@ def test_heads_of_checkpoints(tmp_path, tokenizer, capsys):
     assert f"| {own[:, 1].mean():.1f} (" in lowrank.markdown(results)
     lowrank.plot(results, tmp_path / "low.png")
     assert (tmp_path / "low.png").stat().st_size > 10_000
+    # a part of a passage does not make the others shorter
+    (tmp_path / "text.txt").write_text("the whale and the sea and a ship in the storm " * 12)
+    assert plot_rank.main([*arguments, "--model_name_or_path", names[0], "--passages", "9"]) == 0
+    (softmax,) = json.loads((tmp_path / "out" / "rank.json").read_text())["models"]
+    assert [row["n"] for row in softmax["lengths"]] == [16, 64] and 1 <= len(softmax["lengths"][0]["needed"]) < 9
+    assert "of 9 passages, for lengths 16 64" in capsys.readouterr().out
 
 
 def test_singular_values_that_hold_a_share():
