@@ -25,7 +25,10 @@ class ClaimsOptions:
     )
     only: list[str] | None = option(None, "Names of experiments; default: all.")
     inputs: str | None = option(
-        None, "What commands name in braces: books, one_book, encoder, reviews.", section="data", action=MergeKeyValues
+        None,
+        "What commands name in braces: books, one_book, encoder, reviews, glue, imdb.",
+        section="data",
+        action=MergeKeyValues,
     )
     device: Literal["cpu", "cuda"] = option("cpu", "With cuda, larger where an experiment has a larger form.")
     output_dir: str = option("out/claims", "Folder for runs and for done.json.", section="output")

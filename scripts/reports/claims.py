@@ -153,12 +153,12 @@ def linformer_claims() -> list[Claim]:
     name, encoder = "linformer_lm", "linformer_encoder"
     fused, stored = "softmax_encoder_sdpa", "softmax_encoder_eager"
     times = ((512, 1.5), (4096, 3.4), (16384, 8.6), (65536, 20))
+    measured = [*ENCODER_BENCHMARKS, *([GRID] if has_results(GRID) else [])]
     faster = [
-        speed(ENCODER_BENCHMARKS, "forward", encoder, other, length, bound, which)
+        speed(measured, "forward", encoder, other, length, bound, which)
         for other, which in ((f"{stored}_by_head", "stored scores, a head at a time"), (fused, "fused"))
         for length, bound in times
     ]
-    measured = [*ENCODER_BENCHMARKS, *([GRID] if has_results(GRID) else [])]
     less = [
         memory(measured, encoder, other, length, bound, which)
         for other, which in (
@@ -188,6 +188,7 @@ def linformer_claims() -> list[Claim]:
             LINFORMER,
             "Table 2, single runs",
             shared,
+            everywhere,
         ),
         Claim(name, "can be approximated by a low-rank matrix", LINFORMER, "figure 1, no null", ranks),
         *decode_claims(name, "linformer_lm_causal", 65536),
@@ -303,10 +304,12 @@ def evidence(claims: Sequence[Claim]) -> str:
     body = []
     for claim in claims:
         for finding in claim.findings:
-            if finding.file and has_results(finding.file):
-                place = f"[{finding.file}.json](results/{finding.file}.json): {finding.key}"
-                commands = "<br>".join(f"`{machine['command']}`" for machine in machines(finding.file))
-                row = [f'"{claim.quote}"', place, commands, commits(finding.file)]
+            for file in [finding.file, *finding.more]:
+                if file is None or not has_results(file):
+                    continue
+                place = f"[{file}.json](results/{file}.json): {finding.key}"
+                commands = "<br>".join(f"`{machine['command']}`" for machine in machines(file))
+                row = [f'"{claim.quote}"', place, commands, commits(file)]
                 if row not in body:
                     body.append(row)
     return markdown_table(["claim", "results", "command", "commit"], body, padded=False)

@@ -29,13 +29,20 @@ STEADY = 0.1  # relative: a time that rises by less does not grow
 
 @dataclass(frozen=True)
 class Finding:
-    """One measurement of a claim. `key` says where in which results file it stands, `file` is that file's stem."""
+    """One measurement of a claim.
+
+    Args:
+        file: the stem of the results file that it stands in.
+        key: where in it.
+        more: the stems of further files, where it is of several runs.
+    """
 
     against: str
     number: str
     verdict: str
     file: str | None = None
     key: str = ""
+    more: tuple[str, ...] = ()
 
 
 def no_experiment(what: str) -> list[Finding]:
@@ -69,8 +76,13 @@ def speed(files: Sequence[str], task: str, name: str, other: str, length: int, b
     if not pairs:
         return Finding(f"{against}, {length:,} tokens", "could not be run", OPEN, files[0], where)
     number, verdict = ratio([(a["seconds"], b["seconds"]) for a, b in pairs], bound)
-    file = [stem for stem, run in zip(files, Timings(*files).runs) if (task, name, length) in run]
-    return Finding(f"{against}, {length:,} tokens: {bound:g}×", number, verdict, file[-1], where)
+    return Finding(f"{against}, {length:,} tokens: {bound:g}×", number, verdict, *timed(files, pairs, where))
+
+
+def timed(files: Sequence[str], pairs: Sequence[tuple[dict, dict]], key: str) -> tuple[str, str, tuple[str, ...]]:
+    """What a `Finding` says of where it stands: the files that rows of `pairs` are in."""
+    first, *others = [stem for stem in files if any(row in load(stem)["results"] for row, _ in pairs)]
+    return first, key, tuple(others)
 
 
 def memory(files: Sequence[str], name: str, other: str, length: int, times: float, against: str) -> Finding:
@@ -85,7 +97,7 @@ def memory(files: Sequence[str], name: str, other: str, length: int, times: floa
     ratios = [b["peak_bytes"] / a["peak_bytes"] for a, b in pairs]
     number, n = " and ".join(f"{ratio:.1f}×" for ratio in ratios) + f" less (n = {len(ratios)})", len(ratios)
     verdict = at_least(Interval(ratios[-1], min(ratios), max(ratios), n), times) if n > 1 else OPEN
-    return Finding(against, number, verdict, files[0], where)
+    return Finding(against, number, verdict, *timed(files, pairs, where))
 
 
 def perplexity(file: str, name: str, other: str, bound: float, against: str) -> Finding:

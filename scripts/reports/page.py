@@ -55,8 +55,8 @@ td {{ vertical-align: top; }} th {{ text-align: left; }}
 <h1>ordnung: claims, curves and mixers</h1>
 <p>Language models that replace softmax attention, beside softmax attention on the same backbone. Every number stands
 in a results file of the project (model_cards/results); the words at a point name the file and its commit. Bars are
-quartiles of timings, or 95 % t-intervals over seeds. The curves of one picture come from one machine and one size of
-model: do not compare across pictures.</p>
+quartiles of timings, or 95 % t-intervals over seeds. The curves of one picture are of one size of model, those of
+two files may be of two machines: compare within a file.</p>
 <noscript>The pictures are drawn by JavaScript, which this browser does not run.</noscript>
 <h2>Curves</h2>
 <fieldset id="pick-families"><legend>families</legend></fieldset>
