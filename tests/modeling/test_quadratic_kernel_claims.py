@@ -132,6 +132,19 @@ def test_cost_of_a_token_grows_as_the_cube_of_the_head_size():
         assert 2.6 < math.log2(b / a) < 3.0
 
 
+@pytest.mark.parametrize("d", [16, 32])
+def test_the_state_is_cheaper_than_pairs_from_about_d2_tokens_on(d):
+    """And rows too short for it are taken as pairs, unless chunks are stated."""
+
+    def against_pairs(n, chunk_size):
+        made, pairs = (build(d, chunk_size=size).model.layers[0].mixer for size in (chunk_size, 2 * n))
+        linear = 4 * 2 * n * (2 * d) ** 2
+        return (made.flops(n) - linear) / (pairs.flops(n) - linear)
+
+    assert against_pairs(d**2 // 4, 128) >= 1 > against_pairs(d**2, 128) > 0.5
+    assert against_pairs(2 * d, None) == 1
+
+
 def test_state_has_one_size():
     model = build(4, chunk_size=64)
     with torch.no_grad():
