@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from itertools import islice
 
 import datasets
 import numpy as np
@@ -15,9 +14,6 @@ from ordnung.scripts.linearizing.options import LinearizeOptions
 from ordnung.scripts.pretraining import data as pretraining
 from ordnung.scripts.pretraining import perplexity
 from ordnung.scripts.pretraining.blocks import BatchMaker, PlacedBlocks, ShuffledBlocks
-
-# Documents of an encoder are tokenized in groups of so many.
-GROUP = 1000
 
 
 def real_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -59,14 +55,10 @@ def encoder_blocks(documents, tokenizer, block_size: int, several: bool, told: t
     Raises:
         ScriptError: no text.
     """
-    rows, count, texts = [], 0, corpus.texts(documents)
-    while group := list(islice(texts, GROUP)):
-        count += len(group)
-        encoded = tokenizer(group, truncation=True, max_length=block_size, verbose=False)["input_ids"]
-        rows += [np.array(ids, dtype=np.int32) for ids in encoded if len(ids) > 1]
-    if not rows:
-        raise ScriptError(f"{told[0]} holds {count:,} documents, none of two tokens or more: {told[1]}")
-    return PlacedBlocks(rows, np.array([len(row) for row in rows]), block_size, True, several)
+    arrays, sizes = pretraining.placed(pretraining.encode(documents, tokenizer, block_size))
+    if not len(sizes):
+        raise ScriptError(f"{told[0]} holds {len(documents):,} documents, none of two tokens or more: {told[1]}")
+    return PlacedBlocks(arrays, sizes, block_size, True, several)
 
 
 def load_blocks(

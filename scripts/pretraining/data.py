@@ -1,5 +1,6 @@
 """The data of a pretraining run: documents, tokenizer, blocks to train and to evaluate on."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,20 +62,47 @@ class HeldOut:
     tokens_per_byte: float
 
 
-def encode(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
-    """The token ids of each document, in a memory-mapped column "ids"; `datasets` keeps them for the next run."""
+def encode(
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, longest: int | None = None
+) -> datasets.Dataset:
+    """The token ids of each document, in a memory-mapped column "ids"; `datasets` keeps them for the next run.
+
+    Each is closed by the end-of-document token.
+
+    Args:
+        longest: as an encoder reads documents in place of that: with the tokenizer's special tokens, cut off at so
+            many, those of less than two tokens left out.
+    """
     # by what the tokenizer does, not by the object, whose name is another after a checkpoint
-    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    state = datasets.fingerprint.Hasher.hash([documents._fingerprint, state, corpus.end_of_document(tokenizer)])
+    state = tokenizer
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # set by calls
+    end = corpus.end_of_document(tokenizer) if longest is None else f"cut off at {longest}"
+    state = datasets.fingerprint.Hasher.hash([documents._fingerprint, state, end])
+
+    def ids_of(rows):
+        if longest is None:
+            return {"ids": [ids for ids, _ in corpus.tokenize(rows["text"], tokenizer)]}
+        texts = [text or "" for text in rows["text"]]
+        made = tokenizer(texts, truncation=True, max_length=longest, verbose=False)["input_ids"]
+        return {"ids": [ids for ids in made if len(ids) > 1]}
+
     return documents.map(
-        lambda rows: {"ids": [ids for ids, _ in corpus.tokenize(rows["text"], tokenizer)]},
+        ids_of,
         batched=True,
-        batch_size=100,
+        batch_size=100 if longest is None else 1000,
         remove_columns=documents.column_names,
         features=datasets.Features({"ids": datasets.Sequence(datasets.Value("int32"))}),
         new_fingerprint=state,
         desc="tokenizing",
     )
+
+
+def placed(encoded: datasets.Dataset) -> tuple[list[np.ndarray], np.ndarray]:
+    """What `encode` gives, as `PlacedBlocks` takes it: arrays of the mapped file, and the tokens of each document."""
+    column = encoded.data.column("ids")
+    sizes = np.concatenate([np.zeros(0, dtype=int), *map(pc.list_value_length, column.chunks)])
+    return [chunk.flatten().to_numpy() for chunk in column.chunks], sizes
 
 
 def training_blocks(
@@ -91,10 +119,7 @@ def training_blocks(
     separate = options.respect_document_boundaries
     if options.streaming:
         return StreamedBlocks(documents, tokenizer, options.block_size, separate, options.seed, several)
-    column = encode(documents, tokenizer).data.column("ids")
-    sizes = np.concatenate([np.zeros(0, dtype=int), *map(pc.list_value_length, column.chunks)])
-    arrays = [chunk.flatten().to_numpy() for chunk in column.chunks]  # of the mapped file, not copied
-    blocks = PlacedBlocks(arrays, sizes, options.block_size, separate, several)
+    blocks = PlacedBlocks(*placed(encode(documents, tokenizer)), options.block_size, separate, several)
     if len(blocks) == 0:
         raise ScriptError(
             f"the training data holds {blocks.tokens} tokens, less than one block of {options.block_size}; "

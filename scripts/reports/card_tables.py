@@ -285,9 +285,13 @@ def encoders_table() -> str:
     return linearized.encoders(found) + (f"\n\nNot run yet: {'; '.join(left)}." if left else "")
 
 
+def run_decoders() -> dict[str, dict]:
+    return {name: load(file) for name, file in DECODERS.items() if has_results(file)}
+
+
 def decoders_table() -> str:
     """Linearized language models side by side, as far as they are run, and the first of them at length."""
-    found = {name: load(file) for name, file in DECODERS.items() if has_results(file)}
+    found = run_decoders()
     parts = [linearized.decoders(found)] if found else []
     if left := [name for name in DECODERS if name not in found]:
         parts.append(f"Not run yet: {'; '.join(left)}.")
@@ -325,6 +329,7 @@ TABLES = {
     "transfer_longer": partial(transfer_table, file="transfer_longer"),
     "transfer_minilm": partial(if_run, MINILM, transfer.markdown),
     "glue": partial(if_run, MINILM, glue_table),
+    "smollm2": lambda: linearized.decoders_in_short(run_decoders()),
     "transfer_minilm_more": partial(if_run, f"{MINILM}_more", transfer.markdown, command=MORE_TASKS),
     "conv_transfer": partial(transfer_table, "conv", "softmax"),
     "linformer_transfer": partial(transfer_table, "linformer", "softmax"),

@@ -39,6 +39,17 @@ def decoders(runs: dict[str, dict[str, Any]]) -> str:
     return paragraphs(_made_on(runs), markdown_table(header, body), said)
 
 
+def decoders_in_short(runs: dict[str, dict[str, Any]]) -> str:
+    """What language models lost and what their state takes, a line each; `runs` by the name to show."""
+    first = next(iter(runs.values()))
+    header = ["", "tokens trained", "nats from token 512 on", "top token agrees", "state at 8,192 tokens, MiB"]
+    body = [["teacher", "", f"{measure.loss_from(first['teacher'], 512):.3f}", "", _state(first, "teacher")]]
+    for name, run in runs.items():
+        loss, agreement = measure.loss_from(run["student"], 512), f"{100 * run['student']['agreement']:.1f} %"
+        body.append([name, f"{run['tokens']:,}", f"{loss:.3f}", agreement, _state(run, "student")])
+    return paragraphs(markdown_table(header, body), _made_on(runs))
+
+
 def one_decoder(run: dict[str, Any]) -> str:
     """What one of them costs to generate with, what it loses along a long text, and what it writes."""
     parts = ["Generation, beside the teacher's:", report.cost_tables(run)]

@@ -228,6 +228,22 @@ def test_text_is_tokenized_once_and_lies_in_a_file(text_options, tokenizer, tmp_
     assert len(pretrain_setup.training_blocks(text_options(), train, tokenizer)) < len(blocks) / 2
 
 
+def test_documents_of_an_encoder_are_tokenized_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = [make_text(words, words) for words in (1, 2, 9)]
+    tokenizer = corpus.train_tokenizer(texts, 300, masked=True)
+    whole = [tokenizer(text)["input_ids"] for text in [*texts, ""]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, None]))
+    documents = corpus.load_files([str(tmp_path / "a.jsonl")], "train_file", "text", streaming=False)
+    encoded = pretrain_setup.encode(documents, tokenizer, 5)
+    assert encoded["ids"][:] == [ids[:5] for ids in whole if len(ids) > 1]
+    assert len(whole[2]) > 5 and 1 <= len(encoded) < len(whole)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = corpus.load_tokenizer(str(tmp_path / "saved"))  # as a resumed run has it
+    monkeypatch.setattr(type(again), "__call__", None)
+    assert pretrain_setup.encode(documents, again, 5)["ids"][:] == encoded["ids"][:]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_sources_are_mixed_by_weight(tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
