@@ -272,6 +272,7 @@ DECODERS = {
 ENCODERS = {
     "gated convolution": "linearized_minilm_conv",
     "the same, attention in three layers": "linearized_minilm_hybrid",
+    "gated convolution, causal": "linearized_minilm_conv_causal",
     "Linformer, 16 rows": "linearized_minilm_linformer_16",
     "Linformer, 32 rows": "linearized_minilm_linformer_32",
     "window of 8 to each side and the first": "linearized_minilm_sparse",
