@@ -204,6 +204,11 @@ class Passes:
         everything = unless_all(inside) is None
         if everything or self.stride == 1:  # what lies beyond a pass is padding, as in any batch of an encoder
             return None if everything else create_bidirectional_mask(self.config, hidden_states, inside)
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"`prefix_stride` ({self.stride}) needs a mask of pairs of tokens, which "
+                f"{self.config._attn_implementation!r} does not take: set attn_implementation='sdpa' or prefix_stride=1"
+            )
         G, T = hidden_states.shape[:2]
         make = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         return make(  # as `create_bidirectional_mask` does, which runs mask functions other than its own through vmap

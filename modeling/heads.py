@@ -98,6 +98,12 @@ class LMHead(Head):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
 
+def name_transform(module, state_dict, prefix, *_):
+    """Name a checkpoint's transform as the model has it: what `from_pretrained` does by itself."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}lm_transform.")]:
+        state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
 class ForCausalLM(LMHead):
     """Next-token prediction. `labels` (B, N) are the input ids, shifted inside; -100 is ignored.
 
@@ -116,6 +122,7 @@ class ForCausalLM(LMHead):
             raise ValueError(f"{type(self).__name__} needs a causal model: `is_decoder` is False, set it to True.")
         if config.lm_head_transform:
             self.model.lm_transform = LMTransform(config)
+            self.register_load_state_dict_pre_hook(name_transform)  # Trainer loads checkpoints so
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
     @can_return_tuple

@@ -102,6 +102,7 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             rows = self.packed_rows(inputs_embeds, attention_mask, position_ids, past_key_values, **marks)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)  # as in transformers' own models
         if rows is not None:
             past_key_values = None
         elif use_cache and past_key_values is None:
@@ -246,7 +247,7 @@ class CubicPrefixLMForCausalLM(CubicPrefixLMPreTrainedModel, ForCausalLM, Genera
         self.model.predicts = True
 
     def read_arguments(self, inputs, labels, logits_to_keep, shift_labels=None, **kwargs) -> dict:
-        if inputs is None:
+        if inputs is None or "predict_from" in kwargs:  # nothing to read, or the caller says what
             return {}
         if shift_labels is not None:
             return {"predict_from": shift_labels != -100}

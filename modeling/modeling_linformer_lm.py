@@ -224,6 +224,7 @@ class LinformerAttention(LinformerMixer):
 
     def slot_bias(self, states, lengths: torch.Tensor | None):
         kind, k, n = self.shape
+        lengths = None if lengths is None else lengths.clamp(min=1)  # some slot counts in a row of padding too
         bias = slot_bias(kind, self.span(states.shape[1], lengths), k, n, lengths, states.dtype, states.device)
         return None if bias is None else bias[:, None, None].expand(states.shape[0], 1, states.shape[1], -1)
 

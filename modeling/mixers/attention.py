@@ -39,7 +39,9 @@ class Attention(Projections, Mixer):
     def attend_rows(self, query, key, value, lengths, **kwargs) -> torch.Tensor:
         """(R, M, H, d) of documents (R, M, heads, d): causal attention does not reach the padding after them."""
         mask = None
-        if lengths is not None and not self.is_causal:
+        if self.is_causal and self.config._attn_implementation == "flex_attention":  # which reads the mask alone
+            mask = create_causal_mask(self.config, key, None, None)
+        elif lengths is not None and not self.is_causal:
             real = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
             mask = create_bidirectional_mask(self.config, key, real)
         return self.attend(*(x.transpose(1, 2) for x in (query, key, value)), mask, **kwargs)[0]

@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_tracing
 MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 LONGEST = ("max_length_q", "max_length_k")
 # Longest documents of a group, in tokens: 16, 24, 32, 48, 64, ...
-EDGES = torch.tensor([size for power in range(4, 40) for size in (1 << power, 3 << (power - 1))])
+EDGES = torch.tensor([size for power in range(4, 40) for size in (1 << power, 3 << (power - 1))], device="cpu")
 GROUP_TOKENS = 512  # a group of fewer real tokens joins the next longer one
 
 
@@ -169,8 +169,9 @@ def over_rows(rows: Rows | None, function: Callable, *tensors: torch.Tensor):
 def similar(lengths: torch.LongTensor) -> list[torch.LongTensor]:
     """Documents of `lengths` (R,) in groups that differ little in length: their numbers, in ascending order."""
     kinds, kind = torch.searchsorted(EDGES, lengths.cpu()).unique(return_inverse=True)
-    tokens = torch.zeros(len(kinds), dtype=torch.long).index_add_(0, kind, lengths.cpu())
-    group, held = torch.zeros(len(kinds), dtype=torch.long), 0
+    cpu = {"dtype": torch.long, "device": "cpu"}  # whatever device is the default
+    tokens = torch.zeros(len(kinds), **cpu).index_add_(0, kind, lengths.cpu())
+    group, held = torch.zeros(len(kinds), **cpu), 0
     for i, count in enumerate(tokens.tolist()):
         if held >= GROUP_TOKENS:
             group[i:] += 1

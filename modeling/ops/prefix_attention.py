@@ -109,7 +109,7 @@ def plan_passes(ends: torch.Tensor, read: torch.Tensor, span: int, budget: int) 
         size = int(torch.searchsorted(ends, start + span)) - first
         size = max(1, min(size, budget // int(stops[first + size - 1])))
         chosen = slice(first, first + size)
-        index = torch.arange(int(counts[chosen].max()))
+        index = torch.arange(int(counts[chosen].max()), device=counts.device)
         wanted = index < counts[chosen, None]
         index = (last[chosen] - counts[chosen])[:, None] + torch.where(wanted, index, 0)
         moved = (x.to(device) for x in (rows[chosen], ends[chosen], places[index], wanted))

@@ -353,3 +353,34 @@ def test_cuda_equals_cpu(dtype):
     got = model.to("cuda", dtype)(ids.cuda()).logits.float().cpu()
     assert (got - expected).norm() / expected.norm() < (1e-3 if dtype == torch.float32 else 3e-2)
     assert model.generate(ids[:, :9].cuda(), max_new_tokens=5).shape == (2, 14)
+
+
+def test_flash_attention_is_refused_with_a_stride():
+    """It takes no mask of pairs, and would connect tokens to later ones of their group."""
+    model = build(prefix_stride=3)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"`prefix_stride` \(3\) needs a mask .* set attn_implementation='sdpa'"):
+        model(torch.randint(1, VOCAB, (2, 9)), use_cache=False)
+
+
+def test_the_head_may_be_told_to_encode():
+    model, ids = build().eval(), torch.randint(1, VOCAB, (2, 9))
+    encoded = model.model(ids, predict_from=False).last_hidden_state
+    torch.testing.assert_close(model(ids, predict_from=False).logits, model.lm_head(encoded))
+
+
+def test_checkpointing_makes_no_generation_state():
+    model = build(prefix_stride=3).train()
+    model.gradient_checkpointing_enable()
+    assert model(torch.randint(1, VOCAB, (1, 9)), use_cache=True).past_key_values is None
+
+
+def test_whatever_device_is_the_default():
+    """What is planned on the CPU stays there."""
+    for more in ({}, {"prefix_stride": 3}):
+        model, ids = build(**more).eval(), torch.randint(1, VOCAB, (3, 9))
+        mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+        wanted = model(ids, attention_mask=mask, use_cache=False).logits
+        with torch.device("meta"):
+            found = model(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)

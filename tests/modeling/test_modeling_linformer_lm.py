@@ -487,3 +487,15 @@ def test_cuda_equals_cpu(dtype):
         got = model.to("cuda", dtype)(ids.cuda(), attention_mask=mask.cuda()).logits.float().cpu()[mask == 1]
         assert (got - expected).norm() / expected.norm() < (1e-3 if dtype == torch.float32 else 5e-2)
     assert model.generate(ids[2:, :3].cuda(), max_new_tokens=20, pad_token_id=PAD).shape == (1, 23)
+
+
+@pytest.mark.parametrize("projection_type", ["linear", "mean_pool", "max_pool", "conv", "adaptive_mean_pool"])
+def test_a_row_of_padding_alone_is_finite_with_eager_attention(projection_type):
+    fields = {**FamilyTester.base_arguments, "projected_size": 4, "projection_type": projection_type}
+    fields["is_decoder"] = False
+    config = LinformerLMConfig(**fields, attn_implementation="eager")
+    model = AutoModelForMaskedLM.from_config(config)
+    ids, mask = torch.randint(1, VOCAB, (2, 9)), torch.tensor([[1], [0]]).expand(2, 9)
+    loss = model(ids, attention_mask=mask, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from family_tester import MODERN, VOCAB, FamilyTester, masked_batch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -166,3 +167,34 @@ def test_attention_of_small_heads_is_derived_in_float32(monkeypatch, model_type,
             model.eval()(input_ids=ids, attention_mask=mask)
             assert dtypes == [torch.bfloat16] * config.num_hidden_layers
         model.train()
+
+
+def test_packed_rows_are_causal_with_flex_attention(monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as integration
+
+    def plain(query, key, value, training=False, **kwargs):  # not compiled, as a test has no time for it
+        return flex_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", plain)
+    torch.manual_seed(0)
+    fields = {**FamilyTester.base_arguments, "position_embedding_type": "rope", "initializer_range": 0.3}
+    model = AutoModelForCausalLM.from_config(SoftmaxLMConfig(**fields)).eval()
+    ids, places = torch.randint(1, VOCAB, (1, 12)), torch.tensor([[*range(7), *range(5)]])
+    with torch.no_grad():
+        wanted = model(ids, position_ids=places, use_cache=False).logits
+        model.set_attn_implementation("flex_attention")
+        found = model(ids, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_with_a_transform_loads_as_trainer_loads_it(tmp_path):
+    fields = {**FamilyTester.base_arguments, "lm_head_transform": True}
+    models = [AutoModelForCausalLM.from_config(SoftmaxLMConfig(**fields)) for _ in range(2)]
+    models[0].save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith("lm_transform.") for name in saved)
+    problems = models[1].load_state_dict(saved, strict=False)
+    assert not problems.unexpected_keys and set(problems.missing_keys) <= {"lm_head.weight"}
+    for a, b in zip(*(model.model.lm_transform.parameters() for model in models)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
