@@ -84,7 +84,7 @@ def run(options) -> int:
     for rows in options.rows:
         shape_of(rows)
     sizes = {"hidden_size": options.hidden_size, "num_attention_heads": options.num_attention_heads}
-    results = {**sizes, "seed": options.seed, "cases": [], "machine": machine_info()}
+    results = {**sizes, "seed": options.seed, "cases": [], "machine": machine_info("cpu")}
     tasks = ("forward", "forward and backward")
     measure(options, "head", max(options.kernel_size), options.rows[-1], tasks[-1])  # memory from the system, once
     for case in product(("head", "channel"), options.kernel_size, options.rows, tasks):

@@ -173,7 +173,7 @@ def run(bench) -> int:
         "steps": bench.steps,
         "rows_a_step": bench.per_device_train_batch_size,
         "recipes": {name: {"of_ours": median(ratios[name]), "each": ratios[name]} for name in others},
-        "machine": machine_info(),
+        "machine": machine_info("cpu" if bench.use_cpu else None),
     }
     if predicting:
         each = ratios["predict"]

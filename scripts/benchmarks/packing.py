@@ -79,7 +79,7 @@ def run(options) -> int:
         raise ScriptError(
             f"--text_column names {len(options.text_column)} columns for {len(options.train_file)} files: one for each"
         )
-    results = {"cases": [], "machine": machine_info()}
+    results = {"cases": [], "machine": machine_info("cpu")}
     for file, column in zip(options.train_file, options.text_column):
         tokens = options.per_device_train_batch_size * options.block_size
         lengths = lengths_of(file, column, options.block_size, tokens, options.seed)

@@ -230,7 +230,7 @@ def run(options) -> int:
             print(f"{layers} layers, {length} tokens: done", flush=True)
     settings = {name: value for name, value in asdict(options).items() if name != "output"}
     results = {
-        "machine": machine_info(),
+        "machine": machine_info("cpu"),
         "settings": settings,
         "training": rows,
         "counted": {str(layers): count(options, layers) for layers in options.layers},

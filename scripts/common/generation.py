@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 import ordnung  # noqa: F401  (makes the model types known to the Auto classes)
 from ordnung.scripts.common.errors import ScriptError
-from ordnung.scripts.common.models import check_folder, check_writes_text
+from ordnung.scripts.common.models import check_folder, check_whole, check_writes_text
 
 
 def read_prompts(options) -> list[str]:
@@ -36,9 +36,7 @@ def load(name, trust_remote_code):
     except (OSError, ValueError) as error:
         raise ScriptError(f"cannot load a causal language model from {name}: {error}") from None
     check_writes_text(model.config, name)
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
-        raise ScriptError(f"{name} is no causal language model checkpoint: it has no {missing}")
+    check_whole(report, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -80,6 +80,17 @@ def _fit(value: Any, hint: Any) -> Any:
     return value
 
 
+def check_whole(report: dict[str, Any], name: str):
+    """Raise a ScriptError where a causal model's checkpoint lacks weights, which would be random.
+
+    Args:
+        report: what `from_pretrained` tells with `output_loading_info`.
+    """
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ScriptError(f"{name} is no causal language model checkpoint: it has no {missing}")
+
+
 def check_writes_text(config: PreTrainedConfig, name: str):
     """Raise a ScriptError where a checkpoint is of a class that writes no text: its config still names that class."""
     for architecture in config.architectures or []:

@@ -46,7 +46,8 @@ def build_model(options: PretrainOptions, checkpoint: Path | None, tokenizer) ->
     source, info = checkpoint or options.model_name_or_path, {}
     try:
         if source is None:
-            model = auto_class.from_config(config, trust_remote_code=options.trust_remote_code)
+            code = {"trust_remote_code": options.trust_remote_code}
+            model = auto_class.from_config(config, dtype=torch.float32, **code)  # whatever the config names
         else:
             model, info = auto_class.from_pretrained(
                 source,

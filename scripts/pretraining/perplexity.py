@@ -13,7 +13,7 @@ from ordnung.scripts.common import corpus, limits
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.files import write_json
 from ordnung.scripts.common.machine import machine_info
-from ordnung.scripts.common.models import check_writes_text
+from ordnung.scripts.common.models import check_whole, check_writes_text
 from ordnung.scripts.common.tables import markdown_table
 from ordnung.scripts.pretraining.losses import position_buckets, token_losses
 
@@ -105,14 +105,18 @@ def load_model(options) -> torch.nn.Module:
         ScriptError: it cannot be loaded, or is not causal.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model_name_or_path, dtype=getattr(torch, options.dtype), trust_remote_code=options.trust_remote_code
+        model, report = AutoModelForCausalLM.from_pretrained(
+            options.model_name_or_path,
+            dtype=getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ScriptError(
             f"no causal language model can be loaded from {options.model_name_or_path}: {error}"
         ) from error
     check_writes_text(model.config, options.model_name_or_path)
+    check_whole(report, options.model_name_or_path)
     if not options.use_cpu and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model

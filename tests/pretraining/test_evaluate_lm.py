@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from tiny_tasks import FILLER, TINY
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -191,6 +192,14 @@ def test_a_model_that_is_not_causal(run, checkpoint, tmp_path):
     AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(tmp_path / "masked")
     with pytest.raises(ScriptError, match="no causal language model.*is_decoder"):
         run(model_name_or_path=tmp_path / "masked")
+
+
+def test_a_model_without_a_head_has_no_perplexity(run, checkpoint, tmp_path):
+    config = AutoConfig.from_pretrained(checkpoint / "model", tie_word_embeddings=False)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(tmp_path / "base")
+    with pytest.raises(ScriptError, match="base is no causal language model checkpoint: it has no lm_head"):
+        run(model_name_or_path=tmp_path / "base")
 
 
 def test_a_classifier_has_no_perplexity(checkpoint, tmp_path):

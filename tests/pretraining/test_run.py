@@ -119,6 +119,10 @@ def test_a_model_continues_from_a_checkpoint_or_a_config_file(run, tmp_path):
     assert AutoConfig.from_pretrained(second).hidden_dropout == 0.1
     third = run("third", ["--config_name", str(first / "config.json")], max_steps=3)
     assert_same_run(first, third)
+    # a config may name another type, as of a checkpoint that was saved in it: training is in float32
+    fields = json.loads((first / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "half.json").write_text(json.dumps(fields))
+    assert_same_run(first, run("half", ["--config_name", str(tmp_path / "half.json")], max_steps=3))
 
 
 def test_numerics_options_train_the_same_model(run):
