@@ -280,8 +280,10 @@ def _training(subject: Subject) -> str:
         ("tokens", "tokens: {:,}"), ("steps", "steps: {:,}"), ("seconds", "seconds of training: {:,.0f}"),
         ("num_processes", "processes: {}"), ("mixed_precision", "mixed precision: {}"), ("seed", "seed: {}"),
     ):  # fmt: skip
-        if results.get(name) is not None:
-            lines.append("- " + words.format(results[name]))
+        value = results.get(name)
+        if value is not None:
+            value = ", ".join(map(str, filter(None, value))) if isinstance(value, list) else value
+            lines.append("- " + words.format(value))
     machine = results.get("machine")
     if machine:
         gpus = ", ".join(gpu["name"] for gpu in machine.get("gpu") or [])
@@ -302,7 +304,8 @@ def _limits(subject: Subject) -> str:
     longest = getattr(config, "longest_row", None)
     if longest is not None:
         lines.append(f"- It takes at most {longest:,} tokens.")
-    if subject.results.get("tokens") is not None and "model" not in subject.results:
+    begun = {"model", "source"} & subject.results.keys()  # of another's weights, which have seen more
+    if subject.results.get("tokens") is not None and not begun:
         lines.append(f"- It has seen {subject.results['tokens']:,} tokens.")
     lines.append("- It repeats the errors and prejudices of the text that it was trained on.")
     return "\n".join(lines)

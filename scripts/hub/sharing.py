@@ -180,7 +180,7 @@ def push(checkpoint: str | Path, target: Target, results: str | Path | None = No
     Args:
         checkpoint: folder with model and tokenizer, or with a PEFT adapter.
         target: from `find_target` or `check_target`.
-        results: the results file; default: results.json of the checkpoint, if there is one.
+        results: the results file; default: that of the checkpoint, if there is one.
 
     Returns:
         the address of what was pushed.
@@ -314,10 +314,14 @@ def write_folder(checkpoint: str | Path, target: Target, results: str | Path | N
 
 
 def _read_results(checkpoint: Path, results: str | Path | None) -> dict:
-    path = Path(results) if results is not None else checkpoint / "results.json"
-    if results is None and not path.exists() and checkpoint.resolve().name == "merged":
-        path = checkpoint.resolve().parent / "results.json"  # those of the run whose adapters were merged
-    if results is None and not path.exists():
+    if results is not None:
+        path = Path(results)
+    else:
+        places = [checkpoint / "results.json", checkpoint / "linearize_results.json"]
+        if checkpoint.resolve().name == "merged":
+            places.append(checkpoint.resolve().parent / "results.json")  # of the run whose adapters were merged
+        path = next((place for place in places if place.exists()), None)
+    if path is None:
         return {}
     try:
         content = read_json(path)

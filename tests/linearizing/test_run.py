@@ -12,6 +12,7 @@ from linear_runs import LAYER, built, encoder, metrics, results
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ordnung import SoftmaxLMConfig
+from ordnung.scripts import push_to_hub
 from ordnung.scripts.common import corpus
 from ordnung.scripts.common.errors import ScriptError
 from ordnung.scripts.common.options import parse_options
@@ -179,6 +180,15 @@ def test_a_teacher_with_few_positions(run, data, tmp_path):
     assert not (tmp_path / "out").exists()
     found = results(run(**few, long_file=data / "text.txt", long_tokens=40))
     assert found["longer"][-1]["last"] == 39 and found["text"]["student"]
+
+
+def test_a_student_is_shared_with_what_is_known_of_it(run, data):
+    out = run(transfer_steps=1, distill_steps=1)
+    own = (out / "README.md").read_text()
+    assert push_to_hub.main(["--model_name_or_path", str(out), "--hub_model_id", "me/student", "--dry_run"]) == 0
+    card = (out / "hub" / "README.md").read_text()
+    linearized = own[own.index("## Linearized") :].split("\n## ")[0]
+    assert linearized in card and "It has seen" not in card + own and "- data: " in card and "['" not in card
 
 
 @pytest.mark.parametrize("weights, passes", [({"kl_weight": 0, "lm_weight": 1}, 0), ({"kl_weight": 1}, 1)])
