@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from ordnung.configuration.configuration_cubic_prefix_lm import CubicPrefixLMConfig
@@ -35,6 +35,8 @@ from ordnung.modeling.heads import (
 from ordnung.modeling.mixers.mixer import linear_flops
 from ordnung.modeling.mixers.rows import MARKS, Rows
 from ordnung.modeling.ops.prefix_attention import prefix_ends
+
+logger = logging.get_logger(__name__)
 
 
 class CubicPrefixLMPreTrainedModel(BackbonePreTrainedModel):
@@ -102,7 +104,9 @@ class CubicPrefixLMModel(CubicPrefixLMPreTrainedModel, BackboneModel):
             rows = self.packed_rows(inputs_embeds, attention_mask, position_ids, past_key_values, **marks)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        use_cache = use_cache and not (self.gradient_checkpointing and self.training)  # as in transformers' own models
+        if use_cache and self.gradient_checkpointing and self.training:
+            logger.warning_once("`use_cache=True` makes no generation state in training with gradient checkpointing.")
+            use_cache = False
         if rows is not None:
             past_key_values = None
         elif use_cache and past_key_values is None:

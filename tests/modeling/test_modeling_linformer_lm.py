@@ -492,8 +492,7 @@ def test_cuda_equals_cpu(dtype):
 @pytest.mark.parametrize("projection_type", ["linear", "mean_pool", "max_pool", "conv", "adaptive_mean_pool"])
 def test_a_row_of_padding_alone_is_finite_with_eager_attention(projection_type):
     fields = {**FamilyTester.base_arguments, "projected_size": 4, "projection_type": projection_type}
-    fields["is_decoder"] = False
-    config = LinformerLMConfig(**fields, attn_implementation="eager")
+    config = LinformerLMConfig(**fields | {"is_decoder": False}, attn_implementation="eager")
     model = AutoModelForMaskedLM.from_config(config)
     ids, mask = torch.randint(1, VOCAB, (2, 9)), torch.tensor([[1], [0]]).expand(2, 9)
     loss = model(ids, attention_mask=mask, labels=ids).loss

@@ -186,20 +186,19 @@ def test_a_split_of_a_data_set(run, checkpoint, tmp_path):
         run(text_file=None, dataset_name=tmp_path / "texts", split="dev")
 
 
-def test_a_model_that_is_not_causal(run, checkpoint, tmp_path):
-    config = AutoConfig.from_pretrained(checkpoint / "model", is_decoder=False)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "masked")
-    AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(tmp_path / "masked")
-    with pytest.raises(ScriptError, match="no causal language model.*is_decoder"):
-        run(model_name_or_path=tmp_path / "masked")
-
-
-def test_a_model_without_a_head_has_no_perplexity(run, checkpoint, tmp_path):
-    config = AutoConfig.from_pretrained(checkpoint / "model", tie_word_embeddings=False)
-    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(tmp_path / "base")
-    with pytest.raises(ScriptError, match="base is no causal language model checkpoint: it has no lm_head"):
-        run(model_name_or_path=tmp_path / "base")
+@pytest.mark.parametrize(
+    "auto_class, field, message",
+    [
+        (AutoModelForMaskedLM, {"is_decoder": False}, "no causal language model.*is_decoder"),
+        (AutoModel, {"tie_word_embeddings": False}, "is no causal language model checkpoint: it has no lm_head"),
+    ],
+)
+def test_a_model_without_next_token_predictions(run, checkpoint, tmp_path, auto_class, field, message):
+    config = AutoConfig.from_pretrained(checkpoint / "model", **field)
+    auto_class.from_config(config).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(checkpoint / "model").save_pretrained(tmp_path / "other")
+    with pytest.raises(ScriptError, match=message):
+        run(model_name_or_path=tmp_path / "other")
 
 
 def test_a_classifier_has_no_perplexity(checkpoint, tmp_path):
